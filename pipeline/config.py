@@ -1,0 +1,222 @@
+"""Configuration: YAML files that list only differences, checked strictly before anything runs.
+
+A file may name one `base:` (a path relative to it); its own keys win over the base's, mappings merge, everything else
+replaces. Overrides `a.b=c` come last, their values parsed as YAML. Unknown keys, wrong types and impossible values
+are a `ConfigError` that names the key and the nearest one that exists.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import importlib.resources
+import re
+from collections.abc import Hashable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pydantic
+import yaml
+
+from pipeline.errors import ConfigError
+
+ConfigT = TypeVar("ConfigT", bound="Config")
+Document = dict[str, Any]
+
+
+class Config(pydantic.BaseModel):
+    """Base of all options: immutable, unknown keys refused, defaults checked, no silent conversion of types."""
+
+    model_config = pydantic.ConfigDict(frozen=True, extra="forbid", strict=True, validate_default=True)
+
+
+class _Yaml(yaml.SafeLoader):
+    """YAML as people mean it: `1e-4` is a number (PyYAML takes it for a string), and a key given twice is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen: set[object] = set()
+        for key_node, _ in node.value:
+            key = key_node.value
+            if key_node.tag != "tag:yaml.org,2002:merge" and key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+_Yaml.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+def parse(text: str) -> Any:
+    """The value of a YAML text.
+
+    Raises:
+        yaml.YAMLError: it isn't YAML, or gives a key twice.
+    """
+    return yaml.load(text, Loader=_Yaml)  # a SafeLoader
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> Document:
+    """Read a YAML file with its base and overrides; nothing is validated yet.
+
+    Args:
+        path: a file, or the path of a shipped one ("configs/demo/mae.yaml") when no such file exists here.
+        overrides: "a.b=c" items; `c` is parsed as YAML.
+
+    Raises:
+        ConfigError: missing file, bad YAML, a base that is missing or circular, a malformed override.
+    """
+    document = _load_with_base(_find(Path(path)), seen=())
+    for item in overrides:
+        document = override(document, item)
+    return document
+
+
+def override(document: Document, item: str) -> Document:
+    """A copy of `document` with one "a.b=c" applied."""
+    key, equals, text = item.partition("=")
+    if not equals or not key or any(not part for part in key.split(".")):
+        raise ConfigError(f"{item!r} isn't of the form key=value", where="command line", fix="write e.g. seed=1")
+    try:
+        value = parse(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(
+            f"the value of {key!r} isn't YAML ({_first_line(error)})", where="command line", fix="quote the value"
+        ) from error
+    nested: Any = value
+    for part in reversed(key.split(".")):
+        nested = {part: nested}
+    return merge(document, nested)
+
+
+def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> Document:
+    """Mappings merge key by key, `above` winning; other values replace."""
+    merged = dict(below)
+    for key, value in above.items():
+        if isinstance(value, Mapping) and isinstance(merged.get(key), Mapping):
+            merged[key] = merge(merged[key], value)
+        else:
+            merged[key] = value
+    return merged
+
+
+def validate(cls: type[ConfigT], document: object, *, where: str, prefix: str = "") -> ConfigT:
+    """Build `cls` from a document, or raise one `ConfigError` for the first thing that is wrong.
+
+    Args:
+        where: the file (and whatever else tells the reader where to look).
+        prefix: the dotted key under which `document` stands in that file.
+    """
+    if not isinstance(document, Mapping):
+        raise ConfigError(
+            f"expected a mapping, found {type(document).__name__}",
+            where=_spot(where, prefix),
+            fix=f"give keys of {cls.__name__}: {', '.join(cls.model_fields)}",
+        )
+    try:
+        return cls.model_validate(_plain(document))
+    except pydantic.ValidationError as error:
+        raise _config_error(cls, error, where, prefix) from None
+
+
+def dump(config: Config) -> str:
+    """The configuration as YAML, every value written out."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def by_dotted_name(name: str, *, where: str) -> Any:
+    """The object at "package.module:attribute" or "package.module.attribute"."""
+    module_name, _, attribute = name.replace(":", ".").rpartition(".")
+    try:
+        return getattr(importlib.import_module(module_name), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(
+            f"can't import {name!r} ({error})", where=where, fix="give an importable package.module:function"
+        ) from error
+
+
+def _find(path: Path) -> Path:
+    if path.is_file():
+        return path
+    parts = path.parts
+    if parts and parts[0] == "configs":
+        shipped = Path(str(importlib.resources.files("configs"))).joinpath(*parts[1:])
+        if shipped.is_file():
+            return shipped
+    nearby = path.parent if path.parent.is_dir() else Path("configs")
+    known = sorted(str(p) for p in nearby.rglob("*.yaml")) if nearby.is_dir() else []
+    close = difflib.get_close_matches(str(path), known, n=3, cutoff=0.4)
+    raise ConfigError(
+        "no such file", where=str(path), fix=f"did you mean {' or '.join(close)}" if close else "check the path"
+    )
+
+
+def _load_with_base(path: Path, seen: tuple[Path, ...]) -> Document:
+    resolved = path.resolve()
+    if resolved in seen:
+        raise ConfigError("`base:` leads back to this file", where=str(path), fix="remove one of the bases")
+    try:
+        document = parse(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ConfigError(f"not YAML ({_first_line(error)})", where=str(path), fix="mend the file") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError("not UTF-8 text", where=str(path), fix="save it as UTF-8") from error
+    if document is None:
+        document = {}
+    if not isinstance(document, dict) or not all(isinstance(key, str) for key in document):
+        raise ConfigError("expected a mapping of names at the top", where=str(path), fix="write `key: value` lines")
+    base = document.pop("base", None)
+    if base is None:
+        return document
+    if not isinstance(base, str):
+        raise ConfigError("`base` must be one path", where=f"{path}: base", fix="name a single YAML file")
+    return merge(_load_with_base(_find(path.parent / base), (*seen, resolved)), document)
+
+
+def _plain(value: Any) -> Any:
+    """YAML lists as tuples where a model wants them: strict mode tells lists and tuples apart, YAML can't."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return tuple(_plain(item) for item in value)
+    return value
+
+
+def _config_error(cls: type[Config], error: pydantic.ValidationError, where: str, prefix: str) -> ConfigError:
+    # A misspelt key that is required shows up twice: as unknown, which names the right one, and as missing.
+    found = error.errors()
+    first = next((item for item in found if item["type"] == "extra_forbidden"), found[0])
+    path = [str(part) for part in first["loc"]]
+    key = ".".join(([prefix] if prefix else []) + path)
+    if first["type"] == "extra_forbidden":
+        known = _fields_at(cls, path[:-1])
+        close = difflib.get_close_matches(path[-1], known, n=1, cutoff=0.5)
+        fix = f"did you mean {close[0]!r}?" if close else f"remove it; known keys: {', '.join(known)}"
+        return ConfigError(f"unknown key {path[-1]!r}", where=_spot(where, key), fix=fix)
+    if first["type"] == "missing":
+        return ConfigError("required, but not given", where=_spot(where, key), fix=f"set {key}")
+    message = first["msg"].removeprefix("Value error, ")
+    message = message[0].lower() + message[1:]
+    if first["type"] == "value_error":
+        return ConfigError(message, where=_spot(where, key) if key else where, fix="correct the value")
+    return ConfigError(f"{message}, found {first['input']!r}", where=_spot(where, key), fix="correct the value")
+
+
+def _fields_at(cls: type[Config], path: Sequence[str]) -> list[str]:
+    """Field names of the nested options class at `path`; the outermost one's when it isn't a plain nesting."""
+    at: Any = cls
+    for part in path:
+        field = at.model_fields.get(part) if isinstance(at, type) and issubclass(at, Config) else None
+        at = field.annotation if field is not None else None
+    if isinstance(at, type) and issubclass(at, Config):
+        return list(at.model_fields)
+    return list(cls.model_fields)
+
+
+def _spot(where: str, key: str) -> str:
+    return f"{where}: {key}" if key else where
+
+
+def _first_line(error: Exception) -> str:
+    return " ".join(str(error).split())
