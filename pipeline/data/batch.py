@@ -1,0 +1,153 @@
+"""What travels from shards to a stage: a sample's bytes, one example, a batch.
+
+Legend: B samples of this micro batch, H W pixels, L tokens of text.
+
+Randomness contract: everything random about a sample (crop, flip, mask, noise, drop path) derives from
+`Batch.seeds`, which depends on (seed, epoch, id) alone. So a batch is the same after a resume, on another number of
+ranks, and when a stage runs it twice.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import operator
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple, Protocol, SupportsIndex, TypeVar, runtime_checkable
+
+import torch
+from jaxtyping import Float, Int, UInt8
+from torch import Tensor
+
+
+class RawSample(NamedTuple):
+    """One sample as it lies in a tar: members by lower-case extension, still encoded."""
+
+    id: int  # index in the data set's manifest order, [0, num_samples)
+    key: str
+    members: Mapping[str, bytes]
+
+
+class Instances(NamedTuple):
+    """The annotated objects of one image. Masks stay run-length encoded until a stage needs pixels."""
+
+    boxes: Float[Tensor, "n 4"]  # x0 y0 x1 y1, pixels of the image at hand
+    labels: Int[Tensor, " n"]
+    masks: tuple[Mapping[str, object], ...]  # COCO RLE: {"size": [h, w], "counts": bytes}
+    crowd: Int[Tensor, " n"]  # 1 = crowd region
+
+
+class Example(NamedTuple):
+    """One transformed sample; fields a stage doesn't use stay None. `image` is uint8 [3,H,W]."""
+
+    image: UInt8[Tensor, "3 h w"] | None = None
+    text: Int[Tensor, " l"] | None = None
+    label: int | None = None
+    instances: Instances | None = None
+
+
+@runtime_checkable  # tests check annotations at run time
+@runtime_checkable
+class Transform(Protocol):
+    """Turns a raw sample into an example; runs in loader workers, so it must pickle.
+
+    Raises `pipeline.data.images.UnreadableSample` for a sample that can't be used: its slot is kept with weight 0.
+    """
+
+    def __call__(self, sample: RawSample, seed: int) -> Example: ...
+
+    def blank(self) -> Example:
+        """An example of the right shapes, to fill the slot of an absent sample."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """A micro batch. A stage's forward is a function of (weights, batch), nothing else."""
+
+    ids: Int[Tensor, " b"]  # index in the data set; -1 for padding
+    seeds: Int[Tensor, " b"]  # int64 >= 0
+    weight: Float[Tensor, " b"]  # 0 = absent: out of loss, negatives and metrics
+    position: int  # samples of the run seen before this batch's global batch; drives schedules
+    images: UInt8[Tensor, "b 3 h w"] | None = None
+    text: Int[Tensor, "b l"] | None = None
+    labels: Int[Tensor, " b"] | None = None
+    instances: tuple[Instances, ...] | None = None
+
+    def __len__(self) -> int:
+        return int(self.ids.shape[0])
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch on `device`; host-side fields (instances) stay where they are."""
+
+        def move(t: Tensor | None) -> Tensor | None:
+            return None if t is None else t.to(device, non_blocking=True)
+
+        return Batch(
+            ids=self.ids.to(device),
+            seeds=self.seeds.to(device),
+            weight=self.weight.to(device),
+            position=self.position,
+            images=move(self.images),
+            text=move(self.text),
+            labels=move(self.labels),
+            instances=self.instances,
+        )
+
+
+def collate(
+    examples: Sequence[Example], ids: Sequence[int], seeds: Sequence[int], weight: Sequence[float], position: int
+) -> Batch:
+    """Stack examples of equal shapes into a batch; a field is None when it is None in every example.
+
+    Raises:
+        ValueError: a field is there in some examples only, or its shapes differ.
+    """
+    images = _all_or_none("image", [e.image for e in examples])
+    text = _all_or_none("text", [e.text for e in examples])
+    labels = _all_or_none("label", [e.label for e in examples])
+    instances = _all_or_none("instances", [e.instances for e in examples])
+    return Batch(
+        ids=torch.tensor(ids, dtype=torch.int64),
+        seeds=torch.tensor(seeds, dtype=torch.int64),
+        weight=torch.tensor(weight, dtype=torch.float32),
+        position=position,
+        images=None if images is None else _stack("image", images),
+        text=None if text is None else _stack("text", text),
+        labels=None if labels is None else torch.tensor(labels, dtype=torch.int64),
+        instances=None if instances is None else tuple(instances),
+    )
+
+
+FieldT = TypeVar("FieldT")
+
+
+def _all_or_none(name: str, values: Sequence[FieldT | None]) -> list[FieldT] | None:
+    present = [value for value in values if value is not None]
+    if not present:
+        return None
+    if len(present) != len(values):
+        raise ValueError(f"{len(values) - len(present)} of {len(values)} examples have no {name}")
+    return present
+
+
+def _stack(name: str, tensors: Sequence[Tensor]) -> Tensor:
+    try:
+        return torch.stack(list(tensors))
+    except RuntimeError as error:
+        shapes = sorted({tuple(tensor.shape) for tensor in tensors})
+        raise ValueError(f"the examples' {name} shapes differ: {shapes}") from error
+
+
+def derive_seed(*parts: SupportsIndex | str) -> int:
+    """A 63-bit seed from any mix of numbers and names, stable over machines, processes and Python versions."""
+    plain = tuple(
+        part if isinstance(part, str) else operator.index(part) for part in parts
+    )  # numpy's integers print otherwise
+    digest = hashlib.blake2b(repr(plain).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+def generators(seeds: Int[Tensor, " b"], purpose: str) -> list[torch.Generator]:
+    """One CPU generator per sample; `purpose` keeps draws for masks, noise and so on independent."""
+    return [torch.Generator().manual_seed(derive_seed(purpose, int(s))) for s in seeds.tolist()]

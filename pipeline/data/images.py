@@ -1,0 +1,134 @@
+"""Encoded images to pixels: limits read from the header before anything is decoded, and scaled JPEG decoding.
+
+Legend: H W pixels, RGB uint8 in rows.
+
+Nothing here looks at EXIF orientation: preparation applies it, and shards hold upright images.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from typing import NamedTuple
+
+import numpy as np
+import simplejpeg
+from jaxtyping import UInt8
+from PIL import Image
+
+MAX_PIXELS = 89_478_485  # Pillow's own bound, above which it suspects a decompression bomb
+
+_JPEG_EIGHTHS = range(1, 9)  # the scales, in eighths, that a JPEG decoder offers
+
+
+class UnreadableSample(Exception):  # noqa: N818 -- a state of the data; its slot is kept with weight 0
+    """A sample that can't be used, with the reason in `reason`."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+class Header(NamedTuple):
+    """What an image's first bytes tell."""
+
+    format: str  # "jpeg", "png", "webp", ...
+    width: int
+    height: int
+
+
+def read_header(data: bytes, max_pixels: int = MAX_PIXELS) -> Header:
+    """Format and size of an encoded image, without decoding it.
+
+    Raises:
+        UnreadableSample: no image, an empty one, or one of more than `max_pixels`.
+    """
+    if data[:2] == b"\xff\xd8":
+        header, _ = _jpeg_header(data)
+    else:
+        header = _open(data)[1]
+    if header.width < 1 or header.height < 1:
+        raise UnreadableSample(f"an image of {header.width}x{header.height} pixels")
+    if header.width * header.height > max_pixels:
+        raise UnreadableSample(f"{header.width}x{header.height} pixels are over the limit of {max_pixels}")
+    return header
+
+
+def decode(
+    data: bytes, min_size: tuple[int, int] | None = None, max_pixels: int = MAX_PIXELS
+) -> UInt8[np.ndarray, "h w 3"]:
+    """Pixels of an encoded image.
+
+    Args:
+        data: JPEG, PNG, WebP or another format Pillow reads. Of an animation the first frame is taken; transparency is
+            laid over white; 16-bit grey keeps its upper 8 bits.
+        min_size: (height, width) that suffices. A JPEG is then decoded at its smallest scale of k/8 that isn't below
+            it, so the result may be smaller than the image.
+        max_pixels: limit on the whole image, read from the header before decoding.
+
+    Raises:
+        UnreadableSample: no image, a truncated or damaged one, or one over the limit.
+    """
+    header = read_header(data, max_pixels)
+    if header.format == "jpeg":
+        _, colours = _jpeg_header(data)
+        if colours not in ("CMYK", "YCCK"):  # those Pillow converts, Adobe's inverted ones too
+            return decode_jpeg(data, min_size)
+    image, _ = _open(data)
+    try:
+        if header.format == "jpeg" and min_size is not None:
+            image.draft(None, (min(min_size[1], header.width), min(min_size[0], header.height)))
+        return np.asarray(_rgb(image))
+    except (OSError, ValueError, SyntaxError, MemoryError, Image.DecompressionBombError) as error:
+        raise UnreadableSample(f"damaged {header.format} ({error})") from error
+
+
+def decode_jpeg(data: bytes, min_size: tuple[int, int] | None = None) -> UInt8[np.ndarray, "h w 3"]:
+    """Pixels of a JPEG whose header was looked at already; see `decode`."""
+    height, width = min_size or (0, 0)
+    try:
+        pixels: UInt8[np.ndarray, "h w 3"] = simplejpeg.decode_jpeg(data, "RGB", min_height=height, min_width=width)
+    except (ValueError, MemoryError) as error:
+        raise UnreadableSample(f"damaged jpeg ({error})") from error
+    return pixels
+
+
+def scale_for_crop(crop: tuple[float, float], target: tuple[int, int]) -> float:
+    """The smallest JPEG scale, k/8 up to 1, at which a crop (h, w) still has at least the pixels of `target` (h, w)."""
+    needed = max(target[0] / crop[0], target[1] / crop[1])
+    return next((eighths / 8 for eighths in _JPEG_EIGHTHS if eighths / 8 >= needed), 1.0)
+
+
+def scaled_size(size: tuple[int, int], scale: float) -> tuple[int, int]:
+    """(height, width) of a JPEG of `size` decoded at `scale`; decoders round up."""
+    return math.ceil(size[0] * scale), math.ceil(size[1] * scale)
+
+
+def _jpeg_header(data: bytes) -> tuple[Header, str]:
+    try:
+        height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
+    except ValueError as error:
+        raise UnreadableSample(f"damaged jpeg ({error})") from error
+    return Header("jpeg", width, height), colours
+
+
+def _open(data: bytes) -> tuple[Image.Image, Header]:
+    try:
+        image = Image.open(io.BytesIO(data))
+    except Image.DecompressionBombError as error:
+        raise UnreadableSample(f"over any sensible size ({error})") from error
+    except (OSError, ValueError, SyntaxError) as error:
+        raise UnreadableSample("bytes that are no image" if data else "an empty file") from error
+    return image, Header((image.format or "unknown").lower(), image.width, image.height)
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    elif image.mode == "I":
+        image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        above = image.convert("RGBA")
+        white = Image.new("RGBA", above.size, "white")
+        return Image.alpha_composite(white, above).convert("RGB")
+    return image.convert("RGB")

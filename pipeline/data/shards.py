@@ -1,0 +1,266 @@
+"""Reading samples from shards: ranged reads through storage, and a strict tar reader.
+
+Only regular files with an extension of `EXTENSIONS` become members; everything else in a tar is passed over unseen,
+nothing is unpickled, and no name is ever taken for a command or a path. A sample that can't be read is an
+`UnreadableSample` that says why; only a place that doesn't answer is an error.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import threading
+import time
+from collections.abc import Callable, Hashable, Iterator, Sequence, Set
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Generic, NamedTuple, TypeVar
+
+import numpy as np
+from jaxtyping import Int64
+
+from pipeline import storage
+from pipeline.data.batch import RawSample
+from pipeline.data.images import UnreadableSample
+from pipeline.data.manifest import Manifest, read_index
+
+EXTENSIONS = frozenset({"jpg", "jpeg", "png", "webp", "txt", "json", "cls"})
+BLOCK_BYTES = 512
+READ_THREADS = 8
+PATIENCE_S = 300.0  # how long a store may stay silent in the middle of a run
+
+_MAX_EXTENDED_HEADER_BYTES = 2**20
+_KEPT_INDICES = 64
+
+logger = logging.getLogger(__name__)
+
+
+class Member(NamedTuple):
+    """A file in a tar: its name, and where its content lies."""
+
+    name: str
+    start: int
+    stop: int
+
+
+def tar_members(data: memoryview) -> Iterator[Member]:
+    """The regular files of a piece of a tar that starts at a header; USTAR, and GNU's and PAX's long names.
+
+    Raises:
+        UnreadableSample: a damaged header, or a member that goes on beyond the end.
+    """
+    at = 0
+    long_name = ""
+    while at + BLOCK_BYTES <= len(data):
+        header = bytes(data[at : at + BLOCK_BYTES])
+        at += BLOCK_BYTES
+        if not header.strip(b"\0"):
+            continue  # end-of-archive blocks
+        checksum = _octal(header[148:156], "checksum")
+        if checksum != sum(header) - sum(header[148:156]) + 8 * 0x20:
+            raise UnreadableSample("damaged tar header (checksum)")
+        size = _octal(header[124:136], "size")
+        start, stop = at, at + size
+        at = stop + -size % BLOCK_BYTES
+        if stop > len(data):
+            raise UnreadableSample("a tar member goes on beyond the sample's bytes")
+        kind = header[156:157]
+        if kind in (b"L", b"x"):
+            if size > _MAX_EXTENDED_HEADER_BYTES:
+                raise UnreadableSample("an extended tar header of over a megabyte")
+            content = bytes(data[start:stop])
+            long_name = _text(content.rstrip(b"\0")) if kind == b"L" else _pax_path(content)
+            continue
+        if kind in (b"0", b"\0"):
+            name = _text(header[:100].split(b"\0", 1)[0])
+            prefix = _text(header[345:500].split(b"\0", 1)[0]) if header[257:262] == b"ustar" else ""
+            yield Member(long_name or (f"{prefix}/{name}" if prefix else name), start, stop)
+        long_name = ""
+    if len(data) - at > 0 and bytes(data[at:]).strip(b"\0"):
+        raise UnreadableSample("the sample's bytes end within a tar header")
+
+
+def parse_sample(data: memoryview, sample_id: int) -> RawSample:
+    """The sample whose tar members, with their headers, are `data`.
+
+    As in WebDataset the key is a member's path up to the first dot of its base name, the rest is the extension.
+
+    Raises:
+        UnreadableSample: damaged headers, members of several samples, the same extension twice, or no member.
+    """
+    key: str | None = None
+    members: dict[str, bytes] = {}
+    for member in tar_members(data):
+        folder, slash, base = member.name.rpartition("/")
+        stem, dot, extension = base.partition(".")
+        extension = extension.lower()
+        if not dot or extension not in EXTENSIONS:
+            continue
+        member_key = f"{folder}{slash}{stem}"
+        if key is None:
+            key = member_key
+        elif member_key != key:
+            raise UnreadableSample(f"holds members of {key!r} and of {member_key!r}")
+        if extension in members:
+            raise UnreadableSample(f"holds {key}.{extension} twice")
+        members[extension] = bytes(data[member.start : member.stop])
+    if key is None:
+        raise UnreadableSample("no member of a known kind")
+    return RawSample(sample_id, key, members)
+
+
+class Bytes(NamedTuple):
+    """What was read of a run of neighbouring samples of one shard."""
+
+    first_id: int
+    data: memoryview
+    offsets: Int64[np.ndarray, " n_plus_1"]  # of the samples in the shard
+    fault: str = ""  # why there is nothing
+
+    def sample(self, sample_id: int) -> RawSample:
+        """One of the samples.
+
+        Raises:
+            UnreadableSample: see `parse_sample`; or the shard is missing or too short.
+        """
+        if self.fault:
+            raise UnreadableSample(self.fault)
+        i = sample_id - self.first_id
+        start, stop = (int(offset - self.offsets[0]) for offset in self.offsets[i : i + 2])
+        if stop > len(self.data):
+            raise UnreadableSample("the shard ends before the sample does")
+        return parse_sample(self.data[start:stop], sample_id)
+
+
+class ShardReader:
+    """Reads runs of samples of a data set; may be used by several threads.
+
+    Args:
+        manifest: of the data set.
+        stop: ends the waiting for a store that doesn't answer.
+    """
+
+    def __init__(self, manifest: Manifest, stop: threading.Event) -> None:
+        self.manifest = manifest
+        self._stop = stop
+        self._index = functools.lru_cache(maxsize=_KEPT_INDICES)(self._read_index)
+
+    def read(self, first_id: int, stop_id: int) -> Bytes:
+        """Samples [first_id, stop_id), all of one shard, in one ranged read.
+
+        Raises:
+            DataError: the shard's index is missing or isn't the manifest's.
+            StorageError: the place can't be read; one that is busy is waited for, up to `PATIENCE_S`.
+        """
+        number, first = self.manifest.locate(first_id)
+        shard = self.manifest.shards[number]
+        if first + stop_id - first_id > shard.num_samples:
+            raise ValueError(f"samples [{first_id}, {stop_id}) lie in several shards")
+        offsets = self._index(number)[first : first + stop_id - first_id + 1]
+        url = storage.join(self.manifest.url, shard.name)
+        start, stop = int(offsets[0]), int(offsets[-1])
+        try:
+            data = patiently(lambda: storage.read_range(url, start, stop), self._stop)
+        except FileNotFoundError:
+            return Bytes(first_id, memoryview(b""), offsets, "the shard is missing")
+        return Bytes(first_id, memoryview(data), offsets)
+
+    def shard_name(self, sample_id: int) -> str:
+        """Name of the shard that holds a sample."""
+        return self.manifest.shards[self.manifest.locate(sample_id)[0]].name
+
+    def _read_index(self, number: int) -> Int64[np.ndarray, " n_plus_1"]:
+        return patiently(lambda: read_index(self.manifest, self.manifest.shards[number]), self._stop)
+
+
+ResultT = TypeVar("ResultT")
+KeyT = TypeVar("KeyT", bound=Hashable)
+
+
+def patiently(read: Callable[[], ResultT], stop: threading.Event) -> ResultT:
+    """The result of `read`, tried again while the store doesn't answer: an outage shouldn't end a long run."""
+    deadline = time.monotonic() + PATIENCE_S
+    wait_s = 1.0
+    while True:
+        try:
+            return read()
+        except storage.StorageUnavailable as error:
+            if time.monotonic() + wait_s > deadline:
+                raise
+            logger.warning("%s: %s; trying again in %.0f s", error.where, error.what, wait_s)
+            if stop.wait(wait_s):
+                raise
+            wait_s = min(2 * wait_s, 30.0)
+
+
+class ReadAhead(Generic[KeyT]):
+    """Groups of samples, each a list of id ranges, read by a few threads before they are needed.
+
+    Args:
+        reader: where from.
+        ranges: the ranges [first id, stop id) of a group, each within one shard.
+    """
+
+    def __init__(self, reader: ShardReader, ranges: Callable[[KeyT], Sequence[tuple[int, int]]]) -> None:
+        self._reader = reader
+        self._ranges = ranges
+        self._threads = ThreadPoolExecutor(READ_THREADS, thread_name_prefix="shards")
+        self._reads: dict[KeyT, list[tuple[int, int, Future[Bytes]]]] = {}
+
+    def want(self, keys: Sequence[KeyT]) -> None:
+        """Start reading groups that aren't at hand."""
+        for key in keys:
+            if key not in self._reads:
+                self._reads[key] = [
+                    (first, stop, self._threads.submit(self._reader.read, first, stop))
+                    for first, stop in self._ranges(key)
+                ]
+
+    def keep(self, keys: Set[KeyT]) -> None:
+        """Forget all groups but these."""
+        for key in [key for key in self._reads if key not in keys]:
+            for _, _, read in self._reads.pop(key):
+                read.cancel()
+
+    def sample(self, key: KeyT, sample_id: int) -> RawSample:
+        """One sample of a group that was wanted, waiting for it.
+
+        Raises:
+            UnreadableSample: it can't be used.
+            DataError, StorageError: the data set can't be read.
+        """
+        for first, stop, read in self._reads[key]:
+            if first <= sample_id < stop:
+                return read.result().sample(sample_id)
+        raise KeyError(sample_id)
+
+    def close(self) -> None:
+        """Drop everything; reads under way are waited for."""
+        self._threads.shutdown(wait=True, cancel_futures=True)
+        self._reads.clear()
+
+
+def _octal(field: bytes, what: str) -> int:
+    try:
+        return int(field.strip(b"\0 ") or b"0", 8)
+    except ValueError as error:
+        raise UnreadableSample(f"damaged tar header ({what})") from error
+
+
+def _text(name: bytes) -> str:
+    return name.decode("utf-8", "replace")
+
+
+def _pax_path(records: bytes) -> str:
+    """The `path` record of a PAX header, "" without one; sizes beyond 8 GB, which need a record too, are refused."""
+    path = ""
+    while records:
+        length, space, _ = records.partition(b" ")
+        if not space or not length.isdigit() or not 0 < int(length) <= len(records):
+            raise UnreadableSample("damaged PAX header")
+        name, _, value = records[len(length) + 1 : int(length) - 1].partition(b"=")
+        if name == b"size":
+            raise UnreadableSample("a PAX header that changes a member's size")
+        if name == b"path":
+            path = _text(value)
+        records = records[int(length) :]
+    return path

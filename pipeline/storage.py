@@ -1,0 +1,529 @@
+"""The one door to files: local paths and `s3://` URLs alike, through fsspec.
+
+Only whole objects are written, so a reader sees all of an object or nothing of it; nothing here hands out an open
+file for writing (on S3, leaving a `with` block on an exception would publish what was written so far).
+
+Credentials come from the environment (`AWS_ACCESS_KEY_ID`, `AWS_SECRET_ACCESS_KEY`, `AWS_ENDPOINT_URL`, a profile or
+an instance role), never from a configuration file.
+
+Every function raises `FileNotFoundError` for a missing object and `pipeline.errors.StorageError` for a missing
+bucket, refused credentials, an unreachable endpoint or a full disk. Answers that may pass (503, resets, time-outs) are
+retried with growing, jittered waits first; `StorageUnavailable` is what remains when they don't.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import random
+import secrets
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn, TypeVar
+
+from pipeline.errors import StorageError
+
+T = TypeVar("T")
+
+CONNECT_TIMEOUT_S = 10
+READ_TIMEOUT_S = 60
+PART_SIZE_BYTES = 16 * 2**20  # objects of two parts and more are uploaded in parts
+MAX_PARTS = 9_000  # the protocol allows 10,000
+PARTIAL_SUFFIX = ".partial"  # local files being written; never listed
+
+# What may pass by itself; everything else is an answer.
+_TRANSIENT_CODES = frozenset(
+    {
+        *("SlowDown", "ServiceUnavailable", "InternalError", "InternalFailure", "RequestTimeout", "Throttling"),
+        *("ThrottlingException", "RequestThrottled", "RequestLimitExceeded", "TooManyRequests", "OperationAborted"),
+        *("ConditionalRequestConflict", "408", "409", "429", "500", "502", "503", "504"),
+    }
+)
+_REFUSED_CODES = frozenset(
+    {
+        *("AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken", "401", "403"),
+        *("TokenRefreshRequired", "RequestTimeTooSkewed", "AuthorizationHeaderMalformed", "AccountProblem"),
+        *("InvalidSecurity", "MissingSecurityHeader"),
+    }
+)
+_EXISTS_CODES = frozenset({"PreconditionFailed", "412"})
+
+
+class StorageUnavailable(StorageError):  # noqa: N818 -- a state of the place, not a mistake
+    """The place didn't answer, or answered that it is busy, for as long as was waited: trying later may help."""
+
+
+class Entry(NamedTuple):
+    """One listed object: its full path or URL, and its size."""
+
+    url: str
+    size_bytes: int
+
+
+def join(base: str, *parts: str) -> str:
+    """`base` with `parts` below it; empty parts are skipped, a part is never taken as absolute."""
+    below = "/".join(part.strip("/") for part in parts if part.strip("/"))
+    if not base or not below:
+        return base or below
+    return f"{base.rstrip('/')}/{below}"
+
+
+def is_remote(url: str) -> bool:
+    """Whether `url` names an object in S3 rather than a local file."""
+    return url.startswith("s3://")
+
+
+def read(url: str) -> bytes:
+    """The whole object."""
+    return _store(url).read(url)
+
+
+def read_range(url: str, start: int, stop: int) -> bytes:
+    """Bytes [start, stop) of the object; fewer where it ends before `stop`."""
+    if not 0 <= start <= stop:
+        raise ValueError(f"not a byte range: [{start}, {stop})")
+    return _store(url).read_range(url, start, stop) if stop > start else b""
+
+
+def write(url: str, data: bytes) -> None:
+    """Put `data` at `url`, replacing what was there at once; folders on the way are made."""
+    _store(url).write(url, data)
+
+
+def create(url: str, data: bytes) -> bool:
+    """Put `data` at `url` unless something is there already; whether it is now ours.
+
+    Of several writers one wins, with its whole content visible at once, where the store enforces conditional writes
+    (`probe_conditional_writes` tells); elsewhere the check and the write are two requests. A reply that is lost looks
+    like a conflict: then the object is read back, so writers that race must write different bytes.
+    """
+    return _store(url).create(url, data)
+
+
+def exists(url: str) -> bool:
+    """Whether there is an object (for local paths: a file, not a folder)."""
+    return _store(url).size_bytes(url) is not None
+
+
+def size_bytes(url: str) -> int:
+    """Size of the object."""
+    size = _store(url).size_bytes(url)
+    if size is None:
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), url)
+    return size
+
+
+def entries(url: str) -> Iterator[Entry]:
+    """Every object below folder `url`, at any depth, in byte order of the names; none where there is no such folder."""
+    return _store(url).entries(url)
+
+
+def delete(url: str) -> None:
+    """Remove the object; no error when it isn't there."""
+    _store(url).delete(url)
+
+
+def probe_conditional_writes(url: str) -> bool:
+    """Whether the store below folder `url` really refuses a create-only write onto something that exists.
+
+    Some S3 servers accept `If-None-Match` and overwrite all the same. Leaves nothing behind.
+    """
+    probe = join(url, f".probe-{secrets.token_hex(8)}")
+    store = _store(probe)
+    try:
+        store.write(probe, b"first")
+        return not store.create_conditionally(probe, b"second") and store.read(probe) == b"first"
+    finally:
+        store.delete(probe)
+
+
+def filesystem_key() -> tuple[object, ...]:
+    """What an S3 client depends on: the process, and the environment's endpoint and credentials.
+
+    A client is never carried over a fork (its event loop's thread isn't), nor used after the environment changed.
+    """
+    return (os.getpid(), *(os.environ.get(name) for name in _S3_VARIABLES))
+
+
+def retrying(
+    call: Callable[[], T],
+    *,
+    transient: Callable[[Exception], bool],
+    attempts: int = 4,
+    first_wait_s: float = 0.2,
+    longest_wait_s: float = 10.0,
+) -> T:
+    """The result of `call`, called again after errors that `transient` says may pass.
+
+    Waits double from `first_wait_s` up to `longest_wait_s`, each multiplied by a random factor in [1/2, 1] so that
+    many clients don't come back at once. The last error is raised as it is.
+    """
+    for attempt in range(attempts):
+        try:
+            return call()
+        except Exception as error:
+            if attempt == attempts - 1 or not transient(error):
+                raise
+            # Jitter must differ between processes that share a seed, so it comes from the system's generator.
+            wait_s = min(first_wait_s * 2**attempt, longest_wait_s)
+            time.sleep(wait_s * random.SystemRandom().uniform(0.5, 1.0))
+    raise AssertionError("attempts must be positive")
+
+
+class _Local:
+    """Files of this machine, or of a file system mounted on it."""
+
+    def read(self, url: str) -> bytes:
+        with _local_errors(url), open(_path(url), "rb") as file:
+            return file.read()
+
+    def read_range(self, url: str, start: int, stop: int) -> bytes:
+        with _local_errors(url), open(_path(url), "rb") as file:
+            file.seek(start)
+            return file.read(stop - start)
+
+    def write(self, url: str, data: bytes) -> None:
+        path = _path(url)
+        with _local_errors(url), _whole_file(path, data) as partial:
+            os.replace(partial, path)
+            _sync_folder(path.parent)
+
+    def create(self, url: str, data: bytes) -> bool:
+        path = _path(url)
+        with _local_errors(url), _whole_file(path, data) as partial:
+            try:
+                os.link(partial, path)
+            except FileExistsError:
+                return False
+            except OSError as error:
+                if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS):
+                    raise
+                # No hard links here: claim the name, then put the content under it. A reader may see it empty once.
+                try:
+                    os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+                except FileExistsError:
+                    return False
+                os.replace(partial, path)
+            _sync_folder(path.parent)
+            return True
+
+    create_conditionally = create
+
+    def size_bytes(self, url: str) -> int | None:
+        path = _path(url)
+        try:
+            with _local_errors(url):
+                return path.stat().st_size if not path.is_dir() else None
+        except FileNotFoundError:
+            return None
+
+    def entries(self, url: str) -> Iterator[Entry]:
+        top = _path(url)
+        found: list[str] = []
+        with _local_errors(url):
+            for folder, _, names in os.walk(top, onerror=_raise_unless_missing):
+                found += [os.path.join(folder, name) for name in names if not name.endswith(PARTIAL_SUFFIX)]
+        for path in sorted(found, key=os.fsencode):
+            with contextlib.suppress(FileNotFoundError):  # deleted since
+                yield Entry(path, os.stat(path).st_size)
+
+    def delete(self, url: str) -> None:
+        with _local_errors(url):
+            _path(url).unlink(missing_ok=True)
+
+
+class _S3:
+    """Objects of an S3 server, through one s3fs instance of this process."""
+
+    def __init__(self) -> None:
+        # botocore otherwise asks for whole-object checksums, which ranged reads of some servers can't pass.
+        os.environ.setdefault("AWS_RESPONSE_CHECKSUM_VALIDATION", "when_required")
+        os.environ.setdefault("AWS_REQUEST_CHECKSUM_CALCULATION", "when_required")
+        import s3fs
+
+        # Own servers are rarely reached by bucket.host names.
+        own_server = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+        self._fs = s3fs.S3FileSystem(
+            skip_instance_cache=True,
+            use_listings_cache=False,
+            config_kwargs={
+                "connect_timeout": CONNECT_TIMEOUT_S,
+                "read_timeout": READ_TIMEOUT_S,
+                "max_pool_connections": 32,
+                "retries": {"mode": "standard", "total_max_attempts": 4},
+                **({"s3": {"addressing_style": "path"}} if own_server else {}),
+            },
+        )
+        self._fs.retries = 1  # botocore retries single requests, `retrying` whole calls
+        self._known_buckets: set[str] = set()
+
+    def read(self, url: str) -> bytes:
+        bucket, key = _bucket_and_key(url)
+        return bytes(self._call(url, lambda: self._fs.cat_file(f"{bucket}/{key}", max_concurrency=1)))
+
+    def read_range(self, url: str, start: int, stop: int) -> bytes:
+        bucket, key = _bucket_and_key(url)
+        try:
+            return bytes(self._call(url, lambda: self._fs.cat_file(f"{bucket}/{key}", start=start, end=stop)))
+        except _RangeBeyondEnd:
+            return b""
+
+    def write(self, url: str, data: bytes) -> None:
+        self._call(url, lambda: self._put(url, data, "overwrite"))
+
+    def create(self, url: str, data: bytes) -> bool:
+        # Servers that ignore If-None-Match at least get this check.
+        if self.size_bytes(url) is not None:
+            return False
+        if self.create_conditionally(url, data):
+            return True
+        # Nothing was there a moment ago: another writer's, or ours, whose reply was lost and which was sent again (by
+        # aiohttp too, unseen from here).
+        return self.size_bytes(url) == len(data) and self.read(url) == data
+
+    def create_conditionally(self, url: str, data: bytes) -> bool:
+        """Whether the server took the object; False where something stands already."""
+
+        def put() -> bool:
+            try:
+                self._put(url, data, "create")
+            except Exception as error:
+                if _response(error).get("Error", {}).get("Code") in _EXISTS_CODES:
+                    return False
+                raise
+            return True
+
+        return bool(self._call(url, put))
+
+    def size_bytes(self, url: str) -> int | None:
+        bucket, key = _bucket_and_key(url)
+        try:
+            head = self._call(url, lambda: self._fs.call_s3("head_object", Bucket=bucket, Key=key))
+            return int(head["ContentLength"])
+        except FileNotFoundError:
+            return None
+
+    def entries(self, url: str) -> Iterator[Entry]:
+        bucket, _, key = url.removeprefix("s3://").partition("/")
+        prefix = key.rstrip("/") + "/" if key.rstrip("/") else ""
+        token: dict[str, str] = {}
+
+        def list_page() -> Any:
+            return self._fs.call_s3("list_objects_v2", Bucket=bucket, Prefix=prefix, **token)
+
+        while True:
+            page = self._call(url, list_page)
+            for item in page.get("Contents", ()):
+                if not item["Key"].endswith("/"):  # folder markers
+                    yield Entry(f"s3://{bucket}/{item['Key']}", int(item["Size"]))
+            if not page.get("IsTruncated"):
+                return
+            token = {"ContinuationToken": page["NextContinuationToken"]}
+
+    def delete(self, url: str) -> None:
+        bucket, key = _bucket_and_key(url)
+        with contextlib.suppress(FileNotFoundError):
+            self._call(url, lambda: self._fs.call_s3("delete_object", Bucket=bucket, Key=key))
+
+    def _put(self, url: str, data: bytes, mode: str) -> None:
+        bucket, key = _bucket_and_key(url)
+        part_size = max(PART_SIZE_BYTES, -(-len(data) // MAX_PARTS))
+        self._fs.pipe_file(f"{bucket}/{key}", data, chunksize=part_size, mode=mode)  # aborts a failed multipart upload
+
+    def _call(self, url: str, call: Callable[[], Any]) -> Any:
+        try:
+            return retrying(call, transient=_is_transient, attempts=3)
+        except Exception as error:
+            self._raise_explained(url, error)
+
+    def _raise_explained(self, url: str, error: Exception) -> NoReturn:
+        """Raise what `error` of a client call means to the caller."""
+        response = _response(error)
+        code = response.get("Error", {}).get("Code", "")
+        bucket = url.removeprefix("s3://").partition("/")[0]
+        server = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or "AWS"
+        if code in ("NoSuchBucket", "NoSuchKey", "404"):
+            # A HEAD's 404 has no body that would say which of the two is missing.
+            if code == "NoSuchBucket" or (code == "404" and not self._bucket_exists(bucket)):
+                raise StorageError(
+                    f"no bucket {bucket!r} on {server}", where=url, fix="create it, or mend the URL or AWS_ENDPOINT_URL"
+                ) from error
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), url) from error
+        if code in ("InvalidRange", "416"):
+            raise _RangeBeyondEnd from error
+        if code in _REFUSED_CODES or isinstance(error, PermissionError):
+            raise StorageError(
+                f"{server} refused the credentials or the permission ({code or error})",
+                where=url,
+                fix="check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_SESSION_TOKEN and the bucket's policy",
+            ) from error
+        name = type(error).__name__
+        if name in ("NoCredentialsError", "PartialCredentialsError", "ProfileNotFound", "CredentialRetrievalError"):
+            raise StorageError(
+                f"no usable credentials ({error})",
+                where=url,
+                fix="set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE, or use an instance role",
+            ) from error
+        if _is_transient(error) or _is_unreachable(error):
+            raise StorageUnavailable(
+                f"{server} can't be reached or is too busy ({' '.join(str(error).split())})",
+                where=url,
+                fix="check AWS_ENDPOINT_URL and the network, then run it again",
+            ) from error
+        if isinstance(error, OSError) or response or type(error).__module__.startswith(("botocore", "aiobotocore")):
+            raise StorageError(
+                f"{server} answered {code or name}: {' '.join(str(error).split())}",
+                where=url,
+                fix="check the URL and the server",
+            ) from error
+        raise error
+
+    def _bucket_exists(self, bucket: str) -> bool:
+        if bucket not in self._known_buckets:
+            try:
+                retrying(lambda: self._fs.call_s3("head_bucket", Bucket=bucket), transient=_is_transient, attempts=3)
+            except FileNotFoundError:
+                return False
+            except Exception as error:
+                self._raise_explained(f"s3://{bucket}", error)
+            self._known_buckets.add(bucket)
+        return True
+
+
+class _RangeBeyondEnd(Exception):  # noqa: N818
+    """A ranged read starts where the object has ended."""
+
+
+_S3_VARIABLES = (
+    "AWS_ENDPOINT_URL",
+    "AWS_ENDPOINT_URL_S3",
+    "AWS_ACCESS_KEY_ID",
+    "AWS_SECRET_ACCESS_KEY",
+    "AWS_SESSION_TOKEN",
+    "AWS_PROFILE",
+    "AWS_DEFAULT_REGION",
+    "AWS_REGION",
+)
+_local = _Local()
+_s3_stores: dict[tuple[object, ...], _S3] = {}
+_s3_lock = threading.Lock()
+
+
+def _renew_lock() -> None:
+    """A fork may happen while another thread holds the lock; that thread isn't there to release it in the child."""
+    global _s3_lock
+    _s3_lock = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_renew_lock)
+
+
+def _store(url: str) -> _Local | _S3:
+    if not is_remote(url):
+        return _local
+    key = filesystem_key()
+    store = _s3_stores.get(key)
+    if store is None:
+        with _s3_lock:
+            store = _s3_stores.get(key)
+            if store is None:
+                store = _s3_stores[key] = _S3()
+    return store
+
+
+def _path(url: str) -> Path:
+    scheme, colon, rest = url.partition("://")
+    if colon and scheme != "file":
+        raise StorageError(f"storage of kind {scheme!r} isn't known", where=url, fix="use a path or s3://bucket/key")
+    if not url:
+        raise StorageError("an empty path", where="storage", fix="give a path or s3://bucket/key")
+    return Path(rest if colon else url)
+
+
+def _bucket_and_key(url: str) -> tuple[str, str]:
+    bucket, _, key = url.removeprefix("s3://").partition("/")
+    if not bucket or not key:
+        raise StorageError("names no object", where=url, fix="give s3://bucket/key")
+    return bucket, key
+
+
+@contextlib.contextmanager
+def _whole_file(path: Path, data: bytes) -> Iterator[Path]:
+    """A synced file with `data` beside `path`, to be moved or linked there; gone afterwards if it wasn't moved."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.parent / f".{path.name[:100]}.{secrets.token_hex(8)}{PARTIAL_SUFFIX}"
+    try:
+        with open(partial, "xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        yield partial
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a new name durable; some file systems can't, and then the name is as durable as they make it."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _local_errors(url: str) -> Iterator[None]:
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), url) from error
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            fix = "free space there, or write elsewhere"
+        elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            fix = "change the permissions, or use another place"
+        elif error.errno in (errno.EISDIR, errno.ENOTDIR, errno.EEXIST):
+            fix = "a file stands where a folder is wanted, or the other way round: mend the path"
+        else:
+            fix = "check the path and the disk"
+        raise StorageError((error.strerror or str(error)).lower(), where=url, fix=fix) from error
+
+
+def _raise_unless_missing(error: OSError) -> None:
+    if not isinstance(error, (FileNotFoundError, NotADirectoryError)):
+        raise error
+
+
+def _response(error: BaseException) -> dict[str, Any]:
+    """The server's answer behind an exception of s3fs, {} when there was none."""
+    seen: BaseException | None = error
+    while seen is not None:
+        response = getattr(seen, "response", None)
+        if isinstance(response, dict):
+            return response
+        seen = seen.__cause__
+    return {}
+
+
+def _is_transient(error: Exception) -> bool:
+    """Whether the same call may succeed in a moment."""
+    if isinstance(error, (StorageError, FileNotFoundError, PermissionError)):
+        return False
+    response = _response(error)
+    if response:
+        status = response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+        return response.get("Error", {}).get("Code") in _TRANSIENT_CODES or status in (429, 500, 502, 503, 504)
+    if _is_unreachable(error):
+        return False  # botocore has waited already
+    kinds = {cls.__name__ for cls in type(error).__mro__}
+    names = {"HTTPClientError", "ClientPayloadError", "IncompleteReadError", "ResponseParserError", "FSTimeoutError"}
+    return bool(kinds & names) or isinstance(error, (ConnectionError, TimeoutError))
+
+
+def _is_unreachable(error: Exception) -> bool:
+    kinds = {cls.__name__ for cls in type(error).__mro__}
+    return bool(kinds & {"EndpointConnectionError", "ConnectTimeoutError", "ProxyConnectionError", "SSLError"})
