@@ -1,0 +1,31 @@
+"""From a sweep to whole tensors: predict every batch, keep what is asked for, gather it over ranks by sample id."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from pipeline.data.batch import Batch
+from pipeline.evaluate.base import Predict
+from pipeline.ranks import gather_by_id
+
+
+def collect(predict: Predict, batches: Iterable[Batch], names: Sequence[str]) -> dict[str, Tensor]:
+    """The named predictions for every present sample of the sweep, in order of sample id, equal on all ranks.
+
+    Names a stage doesn't predict are left out. Collective: all ranks pass equally many batches.
+    """
+    ids: list[Tensor] = []
+    kept: dict[str, list[Tensor]] = {name: [] for name in names}
+    for batch in batches:
+        predictions = predict(batch)
+        ids.append(torch.where(batch.weight > 0, batch.ids, -1).cpu())
+        for name in names:
+            if name in predictions:
+                kept[name].append(predictions[name].detach().cpu())
+    if not ids:
+        return {}
+    rows = {name: torch.cat(parts) for name, parts in kept.items() if parts}
+    return gather_by_id(torch.cat(ids), rows)[1]

@@ -1,0 +1,47 @@
+"""Finding the text of an image among all texts, and the image of a text among all images.
+
+Legend: B pairs, E width of an embedding, L tokens of a text.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+CHUNK = 1024  # rows scored at a time, so that memory stays chunk x B
+RECALLS = (1, 5, 10)
+
+
+def text_groups(text: Int[Tensor, "b l"]) -> Int[Tensor, " b"]:
+    """A number per pair, equal for pairs with the same text: those are right answers for one another."""
+    groups: Tensor = torch.unique(text, dim=0, return_inverse=True)[1]
+    return groups
+
+
+def ranks_of_right_answers(
+    queries: Float[Tensor, "b e"], answers: Float[Tensor, "b e"], groups: Int[Tensor, " b"]
+) -> Int[Tensor, " b"]:
+    """For each query, how many wrong answers score higher than the best right one (0 = found first)."""
+    ranks = []
+    for start in range(0, len(queries), CHUNK):
+        rows = slice(start, start + CHUNK)
+        scores = queries[rows].float() @ answers.float().T
+        right = groups[rows].unsqueeze(1) == groups.unsqueeze(0)
+        best = scores.masked_fill(~right, float("-inf")).amax(1, keepdim=True)
+        ranks.append(((scores > best) & ~right).sum(1))
+    return torch.cat(ranks)
+
+
+def retrieval_figures(
+    images: Float[Tensor, "b e"], texts: Float[Tensor, "b e"], groups: Int[Tensor, " b"], prefix: str
+) -> dict[str, float]:
+    """`<prefix>retrieval_{i2t,t2i}_r{1,5,10}`: share of queries with a right answer among the first 1, 5, 10."""
+    figures = {}
+    for way, ranks in (
+        ("i2t", ranks_of_right_answers(images, texts, groups)),
+        ("t2i", ranks_of_right_answers(texts, images, groups)),
+    ):
+        for k in RECALLS:
+            figures[f"{prefix}retrieval_{way}_r{k}"] = (ranks < k).double().mean().item()
+    return figures

@@ -1,0 +1,45 @@
+"""Zero-shot classification: images are given the class whose described name lies nearest.
+
+Legend: B images, C classes, P prompts of a class, E width of an embedding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn import functional as F
+
+from pipeline.data.batch import Batch
+from pipeline.errors import ConfigError
+
+PROMPTS_PER_BATCH = 256
+
+
+def prompts(classes: Sequence[str], templates: Sequence[str]) -> list[str]:
+    """Every template filled with every class name, class by class.
+
+    Raises:
+        ConfigError: a template without its `{}`, or no template at all.
+    """
+    wrong = [template for template in templates if template.count("{}") != 1]
+    if wrong or not templates:
+        what = f"{wrong[0]!r} must hold {{}} once, where the class name goes" if wrong else "no prompt template given"
+        raise ConfigError(what, where="options.templates", fix="write e.g. 'a photo of a {}.'")
+    return [template.replace("{}", name) for name in classes for template in templates]
+
+
+def prompt_batches(tokens: Int[Tensor, "n l"]) -> Iterator[Batch]:
+    """Batches of text alone, so that prompts take the same way through the model as samples do."""
+    for start in range(0, len(tokens), PROMPTS_PER_BATCH):
+        text = tokens[start : start + PROMPTS_PER_BATCH]
+        ids = torch.arange(start, start + len(text))
+        yield Batch(ids=ids, seeds=torch.zeros_like(ids), weight=torch.ones(len(text)), position=0, text=text)
+
+
+def class_embeddings(embedded: Float[Tensor, "n e"], num_classes: int) -> Float[Tensor, "c e"]:
+    """From prompts' embeddings to classes': normalise, average over the templates, normalise again (as open_clip)."""
+    by_class = F.normalize(embedded, dim=-1).view(num_classes, -1, embedded.shape[-1])
+    return F.normalize(by_class.mean(1), dim=-1)

@@ -1,0 +1,55 @@
+"""Multi-head self-attention.
+
+Legend: B samples, T tokens, H heads, E width of a head, D = H * E.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+EXPLICIT_UP_TO = 1024
+"""Longest sequence for which `attend` writes attention out in bf16 on a CPU.
+
+There, forward and backward of two batched products and a softmax took 1.35 ms against 7.3 ms of
+`scaled_dot_product_attention` at T=17 (B=32, H=3), 8.3 against 34.7 at T=50 (B=16, H=12), 42 against 71 at T=197
+(B=8, H=12) and 95 against 165 at T=1025 (B=1, H=12), torch 2.15, one core, E=64. In fp32 the fused kernel is at least
+as fast from T=65 on, and everywhere on a GPU. Beyond this length the T x T matrix costs too much memory.
+"""
+
+
+def attend(
+    q: Float[Tensor, "b h t e"], k: Float[Tensor, "b h s e"], v: Float[Tensor, "b h s e"]
+) -> Float[Tensor, "b h t e"]:
+    """Softmax attention with scale E^-0.5, by the faster of two equal computations (see `EXPLICIT_UP_TO`)."""
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and k.shape[2] <= EXPLICIT_UP_TO:
+        return attend_explicitly(q, k, v)
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+def attend_explicitly(
+    q: Float[Tensor, "b h t e"], k: Float[Tensor, "b h s e"], v: Float[Tensor, "b h s e"]
+) -> Float[Tensor, "b h t e"]:
+    """Two batched matrix products and a softmax; the scale goes to q, the smaller factor."""
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
+    out: Tensor = scores.softmax(-1) @ v
+    return out
+
+
+class Attention(nn.Module):
+    """Self-attention with a fused projection; parameters named as in timm and MAE."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x: Float[Tensor, "b t d"]) -> Float[Tensor, "b t d"]:
+        """Every token attends to every token."""
+        b, t, d = x.shape
+        q, k, v = self.qkv(x).view(b, t, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
+        out: Tensor = self.proj(attend(q, k, v).transpose(1, 2).reshape(b, t, d))
+        return out

@@ -1,0 +1,64 @@
+"""Position tables of the patches.
+
+Legend: N = rows * columns patches, row by row; D width.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional as F
+
+from pipeline.models.config import Interpolation, Position
+
+
+def sincos2d(grid: tuple[int, int], width: int, convention: Position = "sincos2d") -> Float[Tensor, "n d"]:
+    """Fixed sine and cosine table: [sin x, cos x, sin y, cos y], a quarter of the width each.
+
+    `sincos2d` spaces the frequencies as MAE and MoCo v3 do (exponent i / (D/4)), `sincos2d_bigvision` as big_vision
+    does (i / (D/4 - 1)). Both put the column (x) first. Computed in float64, returned in fp32.
+    """
+    quarter = width // 4
+    exponent = torch.arange(quarter, dtype=torch.float64)
+    exponent = exponent / quarter if convention == "sincos2d" else exponent / max(quarter - 1, 1)
+    frequency = 1.0 / 10000**exponent
+    rows, columns = (torch.arange(side, dtype=torch.float64) for side in grid)
+    y = torch.outer(rows.repeat_interleave(grid[1]), frequency)
+    x = torch.outer(columns.repeat(grid[0]), frequency)
+    return torch.cat([x.sin(), x.cos(), y.sin(), y.cos()], dim=1).float()
+
+
+def interpolate(
+    table: Float[Tensor, "n d"], native: tuple[int, int], grid: tuple[int, int], how: Interpolation
+) -> Float[Tensor, "m d"]:
+    """The table of a `native` grid evaluated for another one.
+
+    `bicubic` is MAE's and DINO's way (no antialiasing), `bicubic_antialias` timm's and open_clip's.
+    """
+    if native == grid:
+        return table
+    image = table.float().T.reshape(1, -1, *native)
+    mode = "bilinear" if how == "bilinear" else "bicubic"
+    resized = F.interpolate(image, size=grid, mode=mode, align_corners=False, antialias=how == "bicubic_antialias")
+    return resized.flatten(2)[0].T.to(table.dtype)
+
+
+class FixedPositions:
+    """A sincos table of one grid, evaluated for any other: a constant, so no part of a module's state.
+
+    Kept in fp32 whatever the parameters' precision; the casts and interpolations asked for are remembered.
+    """
+
+    def __init__(self, native: tuple[int, int], width: int, convention: Position, how: Interpolation) -> None:
+        self.native = native
+        self.how = how
+        self.table = sincos2d(native, width, convention)
+        self._cast: dict[tuple[tuple[int, int], torch.device, torch.dtype], Tensor] = {}
+
+    def __call__(self, grid: tuple[int, int], like: Tensor) -> Float[Tensor, "m d"]:
+        """Positions of a grid's patches, in the type and on the device of `like`."""
+        key = (grid, like.device, like.dtype)
+        if key not in self._cast:
+            self._cast[key] = interpolate(self.table, self.native, grid, self.how).to(like.device, like.dtype)
+        return self._cast[key]

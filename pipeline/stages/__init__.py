@@ -1,0 +1,34 @@
+"""The stages there are, by the name a configuration gives them."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from typing import TYPE_CHECKING, cast
+
+from pipeline.errors import ConfigError
+
+if TYPE_CHECKING:
+    from pipeline.stages.base import Stage
+
+STAGES: dict[str, str] = {
+    "mae": "pipeline.stages.mae:MaeStage",
+    "flip": "pipeline.stages.flip:FlipStage",
+    "classify": "pipeline.stages.classify:ClassifyStage",
+    "probe": "pipeline.stages.probe:ProbeStage",
+}
+"""Where each stage's class is; imported by `stage_class`, so that one stage's libraries don't slow another's start."""
+
+
+def stage_class(name: str, *, where: str = "stage") -> type[Stage]:
+    """The class of stage `name`.
+
+    Raises:
+        ConfigError: there is no such stage; names the nearest.
+    """
+    if name not in STAGES:
+        close = difflib.get_close_matches(name, STAGES, n=1, cutoff=0.5)
+        fix = f"did you mean {close[0]!r}?" if close else f"use one of {', '.join(STAGES)}"
+        raise ConfigError(f"no stage {name!r}", where=where, fix=fix)
+    module, _, attribute = STAGES[name].partition(":")
+    return cast("type[Stage]", getattr(importlib.import_module(module), attribute))

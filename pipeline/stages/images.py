@@ -1,0 +1,100 @@
+"""What every stage that looks at images shares: its options, and how samples become pixels."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from pipeline.config import Config
+from pipeline.data.batch import Batch, Example, RawSample, Transform
+from pipeline.data.transforms import EvalImage, ImageExample, TrainImage
+from pipeline.errors import ConfigError, DataError
+from pipeline.models.config import ModelConfig
+from pipeline.models.pixels import PixelStatistics
+from pipeline.models.text import ClipTokenizer
+from pipeline.stages.base import DataFacts, Picture
+
+NUM_LABELLED_PICTURES = 16
+
+
+class ImageOptions(Config):
+    """The trunk, and how images reach it."""
+
+    model: ModelConfig
+    crop_scale: tuple[float, float] = (0.2, 1.0)  # share of the image's area a training crop covers
+    flip: bool = True  # mirror half of the training images
+    pixels: PixelStatistics = Field(default="imagenet")  # mean and standard deviation pixels are normalised with
+
+    @model_validator(mode="after")
+    def _crop(self) -> ImageOptions:
+        low, high = self.crop_scale
+        if not 0 < low <= high <= 1:
+            raise ValueError(f"crop_scale must be 0 < low <= high <= 1, found {low}, {high}")
+        return self
+
+
+@dataclasses.dataclass(frozen=True)
+class LabelledExample(ImageExample):
+    """An example whose label must be one of `num_classes`.
+
+    Raises (when called):
+        DataError: it isn't: the set was made with other classes.
+    """
+
+    label: bool = True
+    num_classes: int = 0
+
+    def __call__(self, sample: RawSample, seed: int) -> Example:
+        example = super().__call__(sample, seed)
+        if example.label is not None and example.label >= self.num_classes:
+            raise DataError(
+                f"label {example.label}, but the training data name {self.num_classes} classes",
+                where=f"sample {sample.key}",
+                fix="prepare all sets of a run with the same list of classes",
+            )
+        return example
+
+
+def image_transform(
+    options: ImageOptions, data: DataFacts, *, train: bool, labels: bool, tokenizer: ClipTokenizer | None = None
+) -> Transform:
+    """Samples to uint8 images of the trunk's size, with their label and tokens where asked for."""
+    size = options.model.image_hw
+    image: TrainImage | EvalImage = EvalImage(size=size)
+    if train:
+        image = TrainImage(size=size, scale=options.crop_scale, flip=options.flip)
+    if labels:
+        return LabelledExample(image=image, text=tokenizer, num_classes=len(data.classes))
+    return ImageExample(image=image, text=tokenizer)
+
+
+def with_labels(predictions: Mapping[str, Tensor], batch: Batch) -> dict[str, Tensor]:
+    """The predictions with the batch's labels, where it has any: evaluations see predictions only."""
+    return dict(predictions) | ({} if batch.labels is None else {"labels": batch.labels})
+
+
+def require_classes(data: DataFacts, stage: str) -> None:
+    """Raise ConfigError when the data have no labels."""
+    if not data.classes:
+        raise ConfigError(
+            f"stage {stage!r} needs labels, and the training data's manifest names no classes",
+            where="data.train",
+            fix="prepare the data with a label column, or choose another stage",
+        )
+
+
+def labelled_pictures(batch: Batch, predicted: Tensor, classes: Sequence[str]) -> list[Picture]:
+    """The first images of a batch with their class, where known, and the predicted one."""
+    assert batch.images is not None
+    pictures = []
+    for i in (batch.weight > 0).nonzero().flatten()[:NUM_LABELLED_PICTURES].tolist():
+        guess = classes[int(predicted[i])]
+        caption = f"taken for {guess}"
+        if batch.labels is not None:
+            truth = classes[int(batch.labels[i])]
+            caption = f"{truth}: right" if truth == guess else f"{truth}, taken for {guess}"
+        pictures.append(Picture(f"sample {int(batch.ids[i])}", ((caption, batch.images[i].cpu()),)))
+    return pictures

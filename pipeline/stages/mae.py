@@ -1,0 +1,175 @@
+"""Masked autoencoding (He et al. 2022, arXiv 2111.06377): encode a few patches, predict the pixels of the others.
+
+Legend: B samples, N patches, M masked patches, D width, P pixel values of a patch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar, Literal
+
+import torch
+from jaxtyping import Bool, Float, UInt8
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from pipeline.config import Config
+from pipeline.data.batch import Batch, Transform
+from pipeline.evaluate.base import Evaluation, Predictions
+from pipeline.evaluate.knn import KnnEvaluation
+from pipeline.evaluate.mean import MeanEvaluation
+from pipeline.losses.reconstruction import masked_mse, normalize_patches, patch_statistics
+from pipeline.models.decoder import DecoderConfig, MaeDecoder
+from pipeline.models.masking import Masking, mask_picture, masking_from_mask, random_masking, take
+from pipeline.models.pixels import denormalize, normalize, patchify, unpatchify
+from pipeline.models.pooling import Pooling, pool
+from pipeline.models.vit import Tokens, ViT
+from pipeline.stages.base import DataFacts, Losses, Picture, Stage
+from pipeline.stages.images import ImageOptions, image_transform, with_labels
+
+NUM_PICTURES = 8
+GRAY = 128  # of masked patches in pictures
+
+
+class MaeOptions(ImageOptions):
+    """Options of stage `mae`; the defaults are the paper's."""
+
+    decoder: DecoderConfig = DecoderConfig()
+    mask_ratio: float = Field(default=0.75, gt=0, lt=1)
+    norm_pix: bool = True
+    evaluate: tuple[Literal["reconstruction", "knn"], ...] = ("reconstruction",)
+    knn_pooling: Pooling = "avg"
+
+    @model_validator(mode="after")
+    def _masks_something(self) -> MaeOptions:
+        num_kept = self.model.num_kept(self.mask_ratio)
+        if not 0 < num_kept < self.model.num_patches:
+            raise ValueError(
+                f"mask_ratio {self.mask_ratio} keeps {num_kept} of {self.model.num_patches} patches;"
+                " at least one must be kept and one masked"
+            )
+        if not self.model.cls_token and self.knn_pooling == "cls":
+            raise ValueError("knn_pooling cls needs model.cls_token")
+        return self
+
+
+class MaeStage(Stage):
+    """Pretraining; afterwards `encode` gives features and `reconstruct` fills in what a mask hides."""
+
+    options: ClassVar[type[Config]] = MaeOptions
+
+    def __init__(self, options: MaeOptions, data: DataFacts) -> None:
+        super().__init__(options, data)
+        self.config = options
+        self.trunk = ViT(options.model)
+        self.decoder = MaeDecoder(options.decoder, options.model)
+
+    def loss(self, batch: Batch) -> Losses:
+        """Mean squared error over masked pixels, each patch normalised when `norm_pix`."""
+        assert batch.images is not None
+        pixels = normalize(batch.images, self.config.pixels)
+        masking = self.masking(batch)
+        prediction = self.predict_patches(pixels, masking, batch.seeds)
+        total = (batch.weight * self.errors(pixels, masking, prediction)).sum()
+        return Losses(total, {"reconstruction": total.detach()})
+
+    def predict(self, batch: Batch) -> Predictions:
+        """`reconstruction_mse` [B] as in `loss`, `mask` [B,N], `reconstruction` [B,3,H,W] uint8; for kNN `features`
+        [B,D] of the whole image and `labels`.
+        """
+        assert batch.images is not None
+        pixels = normalize(batch.images, self.config.pixels)
+        masking = self.masking(batch)
+        prediction = self.predict_patches(pixels, masking, batch.seeds)
+        predictions = {
+            "reconstruction_mse": self.errors(pixels, masking, prediction),
+            "mask": mask_picture(masking),
+            "reconstruction": self._put_back(batch.images, pixels, masking, prediction),
+        }
+        if "knn" not in self.config.evaluate:
+            return predictions
+        features = pool(self.trunk(pixels), self.config.knn_pooling).float()
+        return with_labels({**predictions, "features": features}, batch)
+
+    def encode(self, images: UInt8[Tensor, "b 3 h w"]) -> Tokens:
+        """Features of whole images: nothing is masked, patches come in image order."""
+        tokens: Tokens = self.trunk(normalize(images, self.config.pixels))
+        return tokens
+
+    def reconstruct(self, images: UInt8[Tensor, "b 3 h w"], mask: Bool[Tensor, "b n"]) -> UInt8[Tensor, "b 3 h w"]:
+        """The images with the patches where `mask` is True replaced by what the others suggest.
+
+        With `norm_pix` the network predicts normalised patches; they get the mean and spread of the true ones, as in
+        the paper's figures.
+
+        Raises:
+            ValueError: rows of the mask hide different numbers of patches, or none or all.
+        """
+        pixels = normalize(images, self.config.pixels)
+        masking = masking_from_mask(mask)
+        return self._put_back(images, pixels, masking, self.predict_patches(pixels, masking))
+
+    def masking(self, batch: Batch) -> Masking:
+        """The batch's masks, from its seeds."""
+        assert batch.images is not None
+        p = self.config.model.patch_size
+        num_patches = (batch.images.shape[2] // p) * (batch.images.shape[3] // p)
+        return random_masking(batch.seeds, num_patches, int(num_patches * (1 - self.config.mask_ratio)))
+
+    def predict_patches(
+        self, pixels: Float[Tensor, "b 3 h w"], masking: Masking, seeds: Tensor | None = None
+    ) -> Float[Tensor, "b m P"]:
+        """The network's prediction of the masked patches from the kept ones, in `masking.masked`'s order."""
+        prediction: Tensor = self.decoder(self.trunk(pixels, keep=masking.keep, seeds=seeds), masking)
+        return prediction
+
+    def errors(
+        self, pixels: Float[Tensor, "b 3 h w"], masking: Masking, prediction: Float[Tensor, "b m P"]
+    ) -> Float[Tensor, " b"]:
+        """Each sample's mean squared error over its masked patches."""
+        target = take(patchify(pixels, self.config.model.patch_size), masking.masked)
+        return masked_mse(prediction, normalize_patches(target) if self.config.norm_pix else target)
+
+    def transform(self, train: bool) -> Transform:
+        """Random crop and mirroring in training, the centre otherwise; labels only where kNN wants them."""
+        labels = "knn" in self.config.evaluate and bool(self.data.classes) and not train
+        return image_transform(self.config, self.data, train=train, labels=labels)
+
+    def evaluations(self) -> Mapping[str, Evaluation]:
+        """Reconstruction error with masks from the samples' seeds; weighted kNN on the features."""
+        offered: dict[str, Evaluation] = {
+            "reconstruction": MeanEvaluation("reconstruction_mse"),
+            "knn": KnnEvaluation(),
+        }
+        return {name: offered[name] for name in self.config.evaluate}
+
+    def pictures(self, batch: Batch, predictions: Predictions) -> list[Picture]:
+        """Original, masked and reconstructed images of the first samples."""
+        assert batch.images is not None
+        p = self.config.model.patch_size
+        shown = (batch.weight > 0).nonzero().flatten()[:NUM_PICTURES].cpu()
+        pictures = []
+        for i in shown.tolist():
+            image = batch.images[i].cpu()
+            grid = (image.shape[1] // p, image.shape[2] // p)
+            hidden = predictions["mask"][i].cpu().view(grid).repeat_interleave(p, 0).repeat_interleave(p, 1)
+            panels = (
+                ("original", image),
+                ("masked", image.masked_fill(hidden, GRAY)),
+                ("reconstructed", predictions["reconstruction"][i].cpu()),
+            )
+            pictures.append(Picture(f"sample {int(batch.ids[i])}", panels))
+        return pictures
+
+    def _put_back(self, images: Tensor, pixels: Tensor, masking: Masking, prediction: Tensor) -> Tensor:
+        p = self.config.model.patch_size
+        patches = patchify(pixels, p)
+        prediction = prediction.to(patches.dtype)
+        if self.config.norm_pix:
+            mean, std = patch_statistics(take(patches, masking.masked))
+            prediction = prediction * std + mean
+        index = masking.masked.unsqueeze(-1).expand(-1, -1, patches.shape[-1])
+        grid = (images.shape[2] // p, images.shape[3] // p)
+        filled = denormalize(unpatchify(patches.scatter(1, index, prediction), grid), self.config.pixels)
+        hidden = mask_picture(masking).view(-1, 1, *grid).repeat_interleave(p, 2).repeat_interleave(p, 3)
+        return torch.where(hidden, filled, images)
