@@ -1,0 +1,173 @@
+"""Images as they are stored: limits, upright orientation, plain RGB, resizing, encoding, or untouched bytes.
+
+Rules: the size is read from the header and judged before anything is decoded. EXIF orientation is applied to the
+pixels. What decoding makes of CMYK, 16 bits, transparency and animation is told in `pipeline.data.images`. A file
+whose pixels and format would stay what they are passes byte for byte, once it decoded completely.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import warnings
+from typing import NamedTuple
+
+import numpy as np
+import simplejpeg
+from jaxtyping import UInt8
+from PIL import ExifTags, Image
+
+from data_prep.account import Refused
+from data_prep.config import ImageConfig
+from pipeline.data.images import UnreadableSample, decode
+
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+_EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
+_MAGIC = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF8", b"II*\0", b"MM\0*")
+_MAX_EXIF_CHARS = 200  # of a value
+# Transpositions that undo EXIF orientations 2 to 8 (CIPA DC-008, 4.6.4).
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+class Geometry(NamedTuple):
+    """How the upright source becomes the stored image: scaled to `scaled`, then cut to `width` x `height`."""
+
+    source: tuple[int, int]  # width, height in pixels, upright
+    scaled: tuple[int, int]
+    left: int  # of the cut, in scaled pixels
+    top: int
+    width: int
+    height: int
+
+    @property
+    def unchanged(self) -> bool:
+        """Whether every pixel stays."""
+        return self.source == self.scaled == (self.width, self.height)
+
+
+class StoredImage(NamedTuple):
+    """An encoded image and where it came from."""
+
+    extension: str
+    data: bytes
+    geometry: Geometry
+    exif: str  # JSON: name -> text
+
+
+def convert(data: bytes, options: ImageConfig) -> StoredImage:
+    """Bring a source image into the form that is stored.
+
+    Raises:
+        Refused: it is no image, damaged, or outside the limits.
+    """
+    if not data:
+        raise Refused("empty_file", "zero bytes")
+    with _open(data) as image:
+        _check_limits(image.size, options)
+        exif, orientation = _exif(image)
+        upright = image.size[::-1] if orientation >= 5 else image.size
+        geometry = plan_geometry(upright, options)
+        source = _EXTENSIONS.get(image.format or "", "")
+        extension = source or "jpg" if options.format == "keep" else options.format
+        plain = image.mode in ("RGB", "L") and "transparency" not in image.info and getattr(image, "n_frames", 1) == 1
+        if extension == source and orientation == 1 and geometry.unchanged and plain:
+            _decode(data, options)  # only a file that decodes to its end passes
+            return StoredImage(extension, data, geometry, exif)
+        if image.mode == "F":
+            raise Refused("not_an_image", "floating-point pixels have no agreed range")
+    pixels = _pixels(data, options, geometry, orientation)
+    return StoredImage(extension, _encode(pixels, extension, options.quality), geometry, exif)
+
+
+def plan_geometry(size: tuple[int, int], options: ImageConfig) -> Geometry:
+    """What is stored of an upright image of `size` (width, height) pixels."""
+    width, height = size
+    shorter = min(size)
+    if options.resize == "no":
+        return Geometry(size, size, 0, 0, width, height)
+    target = min(options.size, shorter) if options.only_if_bigger else options.size
+    scaled = (max(target, round(width * target / shorter)), max(target, round(height * target / shorter)))
+    if options.resize == "keep_ratio":
+        return Geometry(size, scaled, 0, 0, *scaled)
+    return Geometry(size, scaled, (scaled[0] - target) // 2, (scaled[1] - target) // 2, target, target)
+
+
+def _open(data: bytes) -> Image.Image:
+    try:
+        with warnings.catch_warnings():
+            # Pillow's own limit only warns; ours is checked next, from the same header.
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            return Image.open(io.BytesIO(data), formats=_FORMATS)
+    except Image.DecompressionBombError as error:
+        raise Refused("image_too_large", str(error)) from None
+    except Exception as error:  # Pillow's parsers raise anything on hostile headers
+        if data.startswith(_MAGIC) or (data[:4] == b"RIFF" and data[8:12] == b"WEBP"):
+            raise Refused("image_damaged", f"begins like an image, but can't be opened ({error})") from None
+        raise Refused("not_an_image", f"{len(data)} bytes that are no JPEG, PNG, WebP, GIF, BMP or TIFF") from None
+
+
+def _check_limits(size: tuple[int, int], options: ImageConfig) -> None:
+    width, height = size
+    if width * height > options.max_pixels:
+        raise Refused("image_too_large", f"{width}x{height} pixels, more than {options.max_pixels}")
+    if min(size) < options.min_side:
+        raise Refused("image_too_small", f"{width}x{height} pixels, shorter side below {options.min_side}")
+    if max(size) > options.max_aspect * min(size):
+        raise Refused("image_too_elongated", f"{width}x{height} pixels, aspect above {options.max_aspect:g}")
+
+
+def _exif(image: Image.Image) -> tuple[str, int]:
+    """EXIF tags as JSON, and the orientation (1 where it isn't given or makes no sense)."""
+    tags: dict[str, str] = {}
+    orientation = 1
+    with contextlib.suppress(Exception):  # damaged EXIF is as good as none
+        exif = image.getexif()
+        orientation = exif.get(ExifTags.Base.Orientation, 1)
+        tags = {ExifTags.TAGS.get(tag, str(tag)): _text(value) for tag, value in sorted(exif.items())}
+    return json.dumps(tags), orientation if orientation in _UPRIGHT else 1
+
+
+def _text(value: object) -> str:
+    text = value.decode("latin-1") if isinstance(value, bytes) else str(value)
+    return text.replace("\0", "").strip()[:_MAX_EXIF_CHARS]
+
+
+def _decode(data: bytes, options: ImageConfig, min_size: tuple[int, int] | None = None) -> UInt8[np.ndarray, "h w 3"]:
+    """RGB pixels as they lie in the file; `min_size` (height, width) allows a JPEG to be decoded at a smaller scale."""
+    try:
+        return decode(data, min_size, options.max_pixels)
+    except UnreadableSample as error:
+        raise Refused("image_damaged", error.reason) from None
+
+
+def _pixels(data: bytes, options: ImageConfig, geometry: Geometry, orientation: int) -> Image.Image:
+    """Upright RGB pixels, scaled and cut."""
+    # Twice the target's pixels remain for the filter, so that scaled decoding costs no sharpness.
+    width, height = geometry.scaled if orientation < 5 else geometry.scaled[::-1]
+    image = Image.fromarray(_decode(data, options, (2 * height, 2 * width)))
+    if orientation != 1:
+        image = image.transpose(_UPRIGHT[orientation])
+    if image.size != geometry.scaled:
+        image = image.resize(geometry.scaled, Image.Resampling.BICUBIC)
+    if geometry.scaled != (geometry.width, geometry.height):
+        left, top = geometry.left, geometry.top
+        image = image.crop((left, top, left + geometry.width, top + geometry.height))
+    return image
+
+
+def _encode(image: Image.Image, extension: str, quality: int) -> bytes:
+    if extension == "jpg":
+        pixels = np.ascontiguousarray(np.asarray(image))
+        return bytes(simplejpeg.encode_jpeg(pixels, quality, colorsubsampling="420", fastdct=False))
+    buffer = io.BytesIO()
+    image.save(buffer, "WEBP" if extension == "webp" else "PNG", quality=quality)
+    return buffer.getvalue()

@@ -1,0 +1,166 @@
+"""Tasks on Ray: as many under way as there are workers, dead workers replaced, every result handed back and checked.
+
+The only file of data_prep that knows Ray.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import os
+import secrets
+import signal
+import sys
+import threading
+from collections.abc import Callable, Generator, Iterable, Iterator
+from typing import Any, TypeVar
+
+from data_prep.config import RayConfig
+from pipeline.errors import ResourceError, Stopped, UserError
+
+TaskT = TypeVar("TaskT")
+ResultT = TypeVar("ResultT")
+
+_POLL_S = 0.5
+_QUEUED = 2  # tasks handed over beyond those that run, so that no worker waits for the driver
+_OBJECT_STORE_BYTES = 512 * 2**20
+_START_FIX = "check ray.address, or leave it out to use this machine alone"
+
+
+def run(
+    function: Callable[[TaskT], ResultT],
+    tasks: Iterable[TaskT],
+    options: RayConfig,
+    *,
+    stop: Callable[[], bool] = lambda: False,
+) -> Generator[ResultT, None, None]:
+    """Results of `function` over `tasks`, in the order in which they finish.
+
+    Tasks are taken from the iterable only as workers become free, so neither tasks nor results pile up. A task whose
+    worker dies is run again, up to `options.task_retries` times; so `function` must bear being run twice.
+
+    Args:
+        function: importable on the workers (a module's function, or a partial of one).
+        stop: asked between results; once it says yes, tasks under way are given up.
+
+    Raises:
+        UserError: the first one a task raised.
+        ResourceError: no Ray there, or a task's workers died again and again.
+        Stopped: `stop` said so.
+    """
+    if options.workers == 0:
+        for task in tasks:
+            if stop():
+                raise Stopped("data preparation was stopped; the same command goes on")
+            yield function(task)
+        return
+    with session(options):
+        yield from _run_on_ray(function, tasks, options, stop)
+
+
+def _run_on_ray(
+    function: Callable[[TaskT], ResultT], tasks: Iterable[TaskT], options: RayConfig, stop: Callable[[], bool]
+) -> Generator[ResultT, None, None]:
+    import ray
+
+    num_workers = options.workers or _num_cpus()
+    remote = ray.remote(num_cpus=1, max_retries=options.task_retries, retry_exceptions=False)(_guarded)
+    shared = ray.put(function)
+    waiting: list[Any] = []
+    queue = iter(tasks)
+    limit = num_workers if options.workers else num_workers + _QUEUED
+    more = True
+    try:
+        while more or waiting:
+            while more and len(waiting) < limit:
+                task = next(queue, None)
+                if task is None:
+                    more = False
+                else:
+                    waiting.append(remote.remote(shared, task))
+            if stop():
+                raise Stopped("data preparation was stopped; the same command goes on")
+            ready, waiting = ray.wait(waiting, timeout=_POLL_S) if waiting else ([], [])
+            for reference in ready:
+                yield _result(reference)
+    finally:
+        for reference in waiting:
+            with contextlib.suppress(Exception):  # Ray itself may be what failed
+                ray.cancel(reference, force=True)
+
+
+def _num_cpus() -> int:
+    import ray
+
+    resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    return max(1, int(resources.get("CPU", 1)))
+
+
+def _guarded(function: Callable[[Any], Any], task: Any) -> tuple[Any, UserError | None]:
+    """A user's mistake comes back as a value: Ray would wrap it into an exception of another class."""
+    try:
+        return function(task), None
+    except UserError as error:
+        return None, error
+
+
+def _result(reference: Any) -> Any:
+    import ray
+
+    try:
+        value, error = ray.get(reference)
+    except (ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError, ray.exceptions.NodeDiedError) as died:
+        raise ResourceError(
+            f"the workers of a task died again and again ({type(died).__name__})",
+            where="data preparation",
+            fix="give the machine more memory, or lower shard.samples, fetch.concurrency or ray.workers",
+        ) from died
+    if error is not None:
+        raise error
+    return value
+
+
+@contextlib.contextmanager
+def session(options: RayConfig) -> Iterator[None]:
+    """A Ray to run on: the one this process is connected to, the one at `address`, or one of its own for a while.
+
+    Nothing happens where no Ray is wanted, or inside another session.
+
+    Raises:
+        ResourceError: there is none at the address, or it doesn't start.
+    """
+    if options.workers == 0:
+        yield
+        return
+    if options.address is None and "ray" not in sys.modules:
+        # A lock for what listens, of this Ray alone; Ray reads it when it is imported, and its processes inherit it.
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    handler = signal.getsignal(signal.SIGTERM) if in_main_thread else None
+    start = functools.partial(ray.init, log_to_driver=False, logging_level=logging.ERROR)
+    try:
+        if options.address is not None:
+            start(address=options.address)
+        else:
+            start(
+                address="local",  # never another user's Ray on this machine
+                num_cpus=options.workers or os.cpu_count(),
+                include_dashboard=False,
+                object_store_memory=_OBJECT_STORE_BYTES,
+            )
+    except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
+        what = f"no Ray to run on ({' '.join(str(error).split())[:200]})"
+        raise ResourceError(what, where=f"ray.address {options.address}", fix=_START_FIX) from error
+    if in_main_thread:
+        signal.signal(signal.SIGTERM, handler)  # ray.init puts its own in place, which exits at once
+    try:
+        yield
+    finally:
+        ray.shutdown()

@@ -1,0 +1,259 @@
+"""The plan of a build: every input gets a split and a place, the same in every run.
+
+Inputs are shuffled over the whole data set and cut into partitions of even size, one per shard. The order is by a
+bijective hash of (seed, position), so it needs no permutation in memory: inputs are scattered by the hash's upper bits
+into buckets, which spill to disk when they outgrow `memory_bytes`, and each bucket is sorted by itself.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.ipc
+from jaxtyping import Float64, UInt64
+
+from data_prep.config import SPLIT_NAME
+from data_prep.sources import SCHEMA
+from pipeline.errors import DataError
+
+MAX_SPLITS = 16
+UNREAD = b"unread"  # stands for the digest of an image that couldn't be read when splits were made
+_BUCKET_BYTES = 8 * 2**20  # of the listing per bucket; a table is a few times larger in memory than on disk
+_MAX_BUCKETS = 512
+
+
+class Partition(NamedTuple):
+    """The inputs of one shard, in the order in which they are stored."""
+
+    split: str
+    number: int
+    inputs: pa.Table  # of sources.SCHEMA
+
+
+def mix(values: UInt64[np.ndarray, " n"], seed: int) -> UInt64[np.ndarray, " n"]:
+    """splitmix64's finaliser (Steele et al. 2014) over values offset by a hash of the seed: a bijection of 64 bits."""
+    offset = np.uint64(int.from_bytes(hashlib.sha256(b"order %d" % seed).digest()[:8], "big"))
+    with np.errstate(over="ignore"):
+        z = values + offset
+        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))
+
+
+def unit_interval(value: bytes, seed: int) -> float:
+    """A number in [0, 1) that depends on `value` and the seed: decides the split of what shares the value."""
+    digest = hashlib.sha256(b"split %d " % seed + value).digest()
+    return int.from_bytes(digest[:7], "big") / 2**56
+
+
+def assign(values: Iterable[bytes], shares: dict[str, float], seed: int) -> pa.Array:
+    """The split of each value, in proportion to the shares; equal values share one split."""
+    names = list(shares)
+    bounds: Float64[np.ndarray, " s"] = np.cumsum(list(shares.values()))[:-1]
+    draws = np.array([unit_interval(value, seed) for value in values])
+    return pa.array([names[i].encode() for i in np.searchsorted(bounds, draws, side="right")], pa.binary())
+
+
+class Fingerprint:
+    """A digest of inputs, independent of how they were cut into batches."""
+
+    def __init__(self) -> None:
+        self._digests = {name: (hashlib.sha256(), hashlib.sha256()) for name in SCHEMA.names[1:]}
+        self.rows = 0
+
+    def update(self, batch: pa.RecordBatch) -> None:
+        self.rows += batch.num_rows
+        for name, (lengths, data) in self._digests.items():
+            column = batch.column(name)
+            sizes = pc.fill_null(pc.binary_length(column), -1)
+            lengths.update(sizes.to_numpy(zero_copy_only=False).astype("<i8").tobytes())
+            data.update(_joined(column.drop_null()))
+
+    def hexdigest(self) -> str:
+        total = hashlib.sha256(b"%d" % self.rows)
+        for lengths, data in self._digests.values():
+            total.update(lengths.digest() + data.digest())
+        return total.hexdigest()
+
+
+class Plan:
+    """All inputs of a build, shuffled and cut. Use as a context: its spill files go with it.
+
+    Args:
+        seed: of the shuffle.
+        samples: at most so many inputs per partition.
+        size_bytes: of the listing, from which the number of buckets follows (the order doesn't depend on it).
+        memory_bytes: of inputs held before they go to disk.
+    """
+
+    def __init__(self, seed: int, samples: int, *, size_bytes: int, memory_bytes: int = 256 * 2**20) -> None:
+        self.counts: Counter[str] = Counter()
+        self._seed = seed
+        self._samples = samples
+        self._bits = min(max(0, (size_bytes // _BUCKET_BYTES).bit_length()), _MAX_BUCKETS.bit_length() - 1)
+        self._buckets = _Buckets(2**self._bits, memory_bytes)
+
+    def __enter__(self) -> Plan:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._buckets.close()
+
+    def add(self, batch: pa.RecordBatch) -> None:
+        """Take inputs in; their `split` must be set.
+
+        Raises:
+            DataError: a split's name can't be a folder's, or there are implausibly many splits.
+        """
+        self._count(batch)
+        order = mix(batch.column("position").to_numpy().astype(np.uint64), self._seed)
+        bucket = order >> np.uint64(64 - self._bits) if self._bits else np.zeros_like(order)
+        for number in np.unique(bucket):
+            self._buckets.put(int(number), batch.filter(pa.array(bucket == number)))
+
+    def splits(self) -> list[str]:
+        """Names of the splits, in order."""
+        return sorted(self.counts)
+
+    def num_partitions(self, split: str) -> int:
+        """How many partitions a split is cut into."""
+        return -(-self.counts[split] // self._samples)
+
+    def partitions(self) -> Iterator[Partition]:
+        """The partitions, one after the other; those of different splits may alternate."""
+        pending: dict[str, list[pa.Table]] = {split: [] for split in self.splits()}
+        numbers: Counter[str] = Counter()
+        for bucket in self._buckets.tables():
+            order = mix(bucket.column("position").to_numpy().astype(np.uint64), self._seed)
+            ordered = bucket.take(pa.array(np.argsort(order)))
+            for split in pending:
+                chosen = ordered.filter(pc.equal(ordered.column("split"), split.encode()))
+                pending[split].append(chosen)
+                rest, pending[split] = pa.concat_tables(pending[split]), []
+                while rest.num_rows >= (size := self._size(split, numbers[split])) > 0:
+                    # A copy: a slice would drag the whole bucket's buffers along to its worker.
+                    yield Partition(split, numbers[split], rest.take(pa.array(range(size))))
+                    numbers[split] += 1
+                    rest = rest.slice(size)
+                pending[split].append(rest)
+
+    def _size(self, split: str, number: int) -> int:
+        """Inputs of a partition: sizes within a split differ by one at most; 0 beyond the last."""
+        count, cuts = self.counts[split], self.num_partitions(split)
+        return (number + 1) * count // cuts - number * count // cuts if number < cuts else 0
+
+    def _count(self, batch: pa.RecordBatch) -> None:
+        for entry in pc.value_counts(batch.column("split")).to_pylist():
+            name = (entry["values"] or b"").decode("utf-8", "replace")
+            if name not in self.counts and not SPLIT_NAME.fullmatch(name):
+                row = pc.index(batch.column("split"), entry["values"]).as_py() if entry["values"] is not None else None
+                at = batch.column("position")[row].as_py() if row is not None and row >= 0 else "?"
+                raise DataError(
+                    f"{name!r} is no split name",
+                    where=f"source, input {at}, split column",
+                    fix="use names of a-z, 0-9, '-' and '_', or unset source.split_column",
+                )
+            self.counts[name] += entry["counts"]
+        if len(self.counts) > MAX_SPLITS:
+            raise DataError(
+                f"more than {MAX_SPLITS} different splits ({', '.join(sorted(self.counts)[:5])}, ...)",
+                where="source, split column",
+                fix="set source.split_column to the column that says train, validation, ...",
+            )
+
+
+class _Buckets:
+    """Batches by bucket, in memory until they outgrow it, then in one Arrow stream file per bucket."""
+
+    def __init__(self, num_buckets: int, memory_bytes: int) -> None:
+        self._held: list[list[pa.RecordBatch]] = [[] for _ in range(num_buckets)]
+        self._held_bytes = 0
+        self._memory_bytes = memory_bytes
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._files: dict[int, tuple[Path, pa.OSFile, pa.ipc.RecordBatchStreamWriter]] = {}
+
+    def put(self, number: int, batch: pa.RecordBatch) -> None:
+        self._held[number].append(batch)
+        self._held_bytes += batch.nbytes
+        if self._held_bytes > self._memory_bytes:
+            self._spill()
+
+    def tables(self) -> Iterator[pa.Table]:
+        """Each bucket's content, in order of the buckets."""
+        if self._files:
+            self._spill()
+        for _, file, writer in self._files.values():
+            writer.close()
+            file.close()
+        for number, held in enumerate(self._held):
+            if number in self._files:
+                with pa.OSFile(str(self._files[number][0])) as file:
+                    yield pa.ipc.open_stream(file).read_all()
+            elif held:
+                yield pa.Table.from_batches(held, schema=SCHEMA)
+
+    def close(self) -> None:
+        self._held = []
+        if self._folder is not None:
+            self._folder.cleanup()
+
+    def _spill(self) -> None:
+        if self._folder is None:
+            self._folder = tempfile.TemporaryDirectory(prefix="vitrail-plan-")
+        for number, held in enumerate(self._held):
+            if not held:
+                continue
+            if number not in self._files:
+                path = Path(self._folder.name) / f"{number:04d}.arrow"
+                file = pa.OSFile(str(path), "wb")
+                self._files[number] = (path, file, pa.ipc.new_stream(file, SCHEMA))
+            writer = self._files[number][2]
+            for batch in held:
+                writer.write_batch(batch)
+        self._held = [[] for _ in self._held]
+        self._held_bytes = 0
+
+
+def by_url(batch: pa.RecordBatch, shares: dict[str, float], seed: int) -> pa.RecordBatch:
+    """The batch with splits by the hash of its URLs."""
+    urls = (value or b"" for value in batch.column("url").to_pylist())
+    return _with(batch, "split", assign(urls, shares, seed))
+
+
+def by_content(
+    batch: pa.RecordBatch, digests: list[bytes | None], shares: dict[str, float], seed: int
+) -> pa.RecordBatch:
+    """The batch with splits by the digests of its images' bytes, which are noted beside them.
+
+    Args:
+        digests: one per input; None where the image couldn't be read: it goes by its URL, since it will be booked as
+            failed in whichever split.
+    """
+    urls = batch.column("url").to_pylist()
+    values = [digest or url or b"" for digest, url in zip(digests, urls, strict=True)]
+    noted = _with(batch, "sha256", pa.array([digest or UNREAD for digest in digests], pa.binary()))
+    return _with(noted, "split", assign(values, shares, seed))
+
+
+def _with(batch: pa.RecordBatch, name: str, column: pa.Array) -> pa.RecordBatch:
+    return batch.set_column(SCHEMA.get_field_index(name), SCHEMA.field(name), column)
+
+
+def _joined(column: pa.Array) -> bytes:
+    """All values of a binary column without nulls, end to end."""
+    if len(column) == 0:
+        return b""
+    _, offsets, data = column.buffers()
+    bounds = np.frombuffer(offsets, np.int32, count=len(column) + 1, offset=4 * column.offset)
+    return bytes(memoryview(data)[bounds[0] : bounds[-1]]) if data is not None else b""

@@ -1,0 +1,292 @@
+"""Shards: deterministic WebDataset tars, their sidecars, and the commit of a partition.
+
+A partition is a fixed list of inputs; what succeeds becomes one shard. Its objects are written in this order: the
+whole tar, its index, the sidecar Parquet (one row per input), `_stats.json`, and last, create-only, the commit marker.
+Only what a marker names counts, so a worker that dies anywhere before leaves nothing that a reader takes for
+complete, and the rerun writes the same bytes to the same names.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
+from jaxtyping import Int64
+
+from data_prep.account import REASONS, Status
+from pipeline import storage
+from pipeline.data.manifest import Shard, index_bytes
+from pipeline.errors import DataError
+
+BLOCK_BYTES = 512
+MARKER_FORMAT_VERSION = 1
+SIDECAR_SCHEMA = pa.schema(
+    [
+        # img2dataset's columns
+        ("url", pa.string()),
+        ("caption", pa.string()),
+        ("key", pa.string()),
+        ("status", pa.string()),
+        ("error_message", pa.string()),
+        ("width", pa.int32()),
+        ("height", pa.int32()),
+        ("original_width", pa.int32()),
+        ("original_height", pa.int32()),
+        ("exif", pa.string()),
+        ("sha256", pa.string()),  # of the source's bytes
+        # ours
+        ("reason", pa.string()),  # "" for successes
+        ("position", pa.int64()),  # of the input in its source
+        ("tar_sha256", pa.string()),  # of the sample's byte range in the tar
+    ]
+)
+
+
+class Sample(NamedTuple):
+    """One sample, ready to be packed: members by extension, in the order in which they are stored."""
+
+    key: str
+    members: Mapping[str, bytes]
+
+
+class Row(NamedTuple):
+    """What became of one input: a row of the sidecar. Fields in the order of `SIDECAR_SCHEMA`."""
+
+    url: str
+    caption: str | None
+    key: str
+    status: Status
+    error_message: str | None
+    width: int | None
+    height: int | None
+    original_width: int | None
+    original_height: int | None
+    exif: str | None
+    sha256: str | None
+    reason: str
+    position: int
+    tar_sha256: str | None = None
+
+
+class Committed(NamedTuple):
+    """What a commit marker says about a partition; everything in it is a function of the inputs and the settings."""
+
+    split: str
+    number: int
+    inputs: int
+    failed: dict[str, int]
+    examples: dict[str, str]  # reason -> an input it struck
+    shard: Shard | None  # None: no input of the partition became a sample
+    sidecar_name: str
+    sidecar_sha256: str
+    fingerprint: str  # of the build
+
+    @property
+    def written(self) -> int:
+        """Samples in the shard."""
+        return self.shard.num_samples if self.shard else 0
+
+
+class ShardWriter:
+    """Packs samples into one uncompressed USTAR archive in memory.
+
+    The bytes depend on the samples alone: times, owners and modes are constant, names are short enough to need no
+    extended headers (which would cost 3 KB a sample).
+    """
+
+    def __init__(self) -> None:
+        self._buffer = io.BytesIO()
+        self._offsets = [0]
+
+    def add(self, sample: Sample) -> str:
+        """Append a sample; returns the sha256 of its bytes in the archive."""
+        start = self._buffer.tell()
+        for extension, data in sample.members.items():
+            self._buffer.write(tar_header(f"{sample.key}.{extension}", len(data)))
+            self._buffer.write(data)
+            self._buffer.write(bytes(-len(data) % BLOCK_BYTES))
+        self._offsets.append(self._buffer.tell())
+        with self._buffer.getbuffer() as view:
+            return hashlib.sha256(view[start:]).hexdigest()
+
+    @property
+    def num_samples(self) -> int:
+        return len(self._offsets) - 1
+
+    def finish(self) -> tuple[bytes, Int64[np.ndarray, " n_plus_1"]]:
+        """The archive and its samples' offsets; two blocks of zeros end it (POSIX ustar)."""
+        self._buffer.write(bytes(2 * BLOCK_BYTES))
+        return self._buffer.getvalue(), np.array(self._offsets, dtype=np.int64)
+
+
+def tar_header(name: str, size_bytes: int) -> bytes:
+    """One USTAR header block (POSIX.1-1988): a regular file, mode 0644, owner 0, time 0."""
+    encoded = name.encode("ascii")
+    if len(encoded) > 100 or size_bytes >= 8**11:
+        raise ValueError(f"{name!r} with {size_bytes} bytes doesn't fit a USTAR header")
+    fields = [
+        (encoded, 100),
+        (b"0000644\0", 8),
+        (b"0000000\0", 8),
+        (b"0000000\0", 8),
+        (b"%011o\0" % size_bytes, 12),
+        (b"%011o\0" % 0, 12),
+        (b" " * 8, 8),  # the checksum is computed with its own field blank
+        (b"0", 1),
+        (b"", 100),
+        (b"ustar\0" + b"00", 8),
+        (b"", 64),  # names of owner and group
+        (b"0000000\0", 8),
+        (b"0000000\0", 8),
+        (b"", 167),
+    ]
+    header = bytearray(b"".join(value.ljust(width, b"\0") for value, width in fields))
+    header[148:156] = b"%06o\0 " % sum(header)
+    return bytes(header)
+
+
+def sample_key(position: int) -> str:
+    """The key of the input at `position`: unique in the data set, without a dot, the same in every build."""
+    return f"{position:012d}"
+
+
+def shard_stem(number: int) -> str:
+    """The name of its objects without their endings."""
+    return f"{number:05d}"
+
+
+def sidecar_bytes(rows: Sequence[Row]) -> bytes:
+    """The sidecar Parquet of a partition."""
+    columns = zip(*rows, strict=True)
+    table = pa.table([pa.array(c, f.type) for c, f in zip(columns, SIDECAR_SCHEMA, strict=True)], schema=SIDECAR_SCHEMA)
+    buffer = io.BytesIO()
+    pa.parquet.write_table(table, buffer, compression="zstd")
+    return buffer.getvalue()
+
+
+def stats_bytes(rows: Sequence[Row], start_time: float, end_time: float) -> bytes:
+    """`_stats.json` as img2dataset writes it; the only object that tells when it was made."""
+    statuses = Counter(row.status for row in rows)
+    messages = Counter(row.reason or "success" for row in rows)
+    document = {
+        "count": len(rows),
+        "successes": statuses["success"],
+        "failed_to_download": statuses["failed_to_download"],
+        "failed_to_resize": statuses["failed_to_resize"],
+        "duration": end_time - start_time,
+        "start_time": start_time,
+        "end_time": end_time,
+        "status_dict": dict(sorted(messages.items())),
+    }
+    return json_bytes(document)
+
+
+def write_partition(
+    url: str,
+    split: str,
+    number: int,
+    writer: ShardWriter,
+    rows: Sequence[Row],
+    *,
+    fingerprint: str,
+    times: tuple[float, float],
+) -> Committed:
+    """Write a partition's objects below data set folder `url`, all but its marker.
+
+    A partition without any sample gets no tar, and its sidecar a name of its own, so that shards can be numbered
+    without gaps in the end.
+    """
+    folder = storage.join(url, split)
+    stem = shard_stem(number)
+    shard = None
+    if writer.num_samples:
+        archive, offsets = writer.finish()
+        index = index_bytes(offsets)
+        shard = Shard(
+            name=f"{stem}.tar",
+            num_samples=writer.num_samples,
+            size_bytes=len(archive),
+            sha256=hashlib.sha256(archive).hexdigest(),
+            index_name=f"{stem}.index.npy",
+            index_sha256=hashlib.sha256(index).hexdigest(),
+        )
+        storage.write(storage.join(folder, shard.name), archive)
+        storage.write(storage.join(folder, shard.index_name), index)
+    sidecar = sidecar_bytes(rows)
+    sidecar_name = f"{stem}.parquet" if shard else f"failed-{stem}.parquet"
+    storage.write(storage.join(folder, sidecar_name), sidecar)
+    if shard:
+        storage.write(storage.join(folder, f"{stem}_stats.json"), stats_bytes(rows, *times))
+    counted = Counter(row.reason for row in rows if row.reason)
+    return Committed(
+        split=split,
+        number=number,
+        inputs=len(rows),
+        failed={reason: counted[reason] for reason in REASONS if counted[reason]},
+        examples=_examples(rows),
+        shard=shard,
+        sidecar_name=sidecar_name,
+        sidecar_sha256=hashlib.sha256(sidecar).hexdigest(),
+        fingerprint=fingerprint,
+    )
+
+
+def marker_url(url: str, split: str, number: int) -> str:
+    """Where the commit marker of a partition stands."""
+    return storage.join(url, "_prep", "partitions", split, f"{shard_stem(number)}.json")
+
+
+def commit(url: str, committed: Committed) -> Committed:
+    """Create the partition's marker; returns what is committed now, also where another attempt was first."""
+    place = marker_url(url, committed.split, committed.number)
+    if storage.create(place, marker_bytes(committed)):
+        return committed
+    return read_marker(storage.read(place), place)
+
+
+def marker_bytes(committed: Committed) -> bytes:
+    """A commit marker."""
+    document = committed._asdict() | {
+        "format": "vitrail.partition",
+        "format_version": MARKER_FORMAT_VERSION,
+        "shard": committed.shard._asdict() if committed.shard else None,
+    }
+    return json_bytes(document)
+
+
+def read_marker(data: bytes, where: str) -> Committed:
+    """A commit marker's content.
+
+    Raises:
+        DataError: it is damaged, or newer than this reader.
+    """
+    try:
+        document: dict[str, Any] = json.loads(data)
+        version = document.pop("format_version")
+        if document.pop("format") != "vitrail.partition" or version > MARKER_FORMAT_VERSION:
+            raise ValueError(f"format_version {version} is newer than this reader ({MARKER_FORMAT_VERSION})")
+        shard = document.pop("shard")
+        return Committed(shard=Shard(**shard) if shard else None, **document)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"no commit marker ({error})", where=where, fix="delete it and run the same command") from error
+
+
+def json_bytes(document: Mapping[str, Any]) -> bytes:
+    """JSON in a fixed form, so that equal content has equal bytes."""
+    return (json.dumps(document, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode("utf-8")
+
+
+def _examples(rows: Sequence[Row]) -> dict[str, str]:
+    """The first input that each reason struck."""
+    found: dict[str, str] = {}
+    for row in rows:
+        if row.reason:
+            found.setdefault(row.reason, f"{row.url!r}: {row.error_message}"[:300])
+    return found

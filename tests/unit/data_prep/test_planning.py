@@ -1,0 +1,140 @@
+from collections import Counter
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data_prep.planning import Fingerprint, Plan, assign, by_content, by_url, mix
+from data_prep.sources import SCHEMA
+from pipeline.errors import DataError
+
+
+def batch(start: int, count: int, split: str | None = "train") -> pa.RecordBatch:
+    rows = range(start, start + count)
+    columns = {
+        "position": pa.array(rows, pa.int64()),
+        "url": pa.array([f"{i}.jpg".encode() for i in rows], pa.binary()),
+        "caption": pa.array([b"c%d" % i if i % 3 else None for i in rows], pa.binary()),
+        "split": pa.array([split.encode() if split else None] * count, pa.binary()),
+    }
+    return pa.RecordBatch.from_arrays(
+        [columns.get(field.name, pa.nulls(count, field.type)) for field in SCHEMA], schema=SCHEMA
+    )
+
+
+def order(plan: Plan) -> list[tuple[str, int, list[int]]]:
+    return [(p.split, p.number, p.inputs.column("position").to_pylist()) for p in plan.partitions()]
+
+
+def planned(
+    cuts: list[int], *, seed: int = 0, samples: int = 7, size_bytes: int = 0, memory_bytes: int = 1 << 20
+) -> Plan:
+    plan = Plan(seed, samples, size_bytes=size_bytes, memory_bytes=memory_bytes)
+    start = 0
+    for count in cuts:
+        plan.add(batch(start, count))
+        start += count
+    return plan
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=6), st.integers(1, 20), st.integers(0, 3))
+def test_every_input_is_in_one_partition_and_sizes_are_even(cuts: list[int], samples: int, seed: int) -> None:
+    with planned(cuts, samples=samples, seed=seed) as plan:
+        parts = order(plan)
+        total = sum(cuts)
+        assert sorted(i for _, _, rows in parts for i in rows) == list(range(total))
+        assert [number for _, number, _ in parts] == list(range(plan.num_partitions("train")))
+        sizes = [len(rows) for _, _, rows in parts]
+        assert max(sizes) <= samples
+        assert max(sizes) - min(sizes) <= 1
+
+
+def test_the_order_depends_on_the_seed_alone() -> None:
+    with planned([100]) as plan:
+        reference = order(plan)
+    with planned([1, 59, 40]) as plan:
+        assert order(plan) == reference
+    # Many buckets, on disk instead of in memory.
+    with planned([30, 70], size_bytes=1 << 32, memory_bytes=1000) as plan:
+        assert order(plan) == reference
+    with planned([100], seed=1) as plan:
+        assert order(plan) != reference
+
+
+def test_the_order_is_a_shuffle() -> None:
+    with planned([10_000], samples=10_000) as plan:
+        rows = np.array(order(plan)[0][2])
+    assert abs(np.corrcoef(rows, np.arange(10_000))[0, 1]) < 0.05
+    assert np.mean(np.abs(np.diff(rows)) < 10) < 0.01
+
+
+def test_the_hash_is_a_bijection() -> None:
+    assert len(np.unique(mix(np.arange(100_000, dtype=np.uint64), 3))) == 100_000
+
+
+def test_spilled_inputs_are_removed_in_the_end(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    with planned([300], memory_bytes=10) as plan:
+        assert list(tmp_path.iterdir())
+        assert len(order(plan)) == plan.num_partitions("train")
+    assert not list(tmp_path.iterdir())
+
+
+def test_splits_have_their_shares_and_equal_values_share_one() -> None:
+    shares = {"train": 0.8, "validation": 0.15, "heldout": 0.05}
+    values = [b"%d" % i for i in range(20_000)]
+    found = assign(values, shares, 0).to_pylist()
+    counts = Counter(found)
+    for name, share in shares.items():
+        assert counts[name.encode()] / len(values) == pytest.approx(share, rel=0.1)
+    assert assign(list(reversed(values)), shares, 0).to_pylist() == found[::-1]
+    assert assign(values, shares, 1).to_pylist() != found
+
+
+def test_equal_images_share_a_split_whatever_their_urls() -> None:
+    shares = {"a": 0.5, "b": 0.5}
+    rows = batch(0, 200, None)
+    digests: list[bytes | None] = [b"%032d" % (i // 10) for i in range(200)]
+    splits = by_content(rows, digests, shares, 0).column("split").to_pylist()
+    assert all(len(set(splits[i : i + 10])) == 1 for i in range(0, 200, 10))
+    assert len(set(splits)) == 2
+    assert len({tuple(by_url(rows, shares, 0).column("split").to_pylist()[i : i + 10]) for i in range(0, 200, 10)}) > 2
+
+
+def test_the_fingerprint_knows_values_not_batches() -> None:
+    def digest(*batches: pa.RecordBatch) -> str:
+        fingerprint = Fingerprint()
+        for item in batches:
+            fingerprint.update(item)
+        return fingerprint.hexdigest()
+
+    whole = digest(batch(0, 30))
+    assert digest(batch(0, 30).slice(0, 11), batch(0, 30).slice(11)) == whole
+    assert digest(batch(0, 29)) != whole
+    assert digest(batch(1, 30)) != whole
+    urls = [b"ab", b"c", *[b""] * 28]
+    moved = [b"a", b"bc", *[b""] * 28]
+    column = SCHEMA.get_field_index("url")
+    first, second = (
+        digest(batch(0, 30).set_column(column, "url", pa.array(values, pa.binary()))) for values in (urls, moved)
+    )
+    assert first != second
+
+
+@pytest.mark.parametrize(
+    ("split", "message"), [("../etc", r"'\.\./etc' is no split name"), (None, "'' is no split name")]
+)
+def test_a_split_must_have_a_folders_name(split: str | None, message: str) -> None:
+    with Plan(0, 10, size_bytes=0) as plan, pytest.raises(DataError, match=message):
+        plan.add(batch(0, 3, split))
+
+
+def test_a_column_of_many_values_is_no_split_column() -> None:
+    with Plan(0, 10, size_bytes=0) as plan:
+        for i in range(16):
+            plan.add(batch(i, 1, f"value-{i}"))
+        with pytest.raises(DataError, match="more than 16 different splits"):
+            plan.add(batch(16, 1, "value-16"))
