@@ -1,0 +1,346 @@
+"""The run directory: everything one training run leaves behind, under a local path or an `s3://` URL.
+
+    config.yaml resolved.yaml command.txt environment.json status.json
+    metrics.jsonl                 local: one JSON object a line, appended
+    metrics/NNNNNN-NNNNNN.jsonl   s3: numbered chunks per attempt, since objects can't be appended to
+    evaluations/step-%09d.json    {"figures": {...}, "details": {...}}
+    pictures/step-%09d/           pictures.json and the panels it names
+    checkpoints/ tensorboard/ logs/
+
+Secrets never enter it. Readers see whole files only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from pipeline import storage
+from pipeline.config import Document
+from pipeline.errors import ConfigError, StorageError
+
+FREE_TO_CHANGE = (
+    "data.workers",
+    "data.evaluate_batch",
+    "checkpoint.every_samples",
+    "checkpoint.keep_last",
+    "checkpoint.keep_every_samples",
+    "engine.zero_stage",
+    "engine.micro_batch",
+    "evaluate_every_samples",
+    "log_every_samples",
+    "nonfinite.max_consecutive",
+    "time_limit_s",
+    "runs",
+)
+"""Keys that a resumed run may change: they don't change what is learned, and checkpoints are portable."""
+
+PACKAGES = ("vitrail", "torch", "torchvision", "deepspeed", "ray", "open_clip_torch", "timm", "safetensors")
+CHUNK_LINES = 200
+CHUNK_SECONDS = 30.0
+
+
+class RunDir:
+    """One run's directory. Only rank 0 writes."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url.rstrip("/")
+        self._pending: list[str] = []
+        self._chunk: tuple[int, int] | None = None  # attempt and number of the next chunk, once known
+        self._flushed_at = time.monotonic()
+
+    def at(self, *parts: str) -> str:
+        """Path or URL of something in the directory."""
+        return storage.join(self.url, *parts)
+
+    @property
+    def checkpoints_url(self) -> str:
+        """Where checkpoints lie when the configuration says nothing else."""
+        return self.at("checkpoints")
+
+    def prepare(self, config: Document, resolved: Mapping[str, Any] | None = None, command: Sequence[str] = ()) -> None:
+        """Make the directory ready for an attempt at the run `config` describes.
+
+        Raises:
+            ConfigError: a run of this name exists and its configuration differs in a key that changes what is
+                learned; nothing was written then.
+        """
+        self.check(config)
+        storage.write(self.at("config.yaml"), yaml.safe_dump(config, sort_keys=False, allow_unicode=True).encode())
+        if resolved is not None:
+            storage.write(self.at("resolved.yaml"), yaml.safe_dump(dict(resolved), sort_keys=False).encode())
+        if command:
+            storage.write(self.at("command.txt"), (" ".join(command) + "\n").encode())
+        storage.write(self.at("environment.json"), _json(environment()))
+
+    def check(self, config: Document) -> None:
+        """Compare `config` with that of the run in this directory, once it has begun; see `prepare`."""
+        earlier = self.config()
+        if earlier is None or not self.status().get("attempt"):  # refused before its first attempt: nothing to protect
+            return
+        changed = [
+            f"{key}: {_show(old)} -> {_show(new)}"
+            for key, old, new in _differences(earlier, config)
+            if not any(key == free or key.startswith(f"{free}.") for free in FREE_TO_CHANGE)
+        ]
+        if changed:
+            raise ConfigError(
+                "the run exists with another configuration (" + "; ".join(changed) + ")",
+                where=self.url,
+                fix="give the new run a name of its own (name=...), or undo the change to resume this one",
+            )
+
+    def config(self) -> Document | None:
+        """The configuration of the run here; None when there is none."""
+        text = _read(self.at("config.yaml"))
+        if text is None:
+            return None
+        document = yaml.safe_load(text)
+        return document if isinstance(document, dict) else None
+
+    def resolved(self) -> dict[str, Any]:
+        """Derived values of the last attempt, for people to look at."""
+        text = _read(self.at("resolved.yaml"))
+        return dict(yaml.safe_load(text) or {}) if text is not None else {}
+
+    def environment(self) -> dict[str, Any]:
+        """Versions and machine of the last attempt."""
+        return _object(_read(self.at("environment.json")))
+
+    def status(self) -> dict[str, Any]:
+        """The state as last written; {} for a directory that holds no run."""
+        return _object(_read(self.at("status.json")))
+
+    def write_status(self, **changes: Any) -> None:
+        """Merge `changes` into status.json; `updated` is set."""
+        storage.write(self.at("status.json"), _json({**self.status(), **changes, "updated": time.time()}))
+
+    def append_metrics(self, lines: Iterable[Mapping[str, Any]]) -> None:
+        """Add metric lines of this attempt (each with `kind`, `attempt`, `step`).
+
+        Locally they are in the file when this returns. Under s3:// they are kept until a chunk is worth an object;
+        `flush_metrics` sends what is left.
+        """
+        texts = [json.dumps(line, separators=(",", ":"), allow_nan=True) for line in lines]
+        if not texts:
+            return
+        if storage.is_remote(self.url):
+            self._pending += texts
+            waited = time.monotonic() - self._flushed_at
+            if len(self._pending) >= CHUNK_LINES or waited >= CHUNK_SECONDS:
+                self.flush_metrics()
+            return
+        path = Path(self.at("metrics.jsonl"))
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("ab") as file:
+                torn = file.tell() > 0 and not _ends_line(path)
+                file.write(b"\n" * torn + "".join(f"{text}\n" for text in texts).encode())
+        except OSError as error:
+            raise StorageError(
+                f"can't be written ({error})", where=str(path), fix="free space or mend rights"
+            ) from error
+
+    def flush_metrics(self) -> None:
+        """Upload lines kept back."""
+        self._flushed_at = time.monotonic()
+        if not self._pending:
+            return
+        attempt = int(json.loads(self._pending[0])["attempt"])
+        number = self._chunk[1] if self._chunk is not None and self._chunk[0] == attempt else 0
+        text = "".join(f"{line}\n" for line in self._pending).encode()
+        storage.write(self.at("metrics", f"{attempt:06d}-{number:06d}.jsonl"), text)
+        self._chunk = (attempt, number + 1)
+        self._pending = []
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """Metric lines of the run as it went, in order of steps.
+
+        An attempt that died may have logged steps beyond the checkpoint its successor resumed from; those lines are
+        dropped, since the successor went through these steps again. A line torn by a crash is dropped too.
+        """
+        lines: list[dict[str, Any]] = []
+        resumed = self.resumed_steps()
+        for line in self._all_lines():
+            later = [step for attempt, step in resumed.items() if attempt > line.get("attempt", 0)]
+            if not later or line.get("step", 0) <= min(later):
+                lines.append(line)
+        order = {"train": 0, "evaluate": 1}
+        return sorted(lines, key=lambda x: (x.get("step", 0), order.get(x.get("kind", ""), 2), x.get("attempt", 0)))
+
+    def resumed_steps(self) -> dict[int, int]:
+        """The step each attempt resumed from, by attempt number (0: from the start)."""
+        return {
+            int(line["attempt"]): int(line["resumed_step"])
+            for line in self._all_lines()
+            if line.get("kind") == "attempt"
+        }
+
+    def write_evaluation(self, step: int, figures: Mapping[str, float], details: Mapping[str, Any]) -> None:
+        """Save what an evaluation measured."""
+        storage.write(
+            self.at("evaluations", f"step-{step:09d}.json"), _json({"figures": dict(figures), "details": dict(details)})
+        )
+
+    def evaluations(self) -> dict[int, dict[str, Any]]:
+        """Every saved evaluation by step: {"figures", "details"}."""
+        found = {}
+        for entry in storage.entries(self.at("evaluations")):
+            match = re.search(r"step-(\d+)\.json$", entry.url)
+            if match:
+                found[int(match[1])] = _object(storage.read(entry.url))
+        return found
+
+    def write_pictures(self, step: int, pictures: Sequence[tuple[str, Sequence[tuple[str, bytes]]]]) -> None:
+        """Save pictures as (title, panels), a panel being (caption, PNG bytes); the list of them is written last."""
+        folder = self.at("pictures", f"step-{step:09d}")
+        table = []
+        for number, (title, panels) in enumerate(pictures):
+            rows = []
+            for k, (caption, png) in enumerate(panels):
+                name = f"{number:02d}-{_slug(title)}/{k}-{_slug(caption)}.png"
+                storage.write(storage.join(folder, name), png)
+                rows.append({"caption": caption, "file": name})
+            table.append({"title": title, "panels": rows})
+        storage.write(storage.join(folder, "pictures.json"), _json(table))
+
+    def pictures(self) -> dict[int, list[dict[str, Any]]]:
+        """Saved pictures by step; each panel's `file` is a full path or URL."""
+        found = {}
+        for entry in storage.entries(self.at("pictures")):
+            match = re.search(r"step-(\d+)/pictures\.json$", entry.url)
+            if not match:
+                continue
+            folder = entry.url.removesuffix("/pictures.json")
+            table = json.loads(storage.read(entry.url))
+            for picture in table:
+                for panel in picture["panels"]:
+                    panel["file"] = storage.join(folder, panel["file"])
+            found[int(match[1])] = table
+        return found
+
+    def _all_lines(self) -> list[dict[str, Any]]:
+        texts = []
+        if storage.is_remote(self.url):
+            texts = [storage.read(e.url) for e in storage.entries(self.at("metrics")) if e.url.endswith(".jsonl")]
+        else:
+            text = _read(self.at("metrics.jsonl"))
+            texts = [] if text is None else [text]
+        lines = []
+        for text in texts:
+            for row in text.splitlines():
+                with contextlib.suppress(ValueError):  # torn by a crash
+                    line = json.loads(row)
+                    if isinstance(line, dict):
+                        lines.append(line)
+        return lines + [json.loads(pending) for pending in self._pending]
+
+
+def environment() -> dict[str, Any]:
+    """Versions and machine, without names of users, variables or anything secret."""
+    versions = {}
+    for package in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    return {
+        "python": platform.python_version(),
+        "packages": versions,
+        "system": f"{platform.system()} {platform.release()}",
+        "machine": platform.machine(),
+        "processor": _processor(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "git": _git_revision(),
+    }
+
+
+def _differences(old: Any, new: Any, prefix: str = "") -> list[tuple[str, Any, Any]]:
+    """(dotted key, old value, new value) of every leaf that differs."""
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        found = []
+        for key in [*old, *(key for key in new if key not in old)]:
+            found += _differences(old.get(key), new.get(key), f"{prefix}.{key}" if prefix else str(key))
+        return found
+    old, new = _listed(old), _listed(new)
+    return [] if old == new else [(prefix, old, new)]
+
+
+def _listed(value: Any) -> Any:
+    return [_listed(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def _show(value: Any) -> str:
+    return "unset" if value is None else json.dumps(value, ensure_ascii=False, default=str)
+
+
+def _processor() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor()
+
+
+def _git_revision() -> str | None:
+    """Revision of the source tree this runs from, with `+` when it has changes; None outside a repository."""
+    here = Path(__file__).resolve().parent.parent
+    if not (here / ".git").exists():
+        return None
+    try:
+        told = subprocess.run(
+            ["git", "-C", str(here), "describe", "--always", "--dirty=+", "--abbrev=12", "--exclude=*"],
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return told.stdout.strip() or None
+
+
+def command_line() -> list[str]:
+    """How this process was started."""
+    return [Path(sys.argv[0]).name, *sys.argv[1:]]
+
+
+def _ends_line(path: Path) -> bool:
+    with path.open("rb") as file:
+        file.seek(-1, os.SEEK_END)
+        return file.read(1) == b"\n"
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:40] or "x"
+
+
+def _read(url: str) -> bytes | None:
+    try:
+        return storage.read(url)
+    except FileNotFoundError:
+        return None
+
+
+def _object(text: bytes | None) -> dict[str, Any]:
+    if text is None:
+        return {}
+    with contextlib.suppress(ValueError):
+        document = json.loads(text)
+        if isinstance(document, dict):
+            return document
+    return {}
+
+
+def _json(document: Any) -> bytes:
+    return (json.dumps(document, indent=1, ensure_ascii=False, default=str) + "\n").encode()

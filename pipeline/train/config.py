@@ -1,0 +1,107 @@
+"""The envelope of a training run: what is common to all stages.
+
+Lengths are counted in samples, never in steps, so that a recipe means the same at any batch size. The stage's own
+options (with the model's) stand under `options`, checked by the stage's options class.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from pipeline.config import Config
+
+
+class DataConfig(Config):
+    """What is read, and how."""
+
+    train: str  # folder of a data set: a path or s3:// URL
+    evaluate: dict[str, str] = {}  # name -> folder; evaluations see the names
+    global_batch: int = Field(gt=0)
+    workers: int = Field(default=1, ge=0)  # loader processes per rank; 0 reads in the training process
+    block: int = Field(default=256, gt=0)  # neighbouring samples read as one range
+    lanes: int = Field(default=16, gt=0)  # streams a global batch is taken from; divides global_batch
+    window: int = Field(default=1024, gt=0)  # samples shuffled among each other within a lane
+    evaluate_batch: int = Field(default=256, gt=0)  # samples per rank and prediction
+    max_unreadable: float = Field(default=0.01, ge=0, le=1)  # share of unreadable samples that stops the run
+
+    @model_validator(mode="after")
+    def _lanes_divide(self) -> DataConfig:
+        if self.global_batch % self.lanes:
+            raise ValueError(f"lanes ({self.lanes}) must divide global_batch ({self.global_batch})")
+        return self
+
+
+class OptimConfig(Config):
+    """Optimizer and learning-rate schedule."""
+
+    name: Literal["adamw", "lars", "sgd"] = "adamw"
+    lr: float | None = Field(default=None, gt=0)  # peak; else base_lr * global_batch / 256
+    base_lr: float | None = Field(default=None, gt=0)
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = Field(default=1e-8, gt=0)
+    momentum: float = Field(default=0.9, ge=0, lt=1)  # lars, sgd
+    weight_decay: float = Field(default=0.05, ge=0)
+    layer_decay: float = Field(default=1.0, gt=0, le=1)
+    clip_grad: float = Field(default=0.0, ge=0)  # 0 = none
+    schedule: Literal["cosine", "constant", "step"] = "cosine"
+    warmup_samples: int = Field(default=0, ge=0)
+    min_lr: float = Field(default=0.0, ge=0)
+    drops: tuple[float, ...] = ()  # step schedule: shares of the length at which lr falls by drop_factor
+    drop_factor: float = Field(default=0.1, gt=0, lt=1)
+
+    @model_validator(mode="after")
+    def _one_rate(self) -> OptimConfig:
+        if (self.lr is None) == (self.base_lr is None):
+            raise ValueError("give exactly one of lr and base_lr")
+        return self
+
+
+class EngineConfig(Config):
+    """How DeepSpeed runs the model."""
+
+    zero_stage: Literal[0, 1, 2, 3] = 2
+    precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 where the hardware multiplies it, else fp32
+    micro_batch: int | None = Field(default=None, gt=0)  # samples per rank and forward; None: the whole share
+
+
+class CheckpointConfig(Config):
+    """When and where state is saved."""
+
+    url: str | None = None  # None: checkpoints/ under the run directory
+    every_samples: int | None = Field(default=None, gt=0)  # None: only at the end and when stopped
+    keep_last: int = Field(default=2, gt=0)
+    keep_every_samples: int | None = Field(default=None, gt=0)
+
+
+class NonFiniteConfig(Config):
+    """What happens when a loss or gradient isn't finite: the step is skipped on all ranks; too many stop the run."""
+
+    max_consecutive: int = Field(default=5, gt=0)
+
+
+class TrainConfig(Config):
+    """One training run."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    stage: str  # a name in pipeline.stages.STAGES
+    options: dict[str, Any] = {}  # the stage's own options, `model` among them
+    data: DataConfig
+    length_samples: int = Field(gt=0)
+    optim: OptimConfig
+    engine: EngineConfig = EngineConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    nonfinite: NonFiniteConfig = NonFiniteConfig()
+    seed: int = Field(default=0, ge=0)
+    init_from: str | None = None  # weights to start from: a run directory or a checkpoint folder, any stage's
+    init_prefixes: tuple[str, ...] = ("trunk.",)  # parameters taken from there; the rest may be new
+    log_every_samples: int | None = Field(default=None, gt=0)  # None: every step
+    evaluate_every_samples: int | None = Field(default=None, gt=0)  # None: only at the end
+    time_limit_s: float | None = Field(default=None, gt=0)  # save and stop with 75 before it is over
+    runs: str = "runs"  # folder (or s3:// URL) of run directories
+
+    @property
+    def run_url(self) -> str:
+        """The run directory."""
+        return f"{self.runs.rstrip('/')}/{self.name}"

@@ -1,0 +1,89 @@
+"""What runs a stage's forward, backward and update over all ranks, and hands out and takes back its state.
+
+The loop and the checkpoints know this file; DeepSpeed is behind `engine_deepspeed`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import NamedTuple, Protocol, runtime_checkable
+
+from jaxtyping import Float
+from torch import Tensor
+
+from pipeline.data.batch import Batch
+from pipeline.evaluate.base import Predictions
+
+
+class Span(NamedTuple):
+    """Elements [start, stop) of one flattened parameter or buffer."""
+
+    name: str
+    start: int
+    stop: int
+
+
+class Fragment(NamedTuple):
+    """A span's state. The tensors of a snapshot are views, valid until the next `step`.
+
+    `tensors` holds `value` (fp32 for parameters, a buffer's own type for buffers) and what the optimizer keeps per
+    element (`exp_avg`, `exp_avg_sq`, `momentum_buffer`); `group` what it keeps per parameter (`lr`, `weight_decay`,
+    `lr_scale`, `step`). Empty `group`: frozen, or a buffer.
+    """
+
+    name: str
+    start: int
+    stop: int
+    tensors: Mapping[str, Float[Tensor, " stop_minus_start"]]
+    group: Mapping[str, float]
+
+
+class TensorFacts(NamedTuple):
+    """What a checkpoint tells about one parameter or buffer as a whole."""
+
+    shape: tuple[int, ...]
+    kind: str  # "parameter", "frozen" or "buffer"
+    dtype: str  # torch's name of the values' type
+
+
+class StepResult(NamedTuple):
+    """What one global step came to; the same on every rank."""
+
+    loss: float  # weighted mean over the global batch
+    parts: dict[str, float]
+    grad_norm: float  # before clipping; inf or NaN when the step was skipped for it
+    applied: bool  # False: nothing changed, loss or gradient wasn't finite on some rank
+    stop: bool  # some rank was asked to stop
+    suspects: tuple[int, ...] = ()  # ids of the samples that a non-finite loss came from, all where it can't be told
+
+
+Read = Callable[[str, int, int], Fragment]
+
+
+@runtime_checkable
+class Engine(Protocol):
+    """One stage in training. All methods but `snapshot` are collective."""
+
+    def step(self, micro: Sequence[Batch], lr: float, *, stop: bool = False) -> StepResult:
+        """Forward and backward over this rank's micro batches, one update. `stop` is this rank's vote."""
+        ...
+
+    def predict(self, batch: Batch) -> Predictions:
+        """The stage's predictions, in eval mode and without gradients."""
+        ...
+
+    def facts(self) -> dict[str, TensorFacts]:
+        """Every parameter and persistent buffer by name, in the module's order."""
+        ...
+
+    def snapshot(self) -> Iterable[Fragment]:
+        """The rank's own share of the state; all ranks' shares together hold every element once."""
+        ...
+
+    def wanted(self) -> list[Span]:
+        """What `restore` will read on this rank."""
+        ...
+
+    def restore(self, read: Read) -> None:
+        """Take over a snapshot made at any ZeRO stage, world size and precision."""
+        ...

@@ -1,0 +1,104 @@
+"""Starting from another run's weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pipeline.errors import CheckpointError
+from pipeline.models.position import interpolate
+from pipeline.stages.base import Stage
+
+POSITION_TABLE = "trunk.pos_embed"
+
+
+class LoadReport(NamedTuple):
+    """What became of each name."""
+
+    loaded: list[str]
+    resized: list[str]
+    new: list[str]  # of the stage, keeping their initial values
+    ignored: list[str]  # of the source
+
+    def lines(self) -> list[str]:
+        """For the log: the table of what was loaded, resized, new and ignored."""
+        return [
+            f"  {label:8s} {len(names):4d}  {_summary(names)}"
+            for label, names in zip(("loaded", "resized", "new", "ignored"), self, strict=True)
+        ]
+
+
+def load_initial(stage: Stage, weights: Mapping[str, Tensor], prefixes: Sequence[str], *, where: str) -> LoadReport:
+    """Copy the parameters under `prefixes` from `weights` into a stage that was just built (fp32).
+
+    Loading is strict: each such parameter must be there in its shape. Two exceptions: a trained position table is
+    evaluated for the stage's grid by the trunk's own interpolation, and one that the source doesn't have (its table
+    was fixed) keeps its initial values.
+
+    Raises:
+        CheckpointError: a parameter is missing, or has another shape.
+    """
+    own = {**dict(stage.named_parameters()), **{n: b for n, b in stage.named_buffers() if n in stage.state_dict()}}
+    loaded: list[str] = []
+    resized: list[str] = []
+    new: list[str] = []
+    for name, target in own.items():
+        if not any(name.startswith(prefix) for prefix in prefixes):
+            new.append(name)
+            continue
+        source = weights.get(name)
+        if source is None and name == POSITION_TABLE:
+            new.append(name)
+            continue
+        if source is None:
+            raise CheckpointError(
+                f"they hold no {name}", where=where, fix="check init_from, or narrow init_prefixes to what it holds"
+            )
+        if source.shape != target.shape and name == POSITION_TABLE:
+            source = _resized_table(stage, source, where)
+            resized.append(name)
+        elif source.shape != target.shape:
+            raise CheckpointError(
+                f"{name} is {_shape(source)} there and {_shape(target)} here",
+                where=where,
+                fix="make options.model the same as in the run the weights come from",
+            )
+        else:
+            loaded.append(name)
+        with torch.no_grad():
+            target.copy_(source)
+    taken = {*loaded, *resized}
+    return LoadReport(loaded, resized, new, [name for name in weights if name not in taken])
+
+
+def _resized_table(stage: Stage, source: Tensor, where: str) -> Tensor:
+    """A position table [1, prefix + N, D] of a square grid, evaluated for the trunk's own grid."""
+    config = stage.trunk.config
+    num_prefix = int(config.cls_token)
+    num_patches = source.shape[1] - num_prefix
+    side = math.isqrt(max(num_patches, 0))
+    if side * side != num_patches or source.shape[2] != stage.trunk.width:
+        raise CheckpointError(
+            f"{POSITION_TABLE} is {_shape(source)}, which isn't a square grid of this width",
+            where=where,
+            fix="make options.model the same as in the run the weights come from",
+        )
+    table = interpolate(source[0, num_prefix:].float(), (side, side), config.grid, config.interpolation)
+    return torch.cat([source[:, :num_prefix].float(), table.unsqueeze(0)], dim=1)
+
+
+def _shape(tensor: Tensor) -> str:
+    return "x".join(map(str, tensor.shape))
+
+
+def _summary(names: Sequence[str]) -> str:
+    """Names by their first two parts, with counts."""
+    counts: dict[str, int] = {}
+    for name in names:
+        head = ".".join(name.split(".")[:2])
+        counts[head] = counts.get(head, 0) + 1
+    return ", ".join(f"{head} ({count})" if count > 1 else head for head, count in counts.items())

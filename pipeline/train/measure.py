@@ -1,0 +1,95 @@
+"""Evaluations and pictures of a stage in training."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from pipeline import ranks
+from pipeline.data.batch import Batch
+from pipeline.data.loader import sweep
+from pipeline.data.manifest import Manifest
+from pipeline.stages.base import Picture, Stage
+from pipeline.train.config import TrainConfig
+from pipeline.train.engine import Engine
+from pipeline.train.state import State
+from pipeline.train.track import Tracker
+
+PICTURE_BATCH = 16  # samples that pictures are made of
+
+
+class Measurement:
+    """Runs every evaluation the stage offers and saves figures, details and pictures. Collective.
+
+    Args:
+        train: the training set, which an evaluation sees as "train", without augmentation.
+        sets: the evaluation sets by name.
+        tracker: rank 0's; None elsewhere.
+    """
+
+    def __init__(
+        self,
+        stage: Stage,
+        engine: Engine,
+        config: TrainConfig,
+        train: Manifest,
+        sets: Mapping[str, Manifest],
+        tracker: Tracker | None,
+    ) -> None:
+        self._stage = stage
+        self._engine = engine
+        self._config = config
+        self._manifests = {"train": train, **sets}
+        self._names = tuple(sets)
+        self._tracker = tracker
+
+    def __call__(self, state: State) -> dict[str, float]:
+        """Measure now; the figures, which are the same on all ranks."""
+        figures: dict[str, float] = {}
+        details: dict[str, Any] = {}
+        for evaluation in self._stage.evaluations().values() if self._names else ():
+            measured = evaluation(self._engine.predict, self.sweep, self._names)
+            figures.update(measured)
+            details.update(measured.details)
+        pictures = self._pictures()
+        if self._tracker is not None:
+            self._tracker.evaluated(state.step, state.samples, figures, details)
+            self._tracker.pictures(state.step, [(p.title, [(c, _png(i)) for c, i in p.panels]) for p in pictures])
+        ranks.barrier()
+        return figures
+
+    def sweep(self, name: str) -> Iterator[Batch]:
+        """Once over the named set, this rank's share; see `pipeline.evaluate.base.Sweep`."""
+        return iter(self._sweep(name, self._config.data.evaluate_batch, self._config.data.workers))
+
+    def _sweep(self, name: str, batch: int, workers: int) -> Iterable[Batch]:
+        here = ranks.world()
+        return sweep(
+            self._manifests[name],
+            self._stage.transform(train=False),
+            rank=here.rank,
+            world_size=here.size,
+            batch=batch,
+            workers=workers,
+            seed=self._config.seed,
+        )
+
+    def _pictures(self) -> list[Picture]:
+        """Of the first samples of the first evaluation set (rank 0's share)."""
+        if not self._names:
+            return []
+        batch = next(iter(self._sweep(self._names[0], PICTURE_BATCH, 0)), None)
+        if batch is None:
+            return []
+        predictions = self._engine.predict(batch)
+        return self._stage.pictures(batch, predictions) if self._tracker is not None else []
+
+
+def _png(image: Any) -> bytes:
+    """A [3,H,W] uint8 tensor as PNG."""
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.fromarray(image.permute(1, 2, 0).contiguous().cpu().numpy()).save(buffer, format="PNG")
+    return buffer.getvalue()

@@ -1,0 +1,310 @@
+"""One training run from its configuration: what `launch.worker` calls on every rank."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import time
+from functools import partial
+from typing import Literal, NamedTuple
+
+import torch
+
+from pipeline import config as configs
+from pipeline import ranks, storage
+from pipeline.data.loader import Loader
+from pipeline.data.manifest import Manifest, read_manifest
+from pipeline.errors import DataError
+from pipeline.run_dir import RunDir, command_line
+from pipeline.stages import stage_class
+from pipeline.stages.base import DataFacts, Stage, seeded_init
+from pipeline.train import commits as committed
+from pipeline.train.checkpoint import Checkpoints, load_newest, read_weights, weights_digest
+from pipeline.train.commits import Attempt, Commit
+from pipeline.train.config import TrainConfig
+from pipeline.train.engine_deepspeed import DeepSpeedEngine, join_group
+from pipeline.train.initial import load_initial
+from pipeline.train.loop import run_loop
+from pipeline.train.measure import Measurement
+from pipeline.train.meter import Meter
+from pipeline.train.optim import scheduled_rate
+from pipeline.train.resolve import Resolved, resolve
+from pipeline.train.state import Due, State, StopSignal
+from pipeline.train.track import Tracker
+
+__all__ = ["StopSignal", "TrainOutcome", "train"]
+
+log = logging.getLogger("vitrail")
+
+
+class TrainOutcome(NamedTuple):
+    """How a run ended; the same on all ranks."""
+
+    status: Literal["done", "stopped"]
+    step: int
+    samples: int
+    weights_sha256: str  # of the consolidated weights, once done
+
+
+def train(config: TrainConfig, *, stop: StopSignal, attempt_hint: str | None = None) -> TrainOutcome:
+    """Run one training job, or go on with it where its newest valid checkpoint left it.
+
+    Called on every rank, with RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT set.
+
+    Args:
+        config: the run.
+        stop: this rank's wish to stop.
+        attempt_hint: what the launcher calls this start; only recorded.
+
+    Raises:
+        UserError: configuration, data, storage or checkpoints are wrong; on all ranks alike.
+    """
+    join_group()
+    _set_threads()
+    stop.limit(config.time_limit_s)
+    run = RunDir(config.run_url)
+    document = config.model_dump(mode="json")
+    ranks.from_first(lambda: run.check(document))
+    resolved = resolve(config, ranks.world(), ranks.device())
+    cls = stage_class(config.stage)
+    options = configs.validate(cls.options, config.options, where=config.name, prefix="options")
+    train_set, sets = ranks.from_first(lambda: _read_manifests(config))
+    for line in resolved.lines():
+        _say("%s", line)
+    ranks.from_first(lambda: run.prepare(document, resolved.document(), command_line()))
+    try:
+        seeded_init(config.seed)
+        stage = cls(options, DataFacts(train_set.classes, train_set.num_samples))
+        return _Run(config, run, resolved, stage, train_set, sets, attempt_hint).go(stop)
+    except Exception as error:
+        if ranks.world().rank == 0:
+            with contextlib.suppress(Exception):
+                run.write_status(state="failed", message=str(error))
+        raise
+
+
+class _Run:
+    """The parts of a run, put together in the order they need each other."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        run: RunDir,
+        resolved: Resolved,
+        stage: Stage,
+        train_set: Manifest,
+        sets: dict[str, Manifest],
+        attempt_hint: str | None,
+    ) -> None:
+        self.config = config
+        self.run = run
+        self.resolved = resolved
+        self.train_set = train_set
+        self.sets = sets
+        self.hint = attempt_hint
+        self.is_first = ranks.world().rank == 0
+        self.checkpoints_url = config.checkpoint.url or run.checkpoints_url
+        self.stage = stage
+        self.origin = "scratch"
+        self._initialize()
+        self.engine = DeepSpeedEngine(
+            stage,
+            config.optim,
+            zero_stage=resolved.zero_stage,
+            precision=resolved.precision,
+            peak_lr=resolved.peak_lr,
+            seed=config.seed,
+        )
+
+    def go(self, stop: StopSignal) -> TrainOutcome:
+        """Resume, train, evaluate, save."""
+        attempt, state = self._resume()
+        if attempt is None:
+            self.engine.close()
+            return self._end(state, "done")
+        tracker = Tracker(self.run, attempt.number, state.step, self.config.length_samples) if self.is_first else None
+        self._status_at_start(attempt, state)
+        checkpoints = Checkpoints(
+            self.checkpoints_url,
+            attempt,
+            keep_last=self.config.checkpoint.keep_last,
+            keep_every_samples=self.config.checkpoint.keep_every_samples,
+            info=self._info(),
+        )
+        data = self.config.data
+        here = ranks.world()
+        loader = Loader(
+            self.train_set,
+            self.stage.transform(train=True),
+            seed=self.config.seed,
+            global_batch=data.global_batch,
+            rank=here.rank,
+            world_size=here.size,
+            micro_batch=self.resolved.micro_batch,
+            workers=data.workers,
+            block=data.block,
+            lanes=data.lanes,
+            window=data.window,
+            max_unreadable=data.max_unreadable,
+        )
+        try:
+            state, status = run_loop(
+                state,
+                config=self.config,
+                engine=self.engine,
+                loader=loader,
+                schedule=partial(self._rate),
+                checkpoints=checkpoints,
+                measure=Measurement(self.stage, self.engine, self.config, self.train_set, self.sets, tracker),
+                meter=Meter(tracker, data.global_batch),
+                stop=stop,
+            )
+        finally:
+            loader.close()
+        checkpoints.close()
+        self.engine.close()
+        return self._end(state, status)
+
+    def _rate(self, samples: int) -> float:
+        return scheduled_rate(self.config.optim, self.resolved.peak_lr, samples, self.config.length_samples)
+
+    def _initialize(self) -> None:
+        """Take over `init_from`'s weights, unless the run has checkpoints of its own."""
+        source = self.config.init_from
+        if source is None:
+            return
+        found = ranks.from_first(lambda: committed.find_commits(self.checkpoints_url))
+        if found.commits or found.skipped:
+            return
+        weights = ranks.from_first(lambda: _Weights(read_weights(source) if self.is_first else {}))
+        report = load_initial(
+            self.stage, ranks.broadcast_tensors(weights.take()), self.config.init_prefixes, where=source
+        )
+        self.origin = f"init_from {source}"
+        _say("weights from %s", source)
+        for line in report.lines():
+            _say("%s", line)
+
+    def _resume(self) -> tuple[Attempt | None, State]:
+        """Apply the newest checkpoint, if there is one, and record this attempt; None for a run that is done."""
+        while True:
+            loaded = load_newest(self.checkpoints_url, self.engine.wanted(), list(self.engine.facts()))
+            state = State() if loaded is None else State.from_document(loaded[0].progress)
+            if Due(self.config).done(state):
+                return None, state
+            attempt = ranks.from_first(partial(self._begin, state.step))
+            if attempt is not None:
+                break
+        if loaded is not None:
+            commit, read = loaded
+            self._check_data(commit)
+            self.engine.restore(read)
+            self.origin = f"checkpoint at step {commit.step} of attempt {commit.attempt}"
+        _say("attempt %d starts from %s", attempt.number, self.origin)
+        return attempt, state
+
+    def _begin(self, resumed_step: int) -> Attempt | None:
+        enforced = storage.probe_conditional_writes(self.checkpoints_url)
+        if not enforced:
+            log.warning(
+                "%s ignores If-None-Match: two jobs working on this run at once are told apart by waiting and listing, "
+                "which is weaker",
+                self.checkpoints_url,
+            )
+        return committed.begin_attempt(self.checkpoints_url, resumed_step, enforced=enforced)
+
+    def _check_data(self, commit: Commit) -> None:
+        before = commit.document["info"].get("data")
+        if before != self._info()["data"]:
+            raise DataError(
+                "the training set isn't the one this run began with: its order of samples can't be continued",
+                where=self.train_set.url,
+                fix="put the data back, or give the run a new name",
+            )
+
+    def _info(self) -> dict[str, object]:
+        return {
+            "stage": self.config.stage,
+            "name": self.config.name,
+            "zero_stage": self.resolved.zero_stage,
+            "precision": self.resolved.precision,
+            "data": {
+                "num_samples": self.train_set.num_samples,
+                "shards": [[s.num_samples, s.sha256] for s in self.train_set.shards][:1000],
+            },
+        }
+
+    def _status_at_start(self, attempt: Attempt, state: State) -> None:
+        if not self.is_first:
+            return
+        begun = self.run.status().get("started", time.time())
+        self.run.write_status(
+            state="running",
+            stage=self.config.stage,
+            step=state.step,
+            samples=state.samples,
+            length_samples=self.config.length_samples,
+            attempt=attempt.number,
+            attempt_hint=self.hint,
+            started=begun,
+            resumed_from=self.origin,
+            checkpoints=self.checkpoints_url,
+            message="",
+            world_size=self.resolved.world_size,
+            zero_stage=self.resolved.zero_stage,
+            precision=self.resolved.precision,
+            num_parameters=sum(
+                int(torch.Size(f.shape).numel()) for f in self.engine.facts().values() if f.kind != "buffer"
+            ),
+        )
+
+    def _end(self, state: State, status: Literal["done", "stopped"]) -> TrainOutcome:
+        """Read the weights back from the last checkpoint, which shows that it is whole, and tell their hash."""
+
+        def conclude() -> str:
+            digest = weights_digest(read_weights(self.checkpoints_url)) if status == "done" else ""
+            self.run.write_status(
+                state=status,
+                step=state.step,
+                samples=state.samples,
+                weights_sha256=digest,
+                num_skipped=state.num_skipped,
+            )
+            return digest
+
+        digest = ranks.from_first(conclude)
+        _say("%s at step %d, %d samples", status, state.step, state.samples)
+        return TrainOutcome(status, state.step, state.samples, digest)
+
+
+class _Weights:
+    """Carries tensors past `from_first`'s broadcast, which is for small objects: only the reader keeps them."""
+
+    def __init__(self, tensors: dict[str, torch.Tensor]) -> None:
+        self._tensors = tensors
+
+    def take(self) -> dict[str, torch.Tensor]:
+        return self._tensors
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (_Weights, ({},))
+
+
+def _read_manifests(config: TrainConfig) -> tuple[Manifest, dict[str, Manifest]]:
+    train_set = read_manifest(config.data.train)
+    if train_set.num_samples == 0:
+        raise DataError("the training set is empty", where=config.data.train, fix="build it from some data")
+    return train_set, {name: read_manifest(url) for name, url in config.data.evaluate.items()}
+
+
+def _set_threads() -> None:
+    """Share the cores among the ranks of this node, unless OMP_NUM_THREADS says otherwise: results depend on it."""
+    if "OMP_NUM_THREADS" not in os.environ:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+        torch.set_num_threads(max(1, cores // ranks.local_size()))
+
+
+def _say(message: str, *arguments: object) -> None:
+    if ranks.world().rank == 0:
+        log.info(message, *arguments)

@@ -1,0 +1,23 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.process_group import ProcessGroup
+
+
+@pytest.fixture(scope="session")
+def one() -> Iterator[ProcessGroup]:
+    """A world of one, in a process of its own."""
+    group = ProcessGroup(1)
+    yield group
+    group.close()
+
+
+@pytest.fixture(scope="session")
+def two() -> Iterator[ProcessGroup]:
+    """A world of two."""
+    group = ProcessGroup(2)
+    yield group
+    group.close()

@@ -1,0 +1,58 @@
+"""What the tests of whole runs do on every rank of a process group."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pipeline import config as configs
+from pipeline import ranks
+from pipeline.errors import UserError
+from pipeline.run_dir import RunDir
+from pipeline.train.commits import find_commits
+from pipeline.train.config import TrainConfig
+from pipeline.train.run import StopSignal, train
+
+
+class StopAfter(StopSignal):
+    """Asks to stop, on one rank alone, once the run has logged a step."""
+
+    def __init__(self, run: RunDir, step: int, rank: int = 0) -> None:
+        super().__init__()
+        self._run, self._step, self._rank = run, step, rank
+
+    def requested(self) -> bool:
+        lines = self._run.metrics() if ranks.world().rank == self._rank else []
+        return bool(lines) and lines[-1]["step"] >= self._step - 1
+
+
+def run(document: dict[str, Any], stop_after: int | None = None, stop_rank: int = 0) -> Any:
+    """The run's outcome as a tuple, or the user error's class, message and fix."""
+    config = configs.validate(TrainConfig, document, where="test")
+    directory = RunDir(config.run_url)
+    stop = StopSignal() if stop_after is None else StopAfter(directory, stop_after, stop_rank)
+    try:
+        return tuple(train(config, stop=stop))
+    except UserError as error:
+        return type(error).__name__, f"{error.where}: {error.what}", error.fix
+
+
+def run_until(document: dict[str, Any], step: int) -> Any:
+    """`run`, stopped after so many steps of this call (without looking at the run directory)."""
+    config = configs.validate(TrainConfig, document, where="test")
+    return tuple(train(config, stop=_StopAtCall(step)))
+
+
+class _StopAtCall(StopSignal):
+    """Asks to stop at the n-th time it is asked: once a step."""
+
+    def __init__(self, calls: int) -> None:
+        super().__init__()
+        self._left = calls
+
+    def requested(self) -> bool:
+        self._left -= 1
+        return self._left <= 0
+
+
+def committed_steps(url: str) -> list[int]:
+    return [commit.step for commit in find_commits(url).commits]
