@@ -325,6 +325,14 @@ def read_weights(url: str) -> dict[str, Tensor]:
     )
 
 
+def read_info(url: str) -> dict[str, Any]:
+    """What the newest commit at `url` (as for `read_weights`) tells of the run that made it; {} for a bare file."""
+    if url.endswith(".safetensors"):
+        return {}
+    newest = next(iter(_commits_at(url, [])), None)
+    return {} if newest is None else dict(newest.document.get("info", {}))
+
+
 def weights_digest(weights: Mapping[str, Tensor]) -> str:
     """sha256 of names, types, shapes and values, in the order of the names."""
     total = hashlib.sha256()

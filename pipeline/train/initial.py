@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from pipeline.errors import CheckpointError
+from pipeline.models.config import SIZES
 from pipeline.models.position import interpolate
 from pipeline.stages.base import Stage
 
 POSITION_TABLE = "trunk.pos_embed"
+UNSEEN_IN_SHAPES = ("heads", "gelu", "norm_eps", "position")
+"""Options of the trunk that change what the same weights compute, though every shape fits."""
 
 
 class LoadReport(NamedTuple):
@@ -30,6 +33,25 @@ class LoadReport(NamedTuple):
             f"  {label:8s} {len(names):4d}  {_summary(names)}"
             for label, names in zip(("loaded", "resized", "new", "ignored"), self, strict=True)
         ]
+
+
+def check_same_trunk(ours: Mapping[str, Any], theirs: Mapping[str, Any], *, where: str) -> None:
+    """Compare what no tensor's shape tells of two trunks, given as dumped `ModelConfig`s ({}: unknown).
+
+    Raises:
+        CheckpointError: they differ, so the weights would mean something else here.
+    """
+    differing = [
+        f"{key} {_told(theirs, key)} there and {_told(ours, key)} here"
+        for key in UNSEEN_IN_SHAPES
+        if theirs and _told(ours, key) != _told(theirs, key)
+    ]
+    if differing:
+        raise CheckpointError(
+            f"the trunk isn't the same: {', '.join(differing)}",
+            where=where,
+            fix="make options.model the same as in the run the weights come from",
+        )
 
 
 def load_initial(stage: Stage, weights: Mapping[str, Tensor], prefixes: Sequence[str], *, where: str) -> LoadReport:
@@ -89,6 +111,14 @@ def _resized_table(stage: Stage, source: Tensor, where: str) -> Tensor:
         )
     table = interpolate(source[0, num_prefix:].float(), (side, side), config.grid, config.interpolation)
     return torch.cat([source[:, :num_prefix].float(), table.unsqueeze(0)], dim=1)
+
+
+def _told(model: Mapping[str, Any], key: str) -> object:
+    """An option of a dumped `ModelConfig`; heads may be told by the size's name."""
+    value = model.get(key)
+    if key == "heads" and value is None and model.get("size") in SIZES:
+        return SIZES[model["size"]].heads
+    return value
 
 
 def _shape(tensor: Tensor) -> str:

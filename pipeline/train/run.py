@@ -20,11 +20,11 @@ from pipeline.run_dir import RunDir, command_line
 from pipeline.stages import stage_class
 from pipeline.stages.base import DataFacts, Stage, seeded_init
 from pipeline.train import commits as committed
-from pipeline.train.checkpoint import Checkpoints, load_newest, read_weights, weights_digest
+from pipeline.train.checkpoint import Checkpoints, load_newest, read_info, read_weights, weights_digest
 from pipeline.train.commits import Attempt, Commit
 from pipeline.train.config import TrainConfig
 from pipeline.train.engine_deepspeed import DeepSpeedEngine, join_group
-from pipeline.train.initial import load_initial
+from pipeline.train.initial import check_same_trunk, load_initial
 from pipeline.train.loop import run_loop
 from pipeline.train.measure import Measurement
 from pipeline.train.meter import Meter
@@ -177,6 +177,8 @@ class _Run:
         found = ranks.from_first(lambda: committed.find_commits(self.checkpoints_url))
         if found.commits or found.skipped:
             return
+        ours = self.stage.trunk.config.model_dump(mode="json")
+        ranks.from_first(lambda: check_same_trunk(ours, read_info(source).get("trunk", {}), where=source))
         weights = ranks.from_first(lambda: _Weights(read_weights(source) if self.is_first else {}))
         report = load_initial(
             self.stage, ranks.broadcast_tensors(weights.take()), self.config.init_prefixes, where=source
@@ -227,6 +229,7 @@ class _Run:
         return {
             "stage": self.config.stage,
             "name": self.config.name,
+            "trunk": self.stage.trunk.config.model_dump(mode="json"),
             "zero_stage": self.resolved.zero_stage,
             "precision": self.resolved.precision,
             "data": {

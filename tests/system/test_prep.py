@@ -216,8 +216,7 @@ def test_bad_input_ends_in_one_message_before_anything_is_written(s3: S3Server, 
 
 def test_an_output_that_holds_something_else_is_left_alone(s3: S3Server) -> None:
     table = raw_photos(s3, "occupied")
-    (s3.folder / "data-sets" / "occupied").mkdir()
-    (s3.folder / "data-sets" / "occupied" / "precious.txt").write_text("mine")
+    storage.write("s3://data-sets/occupied/precious.txt", b"mine")
     error = failure({"output": "s3://data-sets/occupied", "source": {"url": table}})
     assert isinstance(error, ConfigError)
     assert "precious.txt" in str(error)

@@ -1,0 +1,243 @@
+"""The architecture, held by walking every import: directions, fences, and names and sizes of files.
+
+Imports inside functions and under `TYPE_CHECKING` count like any other.
+"""
+
+from __future__ import annotations
+
+import ast
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGES = ("pipeline", "data_prep", "launch", "configs", "benchmarks")
+
+# A room may import its own level and the levels before it. `stages` may not see `convert`, and so on.
+DIRECTION: tuple[tuple[str, ...], ...] = (
+    ("pipeline.errors",),
+    ("pipeline.config",),
+    ("pipeline.storage",),
+    ("pipeline.ranks",),
+    ("pipeline.run_dir",),
+    ("pipeline.data",),
+    ("pipeline.models", "pipeline.losses", "pipeline.evaluate"),
+    ("pipeline.stages",),
+    ("pipeline.convert",),
+    ("pipeline.train",),
+    ("pipeline.report",),
+    ("data_prep",),
+    ("launch",),
+    ("benchmarks",),
+)
+LEVEL = {room: level for level, rooms in enumerate(DIRECTION) for room in rooms}
+
+# What data_prep may use of the library: all but these two files stop at pipeline.data.
+DATA_PREP_ROOMS = (
+    "pipeline.errors",
+    "pipeline.config",
+    "pipeline.storage",
+    "pipeline.ranks",
+    "pipeline.run_dir",
+    "pipeline.data",
+)
+DATA_PREP_FREE = ("data_prep.score", "data_prep.annotate")
+
+# Third-party packages that only the named modules (and what lies under them) may import.
+FENCES: dict[str, tuple[str, ...]] = {
+    "deepspeed": ("pipeline.train.engine", "pipeline.train.engine_*"),
+    "ray": ("data_prep.partitions", "launch"),
+    "tensorboard": ("pipeline.train.track",),
+    "torch.utils.tensorboard": ("pipeline.train.track",),
+    "wandb": ("pipeline.train.track",),
+    "mlflow": ("pipeline.train.track",),
+    "webdataset": ("pipeline.data", "data_prep.shards", "data_prep.verify"),
+    "fsspec": ("pipeline.storage",),
+    "s3fs": ("pipeline.storage",),
+    "matplotlib": ("pipeline.report",),
+}
+
+BANNED_NAMES = {"utils", "util", "common", "helpers", "helper", "misc"}
+FILE_LINES_WARN, FILE_LINES_MAX, FUNCTION_LINES_MAX = 600, 700, 80
+
+
+class Import(NamedTuple):
+    """One imported module, as an absolute dotted name, where it stands, and whether it was written with dots."""
+
+    importer: str
+    target: str
+    line: int
+    relative: bool
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def source_files() -> list[Path]:
+    return [path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]
+
+
+def imports_of(source: str, importer: str, *, is_package: bool = False) -> Iterator[Import]:
+    """Every import in a source text, `from a import b` as both `a` and `a.b`, since b may be a module."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield Import(importer, alias.name, node.lineno, relative=False)
+        elif isinstance(node, ast.ImportFrom):
+            package = importer.split(".") if is_package else importer.split(".")[:-1]
+            above = package[: len(package) - node.level + 1] if node.level else []
+            base = ".".join([*above, *([node.module] if node.module else [])])
+            yield Import(importer, base, node.lineno, relative=bool(node.level))
+            for alias in node.names:
+                yield Import(importer, f"{base}.{alias.name}", node.lineno, relative=bool(node.level))
+        elif isinstance(node, ast.Call):
+            name = _imported_by_call(node)
+            if name is not None:
+                yield Import(importer, name, node.lineno, relative=False)
+
+
+def _imported_by_call(node: ast.Call) -> str | None:
+    """`importlib.import_module("x")` and `__import__("x")` with a literal name."""
+    called = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+    if called not in {"import_module", "__import__"} or not node.args:
+        return None
+    first = node.args[0]
+    return first.value if isinstance(first, ast.Constant) and isinstance(first.value, str) else None
+
+
+def under(module: str, room: str) -> bool:
+    """Whether `module` is `room` or lies in it; `room*` matches any module whose name starts so."""
+    if room.endswith("*"):
+        return module.startswith(room[:-1])
+    return module == room or module.startswith(room + ".")
+
+
+def room_of(module: str) -> str | None:
+    return next((room for room in LEVEL if under(module, room)), None)
+
+
+def broken_rules(found: Import) -> Iterator[str]:
+    """What this import breaks, in words."""
+    at = f"{found.importer}:{found.line} imports {found.target}"
+    if found.relative:
+        yield f"{at}: relative imports hide the direction; write the whole name"
+    ours, theirs = room_of(found.importer), room_of(found.target)
+    if ours and theirs and LEVEL[theirs] > LEVEL[ours]:
+        yield f"{at}: {ours} may not import {theirs}, which stands to its right"
+    if under(found.importer, "data_prep") and not any(under(found.importer, free) for free in DATA_PREP_FREE):
+        inside = under(found.target, "pipeline") and found.target != "pipeline"
+        if inside and not any(under(found.target, room) for room in DATA_PREP_ROOMS):
+            yield f"{at}: data_prep may use only {', '.join(DATA_PREP_ROOMS)}"
+    if under(found.target, "tests") and not under(found.importer, "tests"):
+        yield f"{at}: the packages know nothing of their tests"
+    for library, allowed in FENCES.items():
+        if under(found.target, library) and not any(under(found.importer, room) for room in allowed):
+            yield f"{at}: {library} is fenced to {', '.join(allowed)}"
+
+
+def all_imports() -> Iterator[Import]:
+    for path in source_files():
+        yield from imports_of(path.read_text(), module_name(path), is_package=path.name == "__init__.py")
+
+
+def test_every_import_keeps_direction_and_fences() -> None:
+    broken = sorted({rule for found in all_imports() if found.importer for rule in broken_rules(found)})
+    # The comparison benches measure against other people's packages, fenced ones among them.
+    assert not [rule for rule in broken if not (rule.startswith("benchmarks") and "fenced" in rule)]
+
+
+def test_every_module_of_the_library_stands_in_a_room() -> None:
+    """A new folder in pipeline/ must be given its place in the direction before it can be imported."""
+    homeless = [name for name in map(module_name, source_files()) if name != "pipeline" and name.startswith("pipeline")]
+    assert not [name for name in homeless if room_of(name) is None]
+
+
+def test_pipeline_itself_imports_nothing_of_ours() -> None:
+    """`import pipeline` stays free, so that no import of a low room drags a higher one in."""
+    assert not [found for found in all_imports() if found.importer == "pipeline" and room_of(found.target)]
+
+
+@pytest.mark.parametrize(
+    ("importer", "source", "word"),
+    [
+        ("pipeline.data.loader", "from pipeline.train import loop", "may not import pipeline.train"),
+        ("pipeline.stages.mae", "import pipeline.train.loop", "may not import pipeline.train"),
+        ("pipeline.losses.masks", "def f():\n    from pipeline import stages", "may not import pipeline.stages"),
+        ("pipeline.models.vit", "import importlib\nimportlib.import_module('launch.cli')", "may not import launch"),
+        ("pipeline.data.loader", "from ..train import loop", "relative imports"),
+        ("pipeline.run_dir", "from pipeline.data.batch import Batch", "may not import pipeline.data"),
+        ("data_prep.build", "from pipeline.models.vit import ViT", "data_prep may use only"),
+        ("pipeline.train.loop", "import deepspeed.ops", "deepspeed is fenced"),
+        ("launch.worker", "import deepspeed", "deepspeed is fenced"),
+        ("data_prep.build", "import ray", "ray is fenced"),
+        ("pipeline.train.loop", "from torch.utils.tensorboard import SummaryWriter", "is fenced"),
+        ("pipeline.stages.mae", "import webdataset as wds", "webdataset is fenced"),
+        ("pipeline.data.images", "import tests.conftest", "know nothing of their tests"),
+        (
+            "pipeline.data.batch",
+            "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from pipeline.stages.base import Stage",
+            "may not import pipeline.stages",
+        ),
+    ],
+)
+def test_a_planted_breach_is_found(importer: str, source: str, word: str) -> None:
+    rules = [rule for found in imports_of(source, importer) for rule in broken_rules(found)]
+    assert any(word in rule for rule in rules), rules
+
+
+@pytest.mark.parametrize(
+    ("importer", "source"),
+    [
+        ("pipeline.stages.mae", "from pipeline.models.vit import ViT"),
+        ("pipeline.train.engine", "import deepspeed"),
+        ("pipeline.train.engine_zero3", "import deepspeed"),
+        ("data_prep.partitions", "import ray"),
+        ("launch.agents", "import ray"),
+        ("launch.cli", "from data_prep.build import build"),
+        ("pipeline.models.vit", "import torch\nfrom pipeline.models.position import sincos"),
+        ("pipeline.train.track", "from torch.utils.tensorboard import SummaryWriter"),
+    ],
+)
+def test_a_rightful_import_passes(importer: str, source: str) -> None:
+    assert not [rule for found in imports_of(source, importer) for rule in broken_rules(found)]
+
+
+def test_files_are_named_after_concepts() -> None:
+    assert not [str(path.relative_to(ROOT)) for path in source_files() if path.stem in BANNED_NAMES]
+    folders = {folder for path in source_files() for folder in path.relative_to(ROOT).parts[:-1]}
+    assert not folders & BANNED_NAMES
+
+
+def test_files_stay_readable_in_length() -> None:
+    lengths = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in source_files()}
+    for name, lines in lengths.items():
+        if lines > FILE_LINES_WARN:
+            warnings.warn(f"{name} has {lines} lines: split it by concept", stacklevel=1)
+    assert not {name: lines for name, lines in lengths.items() if lines > FILE_LINES_MAX}
+
+
+def long_functions(source: str) -> Iterator[tuple[str, int]]:
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            lines = (node.end_lineno or node.lineno) - node.lineno + 1
+            if lines > FUNCTION_LINES_MAX:
+                yield node.name, lines
+
+
+def test_functions_stay_readable_in_length() -> None:
+    long = {
+        f"{path.relative_to(ROOT)}:{name}": lines
+        for path in source_files()
+        for name, lines in long_functions(path.read_text())
+    }
+    assert not long
+
+
+def test_a_long_function_is_found() -> None:
+    body = "\n".join(f"    x = {number}" for number in range(FUNCTION_LINES_MAX + 1))
+    assert list(long_functions(f"def endless():\n{body}\n")) == [("endless", FUNCTION_LINES_MAX + 2)]

@@ -1,0 +1,93 @@
+"""Intervals and how figures are written."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.report.intervals import Measure, duration, is_proportion, number, size, wilson
+
+
+@pytest.mark.parametrize(
+    ("right", "num", "low", "high"),
+    [
+        # Newcombe (1998), table I, method 3: Wilson's score without continuity correction.
+        (81, 263, 0.2553, 0.3662),
+        (15, 148, 0.0624, 0.1605),
+        (0, 20, 0.0, 0.1611),
+        (1, 29, 0.0061, 0.1718),
+    ],
+)
+def test_wilson_equals_the_published_intervals(right: int, num: int, low: float, high: float) -> None:
+    assert wilson(right / num, num) == pytest.approx((low, high), abs=5e-5)
+
+
+@given(st.integers(1, 10_000), st.floats(0, 1))
+def test_an_interval_holds_its_share_and_stays_a_proportion(num: int, share: float) -> None:
+    low, high = wilson(share, num)
+    assert 0 <= low <= share + 1e-12
+    assert share - 1e-12 <= high <= 1
+
+
+@pytest.mark.parametrize(("share", "num"), [(0.5, 0), (1.5, 10), (-0.1, 10)])
+def test_what_is_no_proportion_is_refused(share: float, num: int) -> None:
+    with pytest.raises(ValueError, match="no proportion"):
+        wilson(share, num)
+
+
+@pytest.mark.parametrize(
+    ("figure", "values", "expected"),
+    [
+        ("heldout/top1", [0.5], True),
+        ("heldout/zeroshot_top5", [0.0, 1.0], True),
+        ("heldout/retrieval_i2t_r10", [0.2], True),
+        ("heldout/knn_top1", [0.2], True),
+        ("heldout/top1_x0.3", [0.2], True),
+        ("heldout/top1", [56.0], False),
+        ("heldout/top1", [float("nan")], False),
+        ("heldout/reconstruction_mse", [0.4], False),
+        ("heldout/loss", [0.4], False),
+    ],
+)
+def test_shares_of_samples_are_told_from_other_figures(figure: str, values: list[float], expected: bool) -> None:
+    assert is_proportion(figure, values) is expected
+
+
+def test_one_run_has_a_binomial_interval() -> None:
+    one = Measure((0.5,), 400, proportion=True)
+    assert one.text() == "50.0%"
+    assert one.interval_text() == "45.1 to 54.9%"
+    assert one.bounds == one.interval
+
+
+def test_several_seeds_have_mean_and_deviation_instead() -> None:
+    three = Measure((0.60, 0.64, 0.68), 400, proportion=True)
+    assert three.text() == "64.0 ± 4.0%"
+    assert three.interval_text() is None
+    assert three.bounds == pytest.approx((0.60, 0.68))
+
+
+def test_without_a_sample_count_there_is_no_interval() -> None:
+    assert Measure((0.5,), None, proportion=True).interval is None
+    assert Measure((0.5,), 400, proportion=False).interval is None
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0.43211, "0.4321"), (0, "0"), (12345.0, "12,345"), (1.5e-7, "1.5e-07"), (math.nan, "not finite")],
+)
+def test_numbers_for_people(value: float, text: str) -> None:
+    assert number(value) == text
+
+
+def test_counts_and_durations_for_people() -> None:
+    assert [size(950), size(25_600), size(5_530_000), size(2e9, "B")] == ["950", "25.6k", "5.53M", "2 GB"]
+    assert [duration(4.2), duration(59.4), duration(200), duration(7500)] == [
+        "4.2 s",
+        "59 s",
+        "3 min 20 s",
+        "2 h 05 min",
+    ]
