@@ -1,0 +1,163 @@
+"""An agent starts a node's share of a training job as processes of their own, and watches them.
+
+Ranks are plain `python -m launch.worker` processes, so signals, logs, core dumps and stack dumps work as anywhere
+else. An agent is an ordinary object; `launch.crew` puts one on every node as a Ray actor.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+import yaml
+
+_MAX_PENDING_LINES = 10_000  # a driver that doesn't poll must not fill the agent's memory
+
+
+class Group(NamedTuple):
+    """A whole training job, as every agent is told it."""
+
+    document: dict[str, Any]  # the training configuration
+    where: str  # the file it came from, for messages
+    world_size: int
+    master_address: str
+    master_port: int
+    threads: int  # per rank
+    folder: str  # the driver's working directory, which relative paths refer to
+
+
+class Exit(NamedTuple):
+    """How one rank ended."""
+
+    rank: int
+    code: int  # negative: the signal that ended it
+    outcome: dict[str, Any]  # what it wrote about itself, {} when it couldn't
+
+
+class Report(NamedTuple):
+    """News of one agent since the last poll."""
+
+    lines: list[tuple[int, str]]  # (rank, line of output)
+    exits: list[Exit]  # of all its ranks that have ended
+    num_running: int
+
+
+class _Rank(NamedTuple):
+    rank: int
+    process: subprocess.Popen[str]
+    reader: threading.Thread
+    outcome_path: Path
+
+
+class Agent:
+    """Runs ranks [first_rank, first_rank + num_ranks) of a group on this machine."""
+
+    def __init__(self) -> None:
+        self._folder = Path(tempfile.mkdtemp(prefix="vitrail-agent-"))
+        self._ranks: list[_Rank] = []
+        self._lines: collections.deque[tuple[int, str]] = collections.deque(maxlen=_MAX_PENDING_LINES)
+
+    def meeting_point(self) -> tuple[str, int]:
+        """Address and free port at which rank 0 here can be reached by ranks on other nodes."""
+        with socket.socket() as probe:
+            probe.bind(("", 0))
+            return _own_address(), int(probe.getsockname()[1])
+
+    def start(self, group: Group, first_rank: int, num_ranks: int) -> None:
+        """Start the processes; returns at once."""
+        config = self._folder / "config.yaml"
+        config.write_text(yaml.safe_dump(group.document, sort_keys=False, allow_unicode=True), encoding="utf-8")
+        for local_rank in range(num_ranks):
+            rank = first_rank + local_rank
+            outcome = self._folder / f"outcome-{rank}.json"
+            outcome.unlink(missing_ok=True)
+            environment = {
+                **os.environ,
+                "RANK": str(rank),
+                "WORLD_SIZE": str(group.world_size),
+                "LOCAL_RANK": str(local_rank),
+                "LOCAL_WORLD_SIZE": str(num_ranks),
+                "MASTER_ADDR": group.master_address,
+                "MASTER_PORT": str(group.master_port),
+                "OMP_NUM_THREADS": str(group.threads),
+                "PYTHONUNBUFFERED": "1",
+                "VITRAIL_PARENT": str(os.getpid()),
+                "VITRAIL_OUTCOME": str(outcome),
+            }
+            if group.world_size == num_ranks:
+                # All ranks are on this machine: keep gloo from looking for, and listening on, outer interfaces.
+                environment.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
+            process = subprocess.Popen(
+                [sys.executable, "-m", "launch.worker", str(config), "--where", group.where],
+                env=environment,
+                cwd=group.folder if os.path.isdir(group.folder) else None,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                errors="replace",
+                start_new_session=True,  # a group of its own: Ctrl-C goes to the driver, kill() reaches loaders too
+            )
+            assert process.stdout is not None
+            reader = threading.Thread(target=self._read, args=(rank, process.stdout), daemon=True)
+            reader.start()
+            self._ranks.append(_Rank(rank, process, reader, outcome))
+
+    def poll(self) -> Report:
+        """Output since the last call, and which ranks have ended."""
+        exits: list[Exit] = []
+        for rank in self._ranks:
+            code = rank.process.poll()
+            if code is not None:
+                rank.reader.join(timeout=2)  # its last words; a grandchild may hold the pipe open
+                exits.append(Exit(rank.rank, code, _read_outcome(rank.outcome_path)))
+        lines: list[tuple[int, str]] = []
+        with contextlib.suppress(IndexError):
+            while True:
+                lines.append(self._lines.popleft())
+        return Report(lines, exits, len(self._ranks) - len(exits))
+
+    def terminate(self) -> None:
+        """Ask every rank to save and stop."""
+        for rank in self._ranks:
+            if rank.process.poll() is None:
+                rank.process.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        """End every rank and whatever it started, now."""
+        for rank in self._ranks:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(rank.process.pid, signal.SIGKILL)
+            rank.process.wait()
+        self._ranks = []
+
+    def _read(self, rank: int, stream: IO[str]) -> None:
+        for line in stream:
+            self._lines.append((rank, line.rstrip("\n")))
+
+
+def _read_outcome(path: Path) -> dict[str, Any]:
+    try:
+        outcome: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return dict(outcome)
+
+
+def _own_address() -> str:
+    """The node's address as Ray knows it; the loopback without Ray."""
+    ray = sys.modules.get("ray")
+    if ray is None or not ray.is_initialized():
+        return "127.0.0.1"
+    return str(ray.util.get_node_ip_address())

@@ -1,0 +1,315 @@
+"""The command line: `vitrail VERB`.
+
+Nothing heavy is imported here but inside the verb that needs it, so that `--help` answers at once. Results go to
+stdout, everything said on the way to stderr; with `--json` the last line of stdout is one JSON object. Exit codes: 0
+done, 2 the user's input is wrong, 75 stopped but resumable, 1 anything else.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+from pipeline.errors import Stopped, UserError
+
+if TYPE_CHECKING:
+    from launch.conductor import NodeResult
+
+app = typer.Typer(
+    name="vitrail",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="From raw image-text pairs in object storage to pretrained and fine-tuned vision transformers.",
+    epilog="Exit codes: 0 done, 2 wrong input, 75 stopped but resumable by the same command, 1 anything else.",
+)
+
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Changes to the configuration.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object, last on stdout.")]
+Ray = Annotated[
+    str | None,
+    typer.Option("--ray", metavar="ADDRESS", help="An existing Ray; default: RAY_ADDRESS, else one of our own."),
+]
+Redo = Annotated[
+    list[str] | None, typer.Option("--redo", metavar="NODE", help="Do this node over, and what builds on it.")
+]
+Work = Annotated[str | None, typer.Option("--work", metavar="DIR", help="Folder for runs, logs and what is finished.")]
+
+
+class _Reply(Exception):  # noqa: N818 -- ends a verb, with or without success
+    """A verb's result: what to print, and the exit code."""
+
+    def __init__(self, document: dict[str, Any], lines: list[str], code: int = 0) -> None:
+        super().__init__()
+        self.document = document
+        self.lines = lines
+        self.code = code
+
+
+@app.command()
+def demo(
+    overrides: Overrides = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Shorter runs: shows the way, teaches little.")] = False,
+    data: Annotated[
+        str | None,
+        typer.Option(metavar="TABLE", help="Your own table of pairs (url, caption) instead of rendered scenes."),
+    ] = None,
+    work: Work = None,
+    redo: Redo = None,
+    ray: Ray = None,
+    as_json: AsJson = False,
+) -> None:
+    """The whole way through on this machine: S3 server, pairs, shards, MAE, FLIP, fine-tunes, report."""
+    from launch.demo import key_figures, run_demo
+    from launch.stopping import StopRequest
+
+    with StopRequest().on_signals() as stop:
+        result = run_demo(
+            work=work,
+            quick=quick,
+            data=data,
+            overrides=overrides or [],
+            redo=redo or [],
+            ray_address=ray,
+            stop=stop,
+            say=_say,
+        )
+    lines = [f"{node:<16} {figure:<32} {value:.4g}" for node, figure, value in key_figures(result.nodes)]
+    if result.report:
+        lines.append(f"report: {result.report}")
+    _reply_of_chain(result.nodes, lines, as_json, {"report": result.report})
+
+
+@app.command()
+def run(
+    chain: Annotated[str, typer.Argument(help="The chain's YAML file.")],
+    overrides: Overrides = None,
+    work: Work = None,
+    store: Annotated[
+        str | None, typer.Option(metavar="URL", help="Folder or s3:// prefix for data and checkpoints.")
+    ] = None,
+    redo: Redo = None,
+    ray: Ray = None,
+    as_json: AsJson = False,
+) -> None:
+    """Run a chain of stages; run again to go on, finished nodes are skipped."""
+    from launch.chain import load_chain
+    from launch.conductor import Conductor, only_one
+    from launch.stopping import StopRequest
+
+    loaded = load_chain(chain, overrides or [], work=work, store=store)
+    with StopRequest().on_signals() as stop, only_one(loaded.places.work):
+        results = Conductor(loaded, stop=stop, say=_say, ray_address=ray).run(redo or [])
+    _reply_of_chain(results, [f"{r.name:<24} {r.state:<12} {r.output}" for r in results.values()], as_json)
+
+
+@app.command()
+def prep(
+    config: Annotated[str, typer.Argument(help="The data set's YAML file.")],
+    overrides: Overrides = None,
+    ray: Ray = None,
+    as_json: AsJson = False,
+) -> None:
+    """Build a data set of shards from a table of pairs; run again to resume."""
+    from launch.node import run_prep
+    from launch.stopping import StopRequest
+    from pipeline.config import load
+
+    _log_to_stderr()
+    with StopRequest().on_signals() as stop:
+        summary = run_prep(load(config, overrides or []), where=config, ray_address=ray, stop=stop)
+    lines = [
+        f"{name}: {split['samples']} samples in {split['shards']} shards" for name, split in summary["splits"].items()
+    ]
+    failed = ", ".join(f"{count} {reason}" for reason, count in summary["failed"].items())
+    lines.append(
+        f"{summary['written']} of {summary['inputs']} inputs written" + (f"; refused: {failed}" if failed else "")
+    )
+    _reply(summary, [*lines, f"data set: {summary['output']}"], as_json)
+
+
+@app.command()
+def train(
+    config: Annotated[str, typer.Argument(help="The run's YAML file, or a run directory to go on with.")],
+    overrides: Overrides = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Processes on each node; default: one per GPU, without GPUs one.")
+    ] = None,
+    nodes: Annotated[int, typer.Option(min=1, help="Machines.")] = 1,
+    cpus_per_worker: Annotated[
+        int | None, typer.Option(min=1, help="Cores for each process; default: all, shared out equally.")
+    ] = None,
+    ray: Ray = None,
+    no_ray: Annotated[bool, typer.Option("--no-ray", help="Start the processes from here, on this machine.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train one stage; the same command resumes it."""
+    from launch.single import train_one
+    from launch.stopping import StopRequest
+
+    with StopRequest().on_signals() as stop:
+        result = train_one(
+            config,
+            overrides or [],
+            workers=workers,
+            nodes=nodes,
+            cpus_per_worker=cpus_per_worker,
+            ray_address=ray,
+            use_ray=not no_ray,
+            stop=stop,
+            say=_say,
+        )
+    lines = [f"{result.status} at step {result.step} ({result.samples} samples): {result.run}"]
+    _reply(result._asdict(), lines, as_json, code=0 if result.status == "done" else Stopped.exit_code)
+
+
+@app.command()
+def verify(
+    dataset: Annotated[str, typer.Argument(help="Folder of a data set (with manifest.json), or of its splits.")],
+    as_json: AsJson = False,
+) -> None:
+    """Check every shard and sample of a data set against its manifest."""
+    from launch.look import verify_dataset
+
+    document, lines, good = verify_dataset(dataset, _say)
+    _reply(document, lines, as_json, code=0 if good else 2)
+
+
+@app.command()
+def plan(
+    config: Annotated[str, typer.Argument(help="A run's, a data set's or a chain's YAML file.")],
+    overrides: Overrides = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes on each node.")] = None,
+    nodes: Annotated[int, typer.Option(min=1, help="Machines.")] = 1,
+    work: Work = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show what a configuration comes to on this machine; runs nothing."""
+    from launch.plan import plan_of
+
+    document, lines = plan_of(config, overrides or [], workers=workers, nodes=nodes, work=work)
+    _reply(document, lines, as_json)
+
+
+@app.command()
+def doctor(
+    storage: Annotated[
+        list[str] | None, typer.Argument(metavar="URL", help="Folders or s3:// prefixes to try as well.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Tell what this machine offers, and whether storage can be reached."""
+    from launch.doctor import examine
+
+    findings = examine(storage or [])
+    lines = [f"{'ok ' if f.good else 'BAD'} {f.name:<12} {f.finding}" for f in findings]
+    _reply(
+        {"findings": [f._asdict() for f in findings]}, lines, as_json, code=0 if all(f.good for f in findings) else 1
+    )
+
+
+@app.command()
+def show(
+    place: Annotated[str, typer.Argument(help="A run directory or a data set.")],
+    as_json: AsJson = False,
+) -> None:
+    """Show a run's state and figures, or a data set's counts."""
+    from launch.look import describe
+
+    document, lines = describe(place)
+    _reply(document, lines, as_json)
+
+
+@app.command()
+def runs(
+    folder: Annotated[str, typer.Argument(help="Folder of run directories.")] = "runs",
+    as_json: AsJson = False,
+) -> None:
+    """List the runs in a folder."""
+    from launch.look import list_runs
+
+    documents, lines = list_runs(folder)
+    _reply({"runs": documents}, lines, as_json)
+
+
+@app.command()
+def report(
+    sources: Annotated[list[str], typer.Argument(metavar="SPEC|RUN", help="A report's YAML file, or run directories.")],
+    out: Annotated[str, typer.Option(metavar="PATH", help="HTML file or folder to write.")] = "report",
+    as_json: AsJson = False,
+) -> None:
+    """Write an HTML report on one run or several."""
+    from launch.look import report_on
+
+    written = report_on(sources, out)
+    _reply({"report": written}, [f"report: {written}"], as_json)
+
+
+def main() -> NoReturn:
+    """Entry point: run a verb, print its reply or its one error message, exit."""
+    as_json = "--json" in sys.argv[1:]
+    try:
+        app(prog_name="vitrail")  # exits by itself after --help (0) or a wrong option (2)
+        code = 0
+    except _Reply as reply:
+        code = _print_reply(reply, as_json)
+    except UserError as error:
+        code = _print_error(error, as_json)
+    except Stopped as stopped:
+        _say(f"stopped: {stopped}")
+        code = stopped.exit_code
+    sys.stdout.flush()
+    sys.exit(code)
+
+
+def _reply(document: dict[str, Any], lines: list[str], as_json: bool, *, code: int = 0) -> NoReturn:
+    raise _Reply(document, lines, code)
+
+
+def _reply_of_chain(
+    results: dict[str, NodeResult], lines: list[str], as_json: bool, extra: dict[str, Any] | None = None
+) -> NoReturn:
+    from launch.conductor import exit_code, results_document
+
+    for result in results.values():
+        if result.state == "failed":
+            _say(f"{result.name}: {result.error}")
+    _reply({**(extra or {}), "nodes": results_document(results)}, lines, as_json, code=exit_code(results))
+
+
+def _print_reply(reply: _Reply, as_json: bool) -> int:
+    if as_json:
+        print(json.dumps({**reply.document, "exit_code": reply.code}, default=str))
+    else:
+        for line in reply.lines:
+            print(line)
+    return reply.code
+
+
+def _print_error(error: UserError, as_json: bool) -> int:
+    from launch.attempts import error_document
+
+    _say(str(error))
+    if as_json:
+        print(json.dumps({"error": error_document(error), "exit_code": error.exit_code}))
+    return error.exit_code
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _log_to_stderr() -> None:
+    import logging
+
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    for noisy in ("botocore", "aiobotocore"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+
+
+if __name__ == "__main__":
+    main()

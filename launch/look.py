@@ -1,0 +1,125 @@
+"""Looking at what is there: runs, data sets, reports."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from launch.progress import figures_of
+from pipeline import config as configs
+from pipeline import storage
+from pipeline.data.manifest import MANIFEST_NAME, Manifest, read_manifest
+from pipeline.errors import DataError
+from pipeline.run_dir import RunDir
+
+Told = tuple[dict[str, Any], list[str]]
+
+
+def describe(place: str) -> Told:
+    """State and figures of a run directory, or counts of a data set (or of each of its splits).
+
+    Raises:
+        DataError: it is neither.
+    """
+    if storage.exists(storage.join(place, "status.json")):
+        return _describe_run(place)
+    manifests = splits_of(place)
+    if not manifests:
+        raise DataError(
+            "neither a run directory (status.json) nor a data set (manifest.json)",
+            where=place,
+            fix="check the path; `vitrail runs FOLDER` lists runs",
+        )
+    document: dict[str, Any] = {}
+    lines: list[str] = []
+    for name, manifest in manifests.items():
+        size_bytes = sum(shard.size_bytes for shard in manifest.shards)
+        document[name] = {
+            "num_samples": manifest.num_samples,
+            "num_shards": len(manifest.shards),
+            "size_bytes": size_bytes,
+            "classes": list(manifest.classes),
+            "fingerprint": manifest.fingerprint,
+            "info": manifest.info,
+        }
+        classes = f", {len(manifest.classes)} classes" if manifest.classes else ""
+        size = f"{len(manifest.shards)} shards, {size_bytes / 2**20:.1f} MiB"
+        lines.append(f"{name}: {manifest.num_samples} samples in {size}{classes}")
+    return {"data_set": place, "splits": document}, lines
+
+
+def splits_of(place: str) -> dict[str, Manifest]:
+    """The manifest in a folder, or those of the folders in it, by name."""
+    if storage.exists(storage.join(place, MANIFEST_NAME)):
+        return {place.rstrip("/").rpartition("/")[2]: read_manifest(place)}
+    suffix = f"/{MANIFEST_NAME}"
+    try:
+        found = sorted(entry.url for entry in storage.entries(place) if entry.url.endswith(suffix))
+    except FileNotFoundError:
+        return {}
+    folders = [url.removesuffix(suffix) for url in found]
+    return {folder.rpartition("/")[2]: read_manifest(folder) for folder in folders}
+
+
+def verify_dataset(url: str, say: Callable[[str], None]) -> tuple[dict[str, Any], list[str], bool]:
+    """Check a data set down to the sample: the findings as a document and as lines, and whether all is well."""
+    from data_prep.verify import verify
+
+    report = verify(url, progress=lambda done, total: say(f"{done} of {total} shards checked"))
+    lines = [str(problem) for problem in report.problems]
+    size = f"{report.samples} samples in {report.shards} shards, {report.size_bytes / 2**20:.1f} MiB"
+    lines.append(f"{url}: {size}, {len(lines) or 'no'} problem(s)")
+    problems = [problem._asdict() for problem in report.problems]
+    return {**report._asdict(), "problems": problems}, lines, not problems
+
+
+def list_runs(folder: str) -> tuple[list[dict[str, Any]], list[str]]:
+    """Every run directory in a folder, with its state."""
+    documents = []
+    for name in _names_of_runs(folder):
+        status = RunDir(storage.join(folder, name)).status()
+        documents.append({"name": name, **status})
+    lines = [
+        f"{d['name']:<24} {d.get('state', '?'):<8} {d.get('stage', '?'):<10} step {d.get('step', 0):<8} "
+        f"{d.get('samples', 0)}/{d.get('length_samples', '?')} samples  {_ago(d.get('updated'))}"
+        for d in documents
+    ]
+    return documents, lines or [f"no runs in {folder}"]
+
+
+def report_on(sources: Sequence[str], out: str) -> str:
+    """Write a report from a spec in YAML, or on the run directories given; returns where it is."""
+    from pipeline.report.html import write_report
+    from pipeline.report.spec import ReportSpec
+
+    if len(sources) == 1 and sources[0].endswith((".yaml", ".yml")):
+        spec = configs.validate(ReportSpec, configs.load(sources[0]), where=sources[0])
+    else:
+        labels = {url.rstrip("/").rpartition("/")[2]: url for url in sources}
+        spec = configs.validate(ReportSpec, {"runs": labels}, where="command line")
+    return write_report(spec, out)
+
+
+def _describe_run(url: str) -> Told:
+    status = RunDir(url).status()
+    figures = figures_of(url)
+    lines = [f"{key:<16} {value}" for key, value in status.items() if value not in (None, "")]
+    lines += [f"{name:<32} {value:.4g}" for name, value in figures.items()]
+    return {"run": url, "status": status, "figures": figures}, lines
+
+
+def _names_of_runs(folder: str) -> list[str]:
+    if not storage.is_remote(folder):
+        return sorted(path.parent.name for path in Path(folder).glob("*/status.json"))
+    start = len(folder.rstrip("/")) + 1
+    found = (entry.url[start:] for entry in storage.entries(folder) if entry.url.endswith("/status.json"))
+    return sorted(name.removesuffix("/status.json") for name in found if name.count("/") == 1)
+
+
+def _ago(unix_time: object) -> str:
+    if not isinstance(unix_time, (int, float)):
+        return ""
+    minutes = max(0.0, time.time() - unix_time) / 60
+    return f"{minutes:.0f} min ago" if minutes < 120 else f"{minutes / 60:.0f} h ago"

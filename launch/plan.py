@@ -1,0 +1,130 @@
+"""What a configuration comes to on the machine at hand, without running anything."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from launch.chain import Chain, load_chain
+from launch.cluster import available_cores
+from launch.conductor import state_of
+from launch.worker import set_defaults
+from pipeline import config as configs
+from pipeline.config import Document
+from pipeline.errors import ConfigError, UserError
+from pipeline.train.config import TrainConfig
+
+Told = tuple[dict[str, Any], list[str]]
+
+# Bytes per parameter. Under bf16: the bf16 copy and its gradient (2 + 2), and the fp32 master with AdamW's two moments
+# (12). Under fp32: weights, gradient and moments (4 + 4 + 8). ZeRO 1 shares the optimizer's part among the ranks, 2 the
+# gradients too, 3 the parameters as well (Rajbhandari et al. 2020, section 5).
+_STATE_BYTES = {
+    "bf16": {"parameters": 2, "gradients": 2, "optimizer": 12},
+    "fp32": {"parameters": 4, "gradients": 4, "optimizer": 8},
+}
+
+
+def plan_of(path: str, overrides: Sequence[str], *, workers: int | None, nodes: int, work: str | None) -> Told:
+    """The resolved view of a chain, a training run or a data set build, as a document and as lines.
+
+    Raises:
+        ConfigError: the file is wrong, or it is none of the three.
+    """
+    document = configs.load(path, overrides)
+    if "nodes" in document:
+        return _plan_chain(load_chain(path, overrides, work=work))
+    if "stage" in document:
+        return plan_training(document, where=path, workers=workers, nodes=nodes)
+    if "source" in document:
+        from data_prep.config import PrepConfig
+
+        config = configs.validate(PrepConfig, document, where=path)
+        return {"kind": "prep", **config.model_dump(mode="json")}, configs.dump(config).splitlines()
+    raise ConfigError(
+        "neither a chain (`nodes`), a training run (`stage`) nor a data set (`source`)",
+        where=path,
+        fix="name one of configs/chains, configs/pretrain, configs/finetune or configs/prep",
+    )
+
+
+def plan_training(document: Document, *, where: str, workers: int | None, nodes: int) -> Told:
+    """Steps, batch shares and memory of a training run."""
+    set_defaults()
+    import torch
+
+    from pipeline.ranks import World
+    from pipeline.train.resolve import resolve
+
+    config = configs.validate(TrainConfig, document, where=where)
+    gpus = torch.cuda.device_count()
+    world_size = nodes * (workers or gpus or 1)
+    resolved = resolve(config, World(0, world_size, 0), torch.device("cuda" if gpus else "cpu"))
+    lines = [f"run {config.run_url}, stage {config.stage}", *resolved.lines()]
+    plan: dict[str, Any] = {"kind": "train", "run": config.run_url, "stage": config.stage, **resolved.document()}
+    counted, why_not = _count_parameters(config)
+    if counted is None:
+        lines.append(f"parameters: not counted ({why_not})")
+        return plan, lines
+    total, trained = counted
+    plan |= {"num_parameters": total, "num_trained": trained}
+    lines.append(f"{total:,} parameters, {trained:,} of them trained")
+    if config.optim.name == "adamw":
+        states = state_bytes(total, trained, resolved.zero_stage, world_size, resolved.precision)
+        plan["model_state_bytes_per_rank"] = states
+        lines.append(f"{states / 2**20:.1f} MiB of model states per rank; activations and buffers come on top")
+    return plan, lines
+
+
+def state_bytes(num_parameters: int, num_trained: int, zero_stage: int, world_size: int, precision: str) -> int:
+    """Memory of parameters, gradients and AdamW's states on one rank under ZeRO, without activations and buffers."""
+    sizes = _STATE_BYTES[precision]
+
+    def share(sharded_from: int) -> float:
+        return 1 / world_size if zero_stage >= sharded_from else 1.0
+
+    return round(
+        num_parameters * sizes["parameters"] * share(3)
+        + num_trained * (sizes["gradients"] * share(2) + sizes["optimizer"] * share(1))
+    )
+
+
+def _count_parameters(config: TrainConfig) -> tuple[tuple[int, int] | None, str]:
+    """(all, trained) parameters of the stage, built without memory; or why they can't be counted."""
+    import torch
+
+    from pipeline.data.manifest import read_manifest
+    from pipeline.stages import stage_class
+    from pipeline.stages.base import DataFacts
+
+    cls = stage_class(config.stage)
+    options = configs.validate(cls.options, config.options, where=config.name, prefix="options")
+    try:
+        manifest = read_manifest(config.data.train)
+    except (UserError, FileNotFoundError) as error:
+        return None, f"the data can't be read: {error}"
+    try:
+        with torch.device("meta"):
+            stage = cls(options, DataFacts(manifest.classes, manifest.num_samples))
+    except (NotImplementedError, RuntimeError) as error:
+        return None, f"{config.stage} can't be built without data: {error}"
+    counts = [(name, parameter.numel()) for name, parameter in stage.named_parameters()]
+    total = sum(count for _, count in counts)
+    return (total, sum(count for name, count in counts if stage.trainable(name))), ""
+
+
+def _plan_chain(chain: Chain) -> Told:
+    nodes: dict[str, Any] = {}
+    lines = [f"work folder {chain.places.work}, data and checkpoints in {chain.places.store}"]
+    for node in chain.nodes.values():
+        state = state_of(chain, node.name)
+        nodes[node.name] = {"kind": node.kind, "state": state, "after": sorted(node.after), "output": node.output}
+        detail = ""
+        if node.kind == "train":
+            config = configs.validate(TrainConfig, node.document, where=node.where)
+            detail = f"{config.stage}, {config.length_samples} samples in batches of {config.data.global_batch}"
+            detail += f", {node.workers or 'all'} worker(s)"
+            nodes[node.name] |= {"stage": config.stage, "length_samples": config.length_samples}
+        after = f"after {', '.join(sorted(node.after))}" if node.after else ""
+        lines.append("  ".join(filter(None, [f"{node.name:<24} {node.kind:<7} {state:<9}", detail, after])))
+    return {"kind": "chain", "nodes": nodes, "cores": available_cores()}, lines

@@ -1,0 +1,64 @@
+"""How far a training run is, read from its run directory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from pipeline.errors import UserError
+from pipeline.run_dir import RunDir
+
+_HEADLINES = ("/top1", "/zeroshot_top1", "/knn_top1", "/reconstruction_mse", "_i2t_r1", "_t2i_r1")
+
+
+class AttemptTeller:
+    """Notices when a run enters a new attempt."""
+
+    def __init__(self, run_url: str) -> None:
+        self._run = RunDir(run_url)
+        self._known = self._run.status().get("attempt")
+
+    def news(self) -> str:
+        """What a new attempt started from; "" when there is none since the last call."""
+        status = self._run.status()
+        attempt = status.get("attempt")
+        if attempt is None or attempt == self._known:
+            return ""
+        self._known = attempt
+        return f"attempt {attempt}, from {status.get('resumed_from', 'scratch')}"
+
+
+def training_progress(run_url: str) -> str:
+    """One line such as "step 120, 30720 of 122880 samples, loss 0.612, 410 samples/s"; "" before there is any."""
+    try:
+        run = RunDir(run_url)
+        status = run.status()
+        metrics = run.metrics()
+    except (FileNotFoundError, ValueError, UserError):
+        return ""
+    trained = [line for line in metrics if line.get("kind") == "train"]
+    if not trained:
+        return ""
+    last = trained[-1]
+    parts = [f"step {last['step']}", f"{last['samples']} of {status.get('length_samples', '?')} samples"]
+    if "loss" in last:
+        parts.append(f"loss {last['loss']:.4g}")
+    if "samples_per_s" in last:
+        parts.append(f"{last['samples_per_s']:.0f} samples/s")
+    return ", ".join(parts)
+
+
+def figures_of(run_url: str) -> dict[str, float]:
+    """The figures of the run's last evaluation, by name."""
+    try:
+        metrics = RunDir(run_url).metrics()
+    except (FileNotFoundError, UserError):
+        return {}
+    measured: list[dict[str, Any]] = [line for line in metrics if line.get("kind") == "evaluate"]
+    return dict(measured[-1]["figures"]) if measured else {}
+
+
+def headline(figures: Mapping[str, float]) -> dict[str, float]:
+    """The figures to show where there is room for few: one per question, without its variants."""
+    chosen = {name: value for name, value in figures.items() if name.endswith(_HEADLINES)}
+    return chosen or dict(figures)

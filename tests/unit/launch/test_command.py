@@ -1,0 +1,108 @@
+"""The command line itself: what it imports, prints and returns."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HEAVY = ("torch", "numpy", "ray", "pydantic", "fsspec", "s3fs", "deepspeed", "rich", "pyarrow", "matplotlib", "yaml")
+
+
+def vitrail(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    repository = Path(__file__).resolve().parents[3]
+    return subprocess.run(
+        [sys.executable, "-m", "launch", *arguments],
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": str(repository)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = f"import sys, launch.cli; print([m for m in {HEAVY} if m in sys.modules])"
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert told.stdout.strip() == "[]"
+
+
+def test_help_names_every_verb(tmp_path: Path) -> None:
+    told = vitrail("--help", cwd=tmp_path)
+    assert told.returncode == 0
+    for verb in ("demo", "prep", "verify", "train", "run", "plan", "doctor", "show", "runs", "report"):
+        assert f"\n  {verb} " in told.stdout
+
+
+@pytest.mark.parametrize("verb", ["demo", "prep", "verify", "train", "run", "plan", "doctor", "show", "runs", "report"])
+def test_every_verb_has_help_and_json(verb: str, tmp_path: Path) -> None:
+    told = vitrail(verb, "--help", cwd=tmp_path)
+    assert told.returncode == 0
+    assert "--json" in told.stdout
+
+
+def test_a_wrong_option_is_the_users_error(tmp_path: Path) -> None:
+    told = vitrail("train", "--wrkers", "2", cwd=tmp_path)
+    assert told.returncode == 2
+    assert "--wrkers" in told.stderr
+    assert "Traceback" not in told.stderr
+
+
+def test_an_error_is_one_message_and_with_json_an_object_last_on_stdout(tmp_path: Path) -> None:
+    told = vitrail("run", "no-such-chain.yaml", "--json", cwd=tmp_path)
+    assert told.returncode == 2
+    assert told.stderr.strip().splitlines() == ["config error at no-such-chain.yaml: no such file. Fix: check the path"]
+    last = json.loads(told.stdout.splitlines()[-1])
+    assert last["exit_code"] == 2
+    assert last["error"] == {
+        "type": "ConfigError",
+        "what": "no such file",
+        "where": "no-such-chain.yaml",
+        "fix": "check the path",
+    }
+
+
+def test_nothing_is_left_behind_by_a_command_that_was_refused(tmp_path: Path) -> None:
+    (tmp_path / "chain.yaml").write_text("nodes: {a: {kind: prepp}}\n")
+    assert vitrail("run", "chain.yaml", cwd=tmp_path).returncode == 2
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["chain.yaml"]
+
+
+def test_runs_in_an_empty_folder_are_none(tmp_path: Path) -> None:
+    told = vitrail("runs", "--json", cwd=tmp_path)
+    assert told.returncode == 0
+    assert json.loads(told.stdout)["runs"] == []
+
+
+def test_a_chain_can_be_planned_without_running_anything(tmp_path: Path) -> None:
+    told = vitrail("plan", "configs/demo/demo.yaml", "--json", cwd=tmp_path)
+    assert told.returncode == 0, told.stderr
+    nodes = json.loads(told.stdout)["nodes"]
+    assert nodes["mae"]["stage"] == "mae"
+    assert nodes["mae"]["after"] == ["pairs"]
+    assert {node["state"] for node in nodes.values()} == {"new"}
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_is_neither_run_nor_data_set_is_said_to_be_so(tmp_path: Path) -> None:
+    told = vitrail("show", ".", cwd=tmp_path)
+    assert told.returncode == 2
+    assert "neither a run directory" in told.stderr
+
+
+def test_doctor_names_a_place_that_cannot_be_reached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "someone")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret-of-someone")
+    (tmp_path / "file").write_text("x")
+    told = vitrail("doctor", str(tmp_path), "s3://some-bucket", "--json", cwd=tmp_path)
+    findings = {(f["name"], f["good"]): f["finding"] for f in json.loads(told.stdout)["findings"]}
+    assert told.returncode == 1
+    assert f"{tmp_path}: can be listed" in findings["storage", True]
+    assert "s3://some-bucket" in findings["storage", False]
+    assert "secret-of-someone" not in told.stdout + told.stderr
+    assert ("cores", True) in findings
