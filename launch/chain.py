@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import heapq
 import itertools
 import json
 import re
@@ -184,14 +185,26 @@ def _document(node: NodeConfig, path: str, where: str) -> tuple[Document, str]:
 
 
 def _order(drafts: Mapping[str, _Draft], by_base: Mapping[str, list[_Draft]], path: str) -> list[str]:
+    """Names in an order in which each stands after what it needs, and otherwise as early as the file has it."""
     graph = {d.name: {o.name for base in d.named for o in _meant(d, base, by_base)} for d in drafts.values()}
+    place = {name: number for number, name in enumerate(drafts)}
+    sorter = TopologicalSorter(graph)
     try:
-        return list(TopologicalSorter(graph).static_order())
+        sorter.prepare()
     except CycleError as error:
         circle = " -> ".join(reversed(error.args[1]))
         raise ConfigError(
             f"nodes wait for each other: {circle}", where=path, fix="remove one of the references"
         ) from None
+    order: list[str] = []
+    ready: list[tuple[int, str]] = []
+    while sorter.is_active():
+        for name in sorter.get_ready():
+            heapq.heappush(ready, (place[name], name))
+        _, name = heapq.heappop(ready)
+        order.append(name)
+        sorter.done(name)
+    return order
 
 
 def _meant(draft: _Draft, base: str, by_base: Mapping[str, list[_Draft]]) -> list[_Draft]:

@@ -137,6 +137,7 @@ def _set_defaults(embedded: bool) -> None:
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # what Ray will do by default, else it warns
         "RAY_DEDUP_LOGS": "0",
+        "RAY_worker_niceness": "0",  # 15 by default, which starves the ranks on a machine that does anything else
     }
     if embedded:
         defaults["RAY_AUTH_MODE"] = "token"

@@ -25,7 +25,7 @@ from pipeline.data.order import Cursor, advance
 from pipeline.data.worker import WorkerProcess
 from pipeline.errors import ConfigError, DataError
 
-__all__ = ["Cursor", "Loader", "Step", "sweep"]
+__all__ = ["Cursor", "Loader", "Step", "check_fills", "sweep"]
 
 _READY_STEPS = 2  # batches made and not yet taken
 _TALLY_FLOOR = 1000  # samples the share of unreadable ones is counted on at least
@@ -83,14 +83,7 @@ class Loader:
         _check_batch(global_batch, world_size, lanes)
         if not 0 <= rank < world_size:
             raise ValueError(f"rank {rank} of {world_size}")
-        if manifest.num_samples < global_batch:
-            raise DataError(
-                f"{manifest.num_samples} samples don't fill a global batch of {global_batch}",
-                where=manifest.url,
-                fix=f"set data.global_batch to at most {manifest.num_samples}, or give more data"
-                if manifest.num_samples
-                else "give a data set that isn't empty",
-            )
+        check_fills(manifest, global_batch)
         self.manifest = manifest
         self.num_samples = manifest.num_samples
         self._transform = transform
@@ -159,6 +152,22 @@ class Loader:
                 yield Step(_cut(part.batch, self._micro_batch), cursor, wait_s)
         finally:
             run.close()
+
+
+def check_fills(manifest: Manifest, global_batch: int) -> None:
+    """Refuse a data set that doesn't fill one global batch.
+
+    Raises:
+        DataError: naming the batch that it would fill.
+    """
+    if manifest.num_samples < global_batch:
+        raise DataError(
+            f"{manifest.num_samples} samples don't fill a global batch of {global_batch}",
+            where=manifest.url,
+            fix=f"set data.global_batch to at most {manifest.num_samples}, or give more data"
+            if manifest.num_samples
+            else "give a data set that isn't empty",
+        )
 
 
 def sweep(

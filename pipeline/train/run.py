@@ -13,7 +13,7 @@ import torch
 
 from pipeline import config as configs
 from pipeline import ranks, storage
-from pipeline.data.loader import Loader
+from pipeline.data.loader import Loader, check_fills
 from pipeline.data.manifest import Manifest, read_manifest
 from pipeline.errors import DataError
 from pipeline.run_dir import RunDir, command_line
@@ -296,8 +296,7 @@ class _Weights:
 
 def _read_manifests(config: TrainConfig) -> tuple[Manifest, dict[str, Manifest]]:
     train_set = read_manifest(config.data.train)
-    if train_set.num_samples == 0:
-        raise DataError("the training set is empty", where=config.data.train, fix="build it from some data")
+    check_fills(train_set, config.data.global_batch)
     return train_set, {name: read_manifest(url) for name, url in config.data.evaluate.items()}
 
 

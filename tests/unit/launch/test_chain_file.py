@@ -146,3 +146,14 @@ def test_shipped_chains_are_sound(name: str, repository: Path, monkeypatch: pyte
             validate(TrainConfig, node.document, where=node.where)
         if node.kind == "report":
             validate(ReportSpec, node.document, where=node.where)
+
+
+def test_nodes_stand_in_the_files_order_where_nothing_forbids_it(tmp_path: Path) -> None:
+    path = tmp_path / "chain.yaml"
+    path.write_text(
+        "nodes:\n"
+        "  second: {kind: report, config: {title: x, runs: {a: '@first'}}}\n"
+        "  first: {kind: scenes}\n"
+        "  third: {kind: scenes}\n"
+    )
+    assert list(load_chain(str(path), work=str(tmp_path / "work")).nodes) == ["first", "second", "third"]
