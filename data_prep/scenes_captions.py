@@ -14,7 +14,7 @@ from data_prep.scenes_draw import Hsv, Scene
 
 _HUES = ("red", "orange", "yellow", "green", "turquoise", "blue", "purple", "pink")
 _HUE_ENDS = (0.04, 0.11, 0.19, 0.44, 0.54, 0.72, 0.81, 0.95)  # where each ends; beyond the last it is red again
-_SMALL, _LARGE = 0.40, 0.46  # square root of the main object's area, over the image's shorter side
+_SMALL, _LARGE = 0.44, 0.49  # square root of the main object's area, over the image's shorter side
 _NUMBERS = ("no", "one", "two", "three", "four", "five", "six")
 
 _SENTENCES: tuple[Callable[[dict[str, str]], str], ...] = (

@@ -146,7 +146,7 @@ def draw_scene(
     """
     canvas = Canvas(height, width)
     background = _draw_background(canvas, draw)
-    radius = draw.uniform(0.34, 0.52) / math.sqrt(_AREAS[shape]) * canvas.side
+    radius = draw.uniform(0.4, 0.53) / math.sqrt(_AREAS[shape]) * canvas.side
     reach = canvas.side / 2 - radius
     center = (width / 2 + draw.uniform(-reach, reach), height / 2 + draw.uniform(-reach, reach))
     main = _outline(canvas, draw, shape, center, radius)
@@ -154,7 +154,7 @@ def draw_scene(
     for outline in _clutter(canvas, draw, int(draw.integers(max_clutter + 1)), main.mask):
         period = draw.uniform(0.5, 0.8) * outline.radius
         objects.append(_paint(canvas, draw, outline, str(draw.choice(list(TEXTURES))), period))
-    objects.append(_paint(canvas, draw, main, texture, draw.uniform(0.14, 0.24) * canvas.side))
+    objects.append(_paint(canvas, draw, main, texture, draw.uniform(0.17, 0.28) * canvas.side))
     _light(canvas, draw)
     image = (np.clip(canvas.pixels, 0, 1) * 255 + 0.5).astype(np.uint8)
     return Scene(image, tuple(objects), background)

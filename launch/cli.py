@@ -237,6 +237,27 @@ def runs(
 
 
 @app.command()
+def convert(
+    source: Annotated[str, typer.Argument(metavar="SRC", help="A weight file, a folder of one, or a run directory.")],
+    target: Annotated[str, typer.Argument(metavar="DST", help="The file to write, or a folder for some formats.")],
+    to: Annotated[str, typer.Option("--to", metavar="FORMAT", help="Whose names and layout to write.")],
+    source_format: Annotated[
+        str | None, typer.Option("--from", metavar="FORMAT", help="SRC's format; default: our own, or a run.")
+    ] = None,
+    known: Annotated[
+        list[str] | None,
+        typer.Option("--known", metavar="NAME=VALUE", help="What tensors don't tell, such as heads=12."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Translate weights from and to other projects' formats."""
+    from launch.convert import convert_weights
+
+    document, lines = convert_weights(source, target, source_format, to, known or [])
+    _reply(document, lines, as_json)
+
+
+@app.command()
 def report(
     sources: Annotated[list[str], typer.Argument(metavar="SPEC|RUN", help="A report's YAML file, or run directories.")],
     out: Annotated[str, typer.Option(metavar="PATH", help="HTML file or folder to write.")] = "report",

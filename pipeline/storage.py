@@ -22,11 +22,12 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn, TypeVar
+from typing import Any, NamedTuple, NoReturn, TypeAlias, TypeVar
 
 from pipeline.errors import StorageError
 
 T = TypeVar("T")
+Data: TypeAlias = bytes | memoryview
 
 CONNECT_TIMEOUT_S = 10
 READ_TIMEOUT_S = 60
@@ -88,12 +89,12 @@ def read_range(url: str, start: int, stop: int) -> bytes:
     return _store(url).read_range(url, start, stop) if stop > start else b""
 
 
-def write(url: str, data: bytes) -> None:
+def write(url: str, data: Data) -> None:
     """Put `data` at `url`, replacing what was there at once; folders on the way are made."""
     _store(url).write(url, data)
 
 
-def create(url: str, data: bytes) -> bool:
+def create(url: str, data: Data) -> bool:
     """Put `data` at `url` unless something is there already; whether it is now ours.
 
     Of several writers one wins, with its whole content visible at once, where the store enforces conditional writes
@@ -185,13 +186,13 @@ class _Local:
             file.seek(start)
             return file.read(stop - start)
 
-    def write(self, url: str, data: bytes) -> None:
+    def write(self, url: str, data: Data) -> None:
         path = _path(url)
         with _local_errors(url), _whole_file(path, data) as partial:
             os.replace(partial, path)
             _sync_folder(path.parent)
 
-    def create(self, url: str, data: bytes) -> bool:
+    def create(self, url: str, data: Data) -> bool:
         path = _path(url)
         with _local_errors(url), _whole_file(path, data) as partial:
             try:
@@ -271,10 +272,10 @@ class _S3:
         except _RangeBeyondEnd:
             return b""
 
-    def write(self, url: str, data: bytes) -> None:
+    def write(self, url: str, data: Data) -> None:
         self._call(url, lambda: self._put(url, data, "overwrite"))
 
-    def create(self, url: str, data: bytes) -> bool:
+    def create(self, url: str, data: Data) -> bool:
         # Servers that ignore If-None-Match at least get this check.
         if self.size_bytes(url) is not None:
             return False
@@ -284,7 +285,7 @@ class _S3:
         # aiohttp too, unseen from here).
         return self.size_bytes(url) == len(data) and self.read(url) == data
 
-    def create_conditionally(self, url: str, data: bytes) -> bool:
+    def create_conditionally(self, url: str, data: Data) -> bool:
         """Whether the server took the object; False where something stands already."""
 
         def put() -> bool:
@@ -328,10 +329,11 @@ class _S3:
         with contextlib.suppress(FileNotFoundError):
             self._call(url, lambda: self._fs.call_s3("delete_object", Bucket=bucket, Key=key))
 
-    def _put(self, url: str, data: bytes, mode: str) -> None:
+    def _put(self, url: str, data: Data, mode: str) -> None:
         bucket, key = _bucket_and_key(url)
         part_size = max(PART_SIZE_BYTES, -(-len(data) // MAX_PARTS))
-        self._fs.pipe_file(f"{bucket}/{key}", data, chunksize=part_size, mode=mode)  # aborts a failed multipart upload
+        # A multipart upload that fails is aborted by s3fs.
+        self._fs.pipe_file(f"{bucket}/{key}", bytes(data), chunksize=part_size, mode=mode)
 
     def _call(self, url: str, call: Callable[[], Any]) -> Any:
         try:
@@ -451,7 +453,7 @@ def _bucket_and_key(url: str) -> tuple[str, str]:
 
 
 @contextlib.contextmanager
-def _whole_file(path: Path, data: bytes) -> Iterator[Path]:
+def _whole_file(path: Path, data: Data) -> Iterator[Path]:
     """A synced file with `data` beside `path`, to be moved or linked there; gone afterwards if it wasn't moved."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.parent / f".{path.name[:100]}.{secrets.token_hex(8)}{PARTIAL_SUFFIX}"

@@ -13,6 +13,7 @@ import torch
 
 from pipeline import config as configs
 from pipeline import ranks, storage
+from pipeline.convert.loading import check_same_trunk, load_initial
 from pipeline.data.loader import Loader, check_fills
 from pipeline.data.manifest import Manifest, read_manifest
 from pipeline.errors import DataError
@@ -24,7 +25,6 @@ from pipeline.train.checkpoint import Checkpoints, load_newest, read_info, read_
 from pipeline.train.commits import Attempt, Commit
 from pipeline.train.config import TrainConfig
 from pipeline.train.engine_deepspeed import DeepSpeedEngine, join_group
-from pipeline.train.initial import check_same_trunk, load_initial
 from pipeline.train.loop import run_loop
 from pipeline.train.measure import Measurement
 from pipeline.train.meter import Meter

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from pipeline.convert.loading import check_same_trunk
 from pipeline.errors import CheckpointError
 from pipeline.models.config import ModelConfig
-from pipeline.train.initial import check_same_trunk
 
 OURS = ModelConfig(width=12, depth=1, heads=2, image_size=16, patch_size=8)
 

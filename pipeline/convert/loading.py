@@ -1,4 +1,4 @@
-"""Starting from another run's weights."""
+"""Putting weights into a stage: strictly, and with a table of what became of each name."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from pipeline.models.position import interpolate
 from pipeline.stages.base import Stage
 
 POSITION_TABLE = "trunk.pos_embed"
+SAME_MODEL = "make options.model the same as in the run the weights come from"
 UNSEEN_IN_SHAPES = ("heads", "gelu", "norm_eps", "position")
 """Options of the trunk that change what the same weights compute, though every shape fits."""
 
@@ -30,7 +31,7 @@ class LoadReport(NamedTuple):
     def lines(self) -> list[str]:
         """For the log: the table of what was loaded, resized, new and ignored."""
         return [
-            f"  {label:8s} {len(names):4d}  {_summary(names)}"
+            f"  {label:8s} {len(names):4d}  {by_part(names)}"
             for label, names in zip(("loaded", "resized", "new", "ignored"), self, strict=True)
         ]
 
@@ -50,16 +51,22 @@ def check_same_trunk(ours: Mapping[str, Any], theirs: Mapping[str, Any], *, wher
         raise CheckpointError(
             f"the trunk isn't the same: {', '.join(differing)}",
             where=where,
-            fix="make options.model the same as in the run the weights come from",
+            fix=SAME_MODEL,
         )
 
 
-def load_initial(stage: Stage, weights: Mapping[str, Tensor], prefixes: Sequence[str], *, where: str) -> LoadReport:
+def load_initial(
+    stage: Stage, weights: Mapping[str, Tensor], prefixes: Sequence[str], *, where: str, fix: str | None = None
+) -> LoadReport:
     """Copy the parameters under `prefixes` from `weights` into a stage that was just built (fp32).
 
     Loading is strict: each such parameter must be there in its shape. Two exceptions: a trained position table is
     evaluated for the stage's grid by the trunk's own interpolation, and one that the source doesn't have (its table
     was fixed) keeps its initial values.
+
+    Args:
+        where: where the weights come from, for messages.
+        fix: what to do about a parameter that is missing or of another shape; by default, advice on `init_from`.
 
     Raises:
         CheckpointError: a parameter is missing, or has another shape.
@@ -78,7 +85,9 @@ def load_initial(stage: Stage, weights: Mapping[str, Tensor], prefixes: Sequence
             continue
         if source is None:
             raise CheckpointError(
-                f"they hold no {name}", where=where, fix="check init_from, or narrow init_prefixes to what it holds"
+                f"they hold no {name}",
+                where=where,
+                fix=fix or "check init_from, or narrow init_prefixes to what it holds",
             )
         if source.shape != target.shape and name == POSITION_TABLE:
             source = _resized_table(stage, source, where)
@@ -87,7 +96,7 @@ def load_initial(stage: Stage, weights: Mapping[str, Tensor], prefixes: Sequence
             raise CheckpointError(
                 f"{name} is {_shape(source)} there and {_shape(target)} here",
                 where=where,
-                fix="make options.model the same as in the run the weights come from",
+                fix=fix or SAME_MODEL,
             )
         else:
             loaded.append(name)
@@ -107,7 +116,7 @@ def _resized_table(stage: Stage, source: Tensor, where: str) -> Tensor:
         raise CheckpointError(
             f"{POSITION_TABLE} is {_shape(source)}, which isn't a square grid of this width",
             where=where,
-            fix="make options.model the same as in the run the weights come from",
+            fix=SAME_MODEL,
         )
     table = interpolate(source[0, num_prefix:].float(), (side, side), config.grid, config.interpolation)
     return torch.cat([source[:, :num_prefix].float(), table.unsqueeze(0)], dim=1)
@@ -125,8 +134,8 @@ def _shape(tensor: Tensor) -> str:
     return "x".join(map(str, tensor.shape))
 
 
-def _summary(names: Sequence[str]) -> str:
-    """Names by their first two parts, with counts."""
+def by_part(names: Sequence[str]) -> str:
+    """Names by their first two parts, with counts, on one line."""
     counts: dict[str, int] = {}
     for name in names:
         head = ".".join(name.split(".")[:2])

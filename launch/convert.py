@@ -1,0 +1,106 @@
+"""Translating weights between formats, a run's among them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from launch.look import Told
+from pipeline import config as configs
+from pipeline import convert, storage
+from pipeline.convert.files import PICKLES, SAFETENSORS
+from pipeline.convert.loading import by_part
+from pipeline.convert.weights import Format, Weights, load_table, numbered
+from pipeline.data.manifest import read_manifest
+from pipeline.errors import CheckpointError, ConfigError, UserError
+from pipeline.run_dir import RunDir
+
+OWN = "vitrail"
+
+
+def convert_weights(
+    source: str, target: str, source_format: str | None, target_format: str, known: Sequence[str]
+) -> Told:
+    """Read weights, of a file or of a run's newest checkpoint, and write them in another format.
+
+    Args:
+        source_format: None for a run directory or our own format.
+        known: "name=value" items.
+
+    Raises:
+        CheckpointError: the source can't be read.
+        ConfigError: a format or a fact is wrong or missing, or the target can't express the model.
+    """
+    facts: dict[str, Any] = {}
+    for item in known:
+        facts = configs.override(facts, item)
+    form = convert.format_named(source_format or OWN)
+    to = convert.format_named(target_format)
+    _refuse_strange(facts, form, to)
+    if target.rstrip("/") == source.rstrip("/"):
+        raise ConfigError("it would overwrite what it reads", where=target, fix="write to another place")
+    is_file = source.endswith((SAFETENSORS, *PICKLES))
+    if not is_file and storage.exists(storage.join(source, "status.json")):
+        if form.name != OWN:
+            raise ConfigError("that is a run directory of ours", where=source, fix="leave --from out")
+        weights = run_weights(source)
+    else:
+        weights = convert.read(source, form.name, **_taken(facts, form))
+    table = load_table(weights)
+    saved = convert.save(weights, target, to.name, **_taken(facts, to))
+    document = {
+        "source": source,
+        "stage": weights.stage,
+        "options": weights.options,
+        **table._asdict(),
+        "dropped": list(saved.dropped),
+        "num_written": saved.num_tensors,
+        "written": saved.files,
+    }
+    lines = [f"{weights.stage} from {source}", *table.lines()]
+    if saved.dropped:
+        lines.append(f"  {'dropped':8s} {len(saved.dropped):4d}  {by_part(saved.dropped)}")
+    return document, [*lines, f"{saved.num_tensors} tensors in format {to.name}: {', '.join(saved.files)}"]
+
+
+def run_weights(url: str) -> Weights:
+    """The weights of a run's newest valid checkpoint.
+
+    Raises:
+        CheckpointError: it has none, or no configuration.
+    """
+    from pipeline.train.checkpoint import read_weights
+
+    config = RunDir(url).config()
+    if config is None or "stage" not in config:
+        raise CheckpointError("no config.yaml that names a stage", where=url, fix="give a run directory")
+    state = read_weights(url)
+    return Weights(url, str(config["stage"]), dict(config.get("options") or {}), state, _classes(config, state))
+
+
+def _classes(config: configs.Document, state: dict[str, Any]) -> tuple[str, ...]:
+    """The classes' names, from the training data's manifest; numbers where it is out of reach by now."""
+    heads = [value for name, value in state.items() if name in ("head.weight", "heads.0.weight")]
+    if not heads:
+        return ()
+    try:
+        classes = read_manifest(str(config["data"]["train"])).classes
+    except (UserError, OSError, KeyError):
+        classes = ()
+    return tuple(classes) if len(classes) == heads[0].shape[0] else numbered(heads[0].shape[0])
+
+
+def _taken(facts: dict[str, Any], form: Format) -> dict[str, Any]:
+    return {name: value for name, value in facts.items() if name in form.takes}
+
+
+def _refuse_strange(facts: dict[str, Any], form: Format, to: Format) -> None:
+    """Facts that mean something on one side are fine; the others are mistakes."""
+    takes = [*form.takes, *(name for name in to.takes if name not in form.takes)]
+    for name in facts:
+        if name not in takes:
+            raise ConfigError(
+                f"{name!r} means nothing from format {form.name!r} to {to.name!r}",
+                where="--known",
+                fix=f"it takes {', '.join(takes) or 'none'}",
+            )

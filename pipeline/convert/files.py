@@ -1,0 +1,179 @@
+"""Weight files, read without executing anything in them.
+
+Pickles go through torch's restricted unpickler (`weights_only=True`), which builds tensors and plain containers and
+refuses everything else; safetensors and JSON hold no code to begin with.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from pipeline import storage
+from pipeline.config import Document
+from pipeline.convert.weights import Format, Source, Written, listed
+from pipeline.errors import CheckpointError, ConfigError, StorageError
+
+PICKLES = (".pth", ".pt", ".bin", ".ckpt")
+SAFETENSORS = ".safetensors"
+WHOLE_FOLDER = ("model.safetensors", "pytorch_model.bin")
+INDEX = "model.safetensors.index.json"
+CONFIG = "config.json"
+WRAPPERS = ("model", "state_dict")  # keys that training scripts keep the tensors under
+METADATA_KEY = "vitrail"
+
+
+def read_source(url: str) -> Source:
+    """Read a weight file, or a folder as `save_pretrained` leaves it.
+
+    Raises:
+        CheckpointError: there is none, it is damaged or truncated, or it holds code or no tensors.
+    """
+    if url.endswith((SAFETENSORS, *PICKLES)):
+        state, said = _read_file(url)
+        beside = url.rpartition("/")[0]
+        return Source(url, state, {**_config(storage.join(beside, CONFIG) if beside else CONFIG), **said})
+    for name in WHOLE_FOLDER:
+        if storage.exists(storage.join(url, name)):
+            state, said = _read_file(storage.join(url, name))
+            return Source(url, state, {**_config(storage.join(url, CONFIG)), **said})
+    if storage.exists(storage.join(url, INDEX)):
+        return Source(url, _read_shards(url), _config(storage.join(url, CONFIG)))
+    raise CheckpointError(
+        "no weights there",
+        where=url,
+        fix=f"give a file ({', '.join((SAFETENSORS, *PICKLES))}) or a folder with {' or '.join(WHOLE_FOLDER)}",
+    )
+
+
+def write_target(url: str, written: Written, form: Format) -> list[str]:
+    """Write weights to a file, of the kind its ending says, or to a folder. Returns what was written.
+
+    Raises:
+        ConfigError: the ending says neither.
+        StorageError: the place can't be written.
+    """
+    state = {name: value.detach().cpu().contiguous().clone() for name, value in written.state.items()}
+    if url.endswith(SAFETENSORS):
+        storage.write(url, _safetensors(state, written.config))
+        return [url]
+    if url.endswith(PICKLES) and form.pickles:
+        content = io.BytesIO()
+        torch.save({form.wrapped_in: state} if form.wrapped_in else state, content)
+        storage.write(url, content.getvalue())
+        return [url]
+    if form.config_file is None or ("." in url.rpartition("/")[2] and not url.endswith("/")):
+        kinds = ", ".join((SAFETENSORS, *(PICKLES if form.pickles else ())))
+        raise ConfigError(
+            f"its ending is of no kind of file that format {form.name!r} has",
+            where=url,
+            fix=f"write to {kinds}" + (" or a folder (name/)" if form.config_file else ""),
+        )
+    weights, config = storage.join(url, WHOLE_FOLDER[0]), storage.join(url, form.config_file)
+    storage.write(weights, _safetensors(state, {}))
+    storage.write(config, (json.dumps(written.config, indent=2) + "\n").encode())
+    return [weights, config]
+
+
+def _safetensors(state: Mapping[str, Tensor], config: Document) -> bytes:
+    metadata = {"format": "pt"} | ({METADATA_KEY: json.dumps(config)} if config else {})
+    return safetensors.torch.save(dict(state), metadata)
+
+
+def _read_file(url: str) -> tuple[dict[str, Tensor], Document]:
+    """Tensors of one file, and what else it says."""
+    try:
+        content = storage.read(url)
+    except FileNotFoundError:
+        raise CheckpointError("no such file", where=url, fix="check the path") from None
+    if url.endswith(SAFETENSORS):
+        try:
+            return safetensors.torch.load(content), _metadata(content)
+        except (safetensors.SafetensorError, ValueError, KeyError) as error:
+            raise _damaged(url, "safetensors", error) from None
+    with _explained(url), torch.serialization.safe_globals([argparse.Namespace]):
+        found = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    return _tensors(found, url)
+
+
+def _metadata(content: bytes) -> Document:
+    """What `_safetensors` wrote beside the tensors."""
+    length = int.from_bytes(content[:8], "little")
+    said = json.loads(content[8 : 8 + length]).get("__metadata__", {}).get(METADATA_KEY)
+    document = json.loads(said) if said is not None else {}
+    return document if isinstance(document, dict) else {}
+
+
+@contextlib.contextmanager
+def _explained(url: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # a damaged pickle can fail in any way the unpickler can
+        raise _damaged(url, "PyTorch", error) from None
+
+
+def _damaged(url: str, kind: str, error: Exception) -> CheckpointError:
+    words = " ".join(str(error).split()) or type(error).__name__
+    if "Weights only load failed" in words or "Unsupported" in words:
+        return CheckpointError(
+            "it holds objects other than tensors, which could execute code when loaded",
+            where=url,
+            fix="take a file of tensors only, or safetensors; load this one nowhere unless you trust its source",
+        )
+    return CheckpointError(
+        f"no readable {kind} file; it may be truncated ({words[:200]})", where=url, fix="fetch it again"
+    )
+
+
+def _tensors(found: Any, url: str) -> tuple[dict[str, Tensor], Document]:
+    """The tensors of an unpickled object, and the training arguments beside them."""
+    said: Document = {}
+    if isinstance(found, Mapping):
+        arguments = found.get("args")
+        said = dict(vars(arguments)) if isinstance(arguments, argparse.Namespace) else {}
+        found = next((found[key] for key in WRAPPERS if isinstance(found.get(key), Mapping)), found)
+    tensors = {str(name): value for name, value in found.items()} if isinstance(found, Mapping) else {}
+    others = [name for name, value in tensors.items() if not isinstance(value, Tensor)]
+    if not tensors or others:
+        what = f"{listed(others)} are no tensors" if others else "it holds no tensors by name"
+        raise CheckpointError(what, where=url, fix="give a state dict, or a checkpoint with one under `model`")
+    if all(name.startswith("module.") for name in tensors):
+        tensors = {name.removeprefix("module."): value for name, value in tensors.items()}
+    return tensors, said
+
+
+def _read_shards(folder: str) -> dict[str, Tensor]:
+    """A model that `save_pretrained` cut into several files."""
+    index = storage.join(folder, INDEX)
+    try:
+        files = sorted(set(json.loads(storage.read(index))["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _damaged(index, "index", error) from None
+    if any(not isinstance(name, str) or "/" in name or not name.endswith(SAFETENSORS) for name in files):
+        raise CheckpointError("it names files outside its folder", where=index, fix="fetch the folder again")
+    state: dict[str, Tensor] = {}
+    for name in files:
+        state |= _read_file(storage.join(folder, name))[0]
+    return state
+
+
+def _config(url: str) -> Document:
+    """The config.json beside weights; empty when there is none."""
+    try:
+        document = json.loads(storage.read(url))
+    except FileNotFoundError:
+        return {}
+    except (ValueError, StorageError) as error:
+        raise CheckpointError(f"not JSON ({error})", where=url, fix="fetch it again") from None
+    if not isinstance(document, dict):
+        raise CheckpointError("no JSON object", where=url, fix="fetch it again")
+    return document
