@@ -8,6 +8,8 @@ done, 2 the user's input is wrong, 75 stopped but resumable, 1 anything else.
 from __future__ import annotations
 
 import json
+import os
+import shlex
 import sys
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -273,6 +275,7 @@ def report(
 def main() -> NoReturn:
     """Entry point: run a verb, print its reply or its one error message, exit."""
     as_json = "--json" in sys.argv[1:]
+    os.environ["VITRAIL_COMMAND"] = shlex.join(["vitrail", *sys.argv[1:]])  # for pipeline.run_dir, in the workers
     try:
         app(prog_name="vitrail")  # exits by itself after --help (0) or a wrong option (2)
         code = 0

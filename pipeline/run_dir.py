@@ -18,6 +18,7 @@ import json
 import os
 import platform
 import re
+import shlex
 import subprocess
 import sys
 import time
@@ -48,6 +49,7 @@ FREE_TO_CHANGE = (
 """Keys that a resumed run may change: they don't change what is learned, and checkpoints are portable."""
 
 PACKAGES = ("vitrail", "torch", "torchvision", "deepspeed", "ray", "open_clip_torch", "timm", "safetensors")
+TYPED_COMMAND = "VITRAIL_COMMAND"  # environment variable in which the `vitrail` command tells what the person typed
 CHUNK_LINES = 200
 CHUNK_SECONDS = 30.0
 
@@ -82,7 +84,7 @@ class RunDir:
         if resolved is not None:
             storage.write(self.at("resolved.yaml"), yaml.safe_dump(dict(resolved), sort_keys=False).encode())
         if command:
-            storage.write(self.at("command.txt"), (" ".join(command) + "\n").encode())
+            storage.write(self.at("command.txt"), (shlex.join(command) + "\n").encode())
         storage.write(self.at("environment.json"), _json(environment()))
 
     def check(self, config: Document) -> None:
@@ -311,8 +313,9 @@ def _git_revision() -> str | None:
 
 
 def command_line() -> list[str]:
-    """How this process was started."""
-    return [Path(sys.argv[0]).name, *sys.argv[1:]]
+    """What the person typed, as the `vitrail` command passes it on to workers; else how this process was started."""
+    typed = os.environ.get(TYPED_COMMAND)
+    return shlex.split(typed) if typed else [Path(sys.argv[0]).name, *sys.argv[1:]]
 
 
 def _ends_line(path: Path) -> bool:

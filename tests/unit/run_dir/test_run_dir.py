@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from pipeline.errors import ConfigError
-from pipeline.run_dir import RunDir
+from pipeline.run_dir import RunDir, command_line
 
 CONFIG: dict[str, Any] = {"name": "a", "optim": {"lr": 0.1, "betas": [0.9, 0.95]}, "data": {"workers": 1}}
 
@@ -93,3 +93,11 @@ def test_evaluations_and_pictures_come_back(run: RunDir) -> None:
     assert (step, table[0]["title"]) == (7, "Sample 3: A cat!")
     assert [Path(panel["file"]).read_bytes() for panel in table[0]["panels"]] == [b"png-1", b"png-2"]
     assert "00-sample-3-a-cat/1-masked.png" in table[0]["panels"][1]["file"]
+
+
+def test_the_command_is_the_one_that_was_typed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VITRAIL_COMMAND", "vitrail train a.yaml 'name=a b'")
+    assert command_line() == ["vitrail", "train", "a.yaml", "name=a b"]
+    monkeypatch.delenv("VITRAIL_COMMAND")
+    monkeypatch.setattr("sys.argv", ["/somewhere/worker.py", "a.yaml"])
+    assert command_line() == ["worker.py", "a.yaml"]
