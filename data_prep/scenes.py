@@ -147,11 +147,17 @@ def write_scenes(config: ScenesConfig, url: str, *, processes: int | None = None
         storage.delete(table_url)
         storage.write(storage.join(url, SETTINGS_NAME), settings.encode())
         present = {}
-    rows = _write_images(config, url, present, processes or len(os.sched_getaffinity(0)))
+    rows = _write_images(config, url, present, processes or _num_cores())
     names = json.dumps(class_names(), indent=1) + "\n"
     storage.write(storage.join(url, CLASSES_NAME), names.encode())
     storage.write(table_url, _table(rows))
     return ScenesReport(url, total, total)
+
+
+def _num_cores() -> int:
+    """Cores this process may use."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
 def _draw_size(config: ScenesConfig, draw: np.random.Generator) -> tuple[int, int]:

@@ -55,14 +55,12 @@ def reach_server(server: S3Server, monkeypatch: pytest.MonkeyPatch) -> S3Server:
 
 
 def raw_photos(server: S3Server, name: str) -> str:
-    """Images large enough that a shard takes a while, and their table; the table's URL."""
-    folder = server.folder / "raw" / name
-    (folder / "images").mkdir(parents=True)
+    """Images large enough that a shard takes a while, and their table, put through the server; the table's URL."""
     for i in range(NUM_IMAGES):
-        (folder / "images" / f"{i}.jpg").write_bytes(encoded(i, "JPEG", 1000, 800))
+        storage.write(f"s3://raw/{name}/images/{i}.jpg", encoded(i, "JPEG", 1000, 800))
     # One input fails, so that accounts are compared as well.
     urls = [f"images/{i}.jpg" if i != 7 else "images/gone.jpg" for i in range(NUM_IMAGES)]
-    write_table(folder / "pairs.parquet", url=urls, caption=[f"photo {i}" for i in range(NUM_IMAGES)])
+    upload(server, f"{name}/pairs.parquet", url=urls, caption=[f"photo {i}" for i in range(NUM_IMAGES)])
     return f"s3://raw/{name}/pairs.parquet"
 
 

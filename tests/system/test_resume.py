@@ -31,7 +31,7 @@ def wait_for_commit(run: RunDir, step: int) -> None:
     raise TimeoutError
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", [pytest.param("fp32", marks=pytest.mark.slow), "bf16"])
 def test_kill_of_a_worker_leaves_no_trace_in_the_weights(tmp_path: Path, precision: str) -> None:
     train_cases.write_data(tmp_path)
     changes = {"engine.precision": precision, "length_samples": 640, "log_every_samples": 16}
