@@ -1,9 +1,11 @@
-"""Multi-head self-attention.
+"""Multi-head attention.
 
-Legend: B samples, T tokens, H heads, E width of a head, D = H * E.
+Legend: B samples, T tokens, S tokens that are attended to, H heads, E width of a head, D = H * E.
 """
 
 from __future__ import annotations
+
+from typing import overload
 
 import torch
 from jaxtyping import Float
@@ -38,18 +40,43 @@ def attend_explicitly(
     return out
 
 
+class QkvProjection(nn.Linear):
+    """Queries, keys and values in one matrix, [3D,D]; keys and values may come from other tokens than queries."""
+
+    @overload
+    def forward(self, x: Float[Tensor, "b t d"]) -> Float[Tensor, "b t 3*d"]: ...
+    @overload
+    def forward(
+        self, x: Float[Tensor, "b t d"], source: Float[Tensor, "b s d"]
+    ) -> tuple[Float[Tensor, "b t d"], Float[Tensor, "b s 2*d"]]: ...
+    def forward(self, x: Tensor, source: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        """All three of x; or x's queries, and `source`'s keys and values."""
+        if source is None:
+            return super().forward(x)
+        d = self.in_features
+        return F.linear(x, self.weight[:d], self.bias[:d]), F.linear(source, self.weight[d:], self.bias[d:])
+
+
 class Attention(nn.Module):
     """Self-attention with a fused projection; parameters named as in timm and MAE."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width)
+        self.qkv = QkvProjection(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x: Float[Tensor, "b t d"]) -> Float[Tensor, "b t d"]:
-        """Every token attends to every token."""
+    def forward(
+        self, x: Float[Tensor, "b t d"], source: Float[Tensor, "b s d"] | None = None
+    ) -> Float[Tensor, "b t d"]:
+        """Every token attends to every token of `source`, by default x itself."""
         b, t, d = x.shape
-        q, k, v = self.qkv(x).view(b, t, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
+        shape = (self.heads, d // self.heads)
+        if source is None:
+            q, k, v = self.qkv(x).view(b, t, 3, *shape).permute(2, 0, 3, 1, 4).unbind(0)
+        else:
+            queries, both = self.qkv(x, source)
+            q = queries.view(b, t, *shape).transpose(1, 2)
+            k, v = both.view(b, -1, 2, *shape).permute(2, 0, 3, 1, 4).unbind(0)
         out: Tensor = self.proj(attend(q, k, v).transpose(1, 2).reshape(b, t, d))
         return out

@@ -27,11 +27,24 @@ SIZES: dict[str, Size] = {
     "H": Size(1280, 32, 5120, 16),
     "g": Size(1408, 40, 6144, 16),
     "G": Size(1664, 48, 8192, 16),
+    "C-1GF": Size(192, 11, 576, 3),
+    "C-4GF": Size(384, 11, 1152, 6),
+    "C-18GF": Size(768, 11, 3072, 12),
+    "C-36GF": Size(1024, 13, 4096, 16),
 }
 """Touvron et al. 2021 (Ti, S), Dosovitskiy et al. 2021 (B, L, H), Zhai et al. 2022 (g, G), Alabdulmohsin et al. 2023
-(So400m)."""
+(So400m), Xiao et al. 2021 (C-*, which go with `patch_embed: conv_stem`)."""
 
-Position = Literal["sincos2d", "sincos2d_bigvision", "learned"]
+STEMS: dict[str, tuple[int, ...]] = {
+    "C-1GF": (24, 48, 96, 192),
+    "C-4GF": (48, 96, 192, 384),
+    "C-18GF": (64, 128, 128, 256, 256, 512),
+    "C-36GF": (64, 128, 128, 256, 256, 512),
+}
+"""Output channels of the 3x3 convolutions of the convolutional stem, by size (Xiao et al. 2021, appendix)."""
+
+PatchEmbedKind = Literal["linear", "norm_linear", "conv_stem"]
+Position = Literal["sincos2d", "sincos2d_bigvision", "sincos1d", "learned", "none"]
 Interpolation = Literal["bicubic", "bicubic_antialias", "bilinear"]
 Gelu = Literal["erf", "tanh", "quick"]
 
@@ -48,13 +61,23 @@ class ModelConfig(Config):
     patch_size: int = Field(default=16, gt=0)  # pixels
     cls_token: bool = True
     registers: int = Field(default=0, ge=0)  # tokens without position or output (Darcet et al. 2024)
+    patch_embed: PatchEmbedKind = "linear"
+    stem_channels: tuple[int, ...] = ()  # of a conv_stem; empty: the size's, or doubling up to the width
     position: Position = "sincos2d"
+    position_image_size: int | tuple[int, int] | None = None  # whose grid the position table has; None: image_size
     position_trained: bool = False  # train a sincos table too, as MAE's fine-tuning does; "learned" always is
     interpolation: Interpolation = "bicubic"  # of the position table, for grids other than the native one
     norm_eps: float = Field(default=1e-6, gt=0)
     gelu: Gelu = "erf"
+    pre_norm: bool = False  # CLIP's: a norm before the first block, and no bias in the patch projection
+    layer_scale: float | None = Field(default=None, gt=0)  # initial factor of the residual branches; None: no factor
     drop_path: float = Field(default=0.0, ge=0, lt=1)  # rate of the last block, rising linearly from 0 at the first
     final_norm: bool = True
+    window: int | None = Field(default=None, gt=0)  # side of attention windows, in patches; None: all blocks global
+    global_blocks: tuple[int, ...] = ()  # numbers of the blocks without windows
+    conv_blocks: tuple[int, ...] = ()  # numbers of the blocks that a convolution follows
+    relative_positions: bool = False  # decomposed, for the grid of image_size or the window
+    activation_checkpointing: bool = False  # keep only the blocks' inputs, compute the rest again in backward
 
     @model_validator(mode="after")
     def _consistent(self) -> ModelConfig:
@@ -65,12 +88,72 @@ class ModelConfig(Config):
         shape = self.shape
         if shape.width % shape.heads:
             raise ValueError(f"heads ({shape.heads}) must divide width ({shape.width})")
-        if self.position != "learned" and shape.width % 4:
+        if self.position.startswith("sincos") and shape.width % 4:
             raise ValueError(f"{self.position} positions need a width divisible by 4, not {shape.width}")
-        if min(self.image_hw) < 1 or any(side % self.patch_size for side in self.image_hw):
-            height, width = self.image_hw
-            raise ValueError(f"image_size {height}x{width} isn't a multiple of patch_size {self.patch_size}")
+        if self.position_trained and self.position == "none":
+            raise ValueError("position none leaves nothing for position_trained")
+        for name, (height, width) in (("image_size", self.image_hw), ("position_image_size", self.position_hw)):
+            if min(height, width) < 1 or height % self.patch_size or width % self.patch_size:
+                raise ValueError(f"{name} {height}x{width} isn't a multiple of patch_size {self.patch_size}")
         return self
+
+    @model_validator(mode="after")
+    def _stem_fits(self) -> ModelConfig:
+        if self.patch_embed != "conv_stem":
+            if self.stem_channels:
+                raise ValueError("stem_channels are for patch_embed conv_stem")
+            return self
+        if self.pre_norm:
+            raise ValueError("pre_norm is for a linear patch_embed")
+        if not self.stem or min(self.stem) < 1:
+            raise ValueError(
+                f"no stem of patch_size {self.patch_size} and width {self.shape.width}; give stem_channels"
+            )
+        before, stride = 3, 1
+        for after in self.stem:
+            stride *= 1 if after == before else 2
+            before = after
+        if stride != self.patch_size:
+            raise ValueError(f"a stem with channels {self.stem} has stride {stride}, not patch_size {self.patch_size}")
+        return self
+
+    @model_validator(mode="after")
+    def _blocks_fit(self) -> ModelConfig:
+        depth = self.shape.depth
+        for name, blocks in (("global_blocks", self.global_blocks), ("conv_blocks", self.conv_blocks)):
+            if any(not 0 <= block < depth for block in blocks):
+                raise ValueError(f"{name} {blocks} aren't all among the blocks 0 to {depth - 1}")
+        if self.global_blocks and self.window is None:
+            raise ValueError("global_blocks are exceptions from windows; set window")
+        if self.spatial and (self.cls_token or self.registers):
+            raise ValueError("windows, conv_blocks and relative_positions need cls_token false and no registers")
+        return self
+
+    @property
+    def spatial(self) -> bool:
+        """Whether blocks must know where their tokens are."""
+        return self.window is not None or bool(self.conv_blocks) or self.relative_positions
+
+    @property
+    def stem(self) -> tuple[int, ...]:
+        """Channels of the convolutional stem."""
+        if self.stem_channels:
+            return self.stem_channels
+        if self.size in STEMS and self.shape.width == SIZES[self.size].width:
+            return STEMS[self.size]
+        halvings = self.patch_size.bit_length() - 1
+        return tuple(self.shape.width >> i for i in reversed(range(halvings)))
+
+    @property
+    def position_hw(self) -> tuple[int, int]:
+        """Height and width of the images whose grid the position table has, in pixels."""
+        return self.image_hw if self.position_image_size is None else _height_width(self.position_image_size)
+
+    @property
+    def position_grid(self) -> tuple[int, int]:
+        """Rows and columns of the position table."""
+        height, width = self.position_hw
+        return height // self.patch_size, width // self.patch_size
 
     @property
     def shape(self) -> Size:
@@ -85,7 +168,7 @@ class ModelConfig(Config):
     @property
     def image_hw(self) -> tuple[int, int]:
         """Height and width of the images, in pixels."""
-        return self.image_size if isinstance(self.image_size, tuple) else (self.image_size, self.image_size)
+        return _height_width(self.image_size)
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -102,3 +185,7 @@ class ModelConfig(Config):
     def num_kept(self, mask_ratio: float) -> int:
         """Patches that stay when `mask_ratio` of them are masked: int(N (1 - r)), as the official MAE rounds."""
         return int(self.num_patches * (1 - mask_ratio))
+
+
+def _height_width(size: int | tuple[int, int]) -> tuple[int, int]:
+    return size if isinstance(size, tuple) else (size, size)

@@ -12,10 +12,11 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from pipeline.config import Config
-from pipeline.models.config import ModelConfig
+from pipeline.models.block import Block, initialize
+from pipeline.models.config import ModelConfig, Position
 from pipeline.models.masking import Masking, take
 from pipeline.models.position import FixedPositions
-from pipeline.models.vit import Block, Tokens, initialize
+from pipeline.models.vit import Tokens
 
 
 class DecoderConfig(Config):
@@ -38,7 +39,7 @@ class MaeDecoder(nn.Module):
     def __init__(self, config: DecoderConfig, model: ModelConfig) -> None:
         super().__init__()
         width, eps = config.width, model.norm_eps
-        kind = "sincos2d" if model.position == "learned" else model.position
+        kind: Position = model.position if model.position.startswith("sincos") else "sincos2d"
         self.fixed = FixedPositions(model.grid, width, kind, model.interpolation)
         self.decoder_embed = nn.Linear(model.shape.width, width)
         self.mask_token = nn.Parameter(torch.empty(1, 1, width))

@@ -29,6 +29,17 @@ def sincos2d(grid: tuple[int, int], width: int, convention: Position = "sincos2d
     return torch.cat([x.sin(), x.cos(), y.sin(), y.cos()], dim=1).float()
 
 
+def sincos1d(num: int, width: int) -> Float[Tensor, "n d"]:
+    """Fixed table of a patch's number in reading order: [sin, cos], half of the width each, exponent i / (D/2).
+
+    MAE's `get_1d_sincos_pos_embed_from_grid`. Computed in float64, returned in fp32.
+    """
+    half = width // 2
+    frequency = 1.0 / 10000 ** (torch.arange(half, dtype=torch.float64) / half)
+    angles = torch.outer(torch.arange(num, dtype=torch.float64), frequency)
+    return torch.cat([angles.sin(), angles.cos()], dim=1).float()
+
+
 def interpolate(
     table: Float[Tensor, "n d"], native: tuple[int, int], grid: tuple[int, int], how: Interpolation
 ) -> Float[Tensor, "m d"]:
@@ -53,7 +64,8 @@ class FixedPositions:
     def __init__(self, native: tuple[int, int], width: int, convention: Position, how: Interpolation) -> None:
         self.native = native
         self.how = how
-        self.table = sincos2d(native, width, convention)
+        one = convention == "sincos1d"
+        self.table = sincos1d(native[0] * native[1], width) if one else sincos2d(native, width, convention)
         self._cast: dict[tuple[tuple[int, int], torch.device, torch.dtype], Tensor] = {}
 
     def __call__(self, grid: tuple[int, int], like: Tensor) -> Float[Tensor, "m d"]:

@@ -16,14 +16,15 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
-from pipeline.models.attention import Attention
-from pipeline.models.config import Gelu, ModelConfig
+from pipeline.models.block import Block, initialize
+from pipeline.models.config import ModelConfig
 from pipeline.models.masking import take
 from pipeline.models.noise import uniform
-from pipeline.models.pixels import patchify
+from pipeline.models.patch_embed import PatchEmbed, patch_embedding
 from pipeline.models.position import FixedPositions, interpolate
+from pipeline.models.windows import ConvBottleneck, SpatialBlock
 
 
 class Tokens(NamedTuple):
@@ -33,76 +34,6 @@ class Tokens(NamedTuple):
     prefix: Float[Tensor, "b r d"]  # cls, registers
     grid: tuple[int, int]  # rows and columns of the whole image
     taps: tuple[Float[Tensor, "b t d"], ...] = ()  # all tokens after the blocks asked for, before the final norm
-
-
-class PatchEmbed(nn.Module):
-    """One linear projection of each patch. Its weight has the shape of the convolution it equals, [D,3,p,p]."""
-
-    def __init__(self, width: int, patch_size: int) -> None:
-        super().__init__()
-        self.patch_size = patch_size
-        self.proj = PatchProjection(3, width, kernel_size=patch_size, stride=patch_size)
-
-    def forward(
-        self, images: Float[Tensor, "b 3 h w"], keep: Int[Tensor, "b k"] | None = None
-    ) -> Float[Tensor, "b k d"]:
-        """Embed all patches, or those at `keep`: masked ones are not even projected."""
-        patches = patchify(images, self.patch_size)
-        if keep is not None:
-            patches = take(patches, keep)
-        out: Tensor = self.proj(patches)
-        return out
-
-
-class PatchProjection(nn.Conv2d):
-    """A convolution with stride = kernel, applied to patches that are cut out already."""
-
-    def forward(self, patches: Float[Tensor, "b k P"]) -> Float[Tensor, "b k d"]:
-        """Patches hold their values in (row, column, channel) order."""
-        weight = self.weight.permute(0, 2, 3, 1).reshape(self.out_channels, -1)
-        return F.linear(patches.to(weight.dtype), weight, self.bias)
-
-
-class Mlp(nn.Module):
-    """Linear, GELU, linear."""
-
-    def __init__(self, width: int, hidden: int, gelu: Gelu) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(width, hidden)
-        self.fc2 = nn.Linear(hidden, width)
-        self.gelu = gelu
-
-    def forward(self, x: Float[Tensor, "b t d"]) -> Float[Tensor, "b t d"]:
-        """Apply to each token."""
-        x = self.fc1(x)
-        if self.gelu == "quick":
-            x = x * torch.sigmoid(1.702 * x)
-        else:
-            x = F.gelu(x, approximate="tanh" if self.gelu == "tanh" else "none")
-        out: Tensor = self.fc2(x)
-        return out
-
-
-class Block(nn.Module):
-    """Pre-norm transformer block."""
-
-    def __init__(self, width: int, heads: int, mlp_width: int, eps: float, gelu: Gelu = "erf") -> None:
-        super().__init__()
-        self.norm1 = nn.LayerNorm(width, eps=eps)
-        self.attn = Attention(width, heads)
-        self.norm2 = nn.LayerNorm(width, eps=eps)
-        self.mlp = Mlp(width, mlp_width, gelu)
-
-    def forward(
-        self, x: Float[Tensor, "b t d"], branch_scale: Float[Tensor, "b 2"] | None = None
-    ) -> Float[Tensor, "b t d"]:
-        """`branch_scale` multiplies the two residual branches of each sample: 0 or 1/(1-rate) with drop path."""
-        x = x + _scaled(self.attn(self.norm1(x)), branch_scale, 0)
-        return x + _scaled(self.mlp(self.norm2(x)), branch_scale, 1)
-
-
-def _scaled(branch: Tensor, branch_scale: Tensor | None, i: int) -> Tensor:
-    return branch if branch_scale is None else branch * branch_scale[:, i].to(branch.dtype).view(-1, 1, 1)
 
 
 class ViT(nn.Module):
@@ -115,15 +46,23 @@ class ViT(nn.Module):
         self.width = width
         self.num_prefix = int(config.cls_token) + config.registers
         self.num_layers = depth + 1  # of layer_of: 0 ... num_layers
-        self.patch_embed = PatchEmbed(width, config.patch_size)
+        self.patch_embed = patch_embedding(config)
         self.cls_token = nn.Parameter(torch.empty(1, 1, width)) if config.cls_token else None
         self.reg_token = nn.Parameter(torch.empty(1, config.registers, width)) if config.registers else None
         trained = config.position == "learned" or config.position_trained
-        rows = int(config.cls_token) + config.num_patches
-        self.pos_embed = nn.Parameter(torch.empty(1, rows, width)) if trained else None
-        kind = "sincos2d" if config.position == "learned" else config.position
-        self.fixed = FixedPositions(config.grid, width, kind, config.interpolation)
-        self.blocks = nn.ModuleList(Block(width, heads, mlp_width, config.norm_eps, config.gelu) for _ in range(depth))
+        rows, columns = config.position_grid
+        num_rows = int(config.cls_token) + rows * columns
+        self.pos_embed = nn.Parameter(torch.empty(1, num_rows, width)) if trained else None
+        self.fixed: FixedPositions | None = None
+        if config.position.startswith("sincos"):
+            self.fixed = FixedPositions(config.position_grid, width, config.position, config.interpolation)
+        self.norm_pre = nn.LayerNorm(width, eps=config.norm_eps) if config.pre_norm else None
+        self.blocks = nn.ModuleList(
+            SpatialBlock(config, i)
+            if config.spatial
+            else Block(width, heads, mlp_width, config.norm_eps, config.gelu, config.layer_scale)
+            for i in range(depth)
+        )
         self.norm = nn.LayerNorm(width, eps=config.norm_eps) if config.final_norm else None
         self._initialize()
 
@@ -132,6 +71,7 @@ class ViT(nn.Module):
         images: Float[Tensor, "b 3 h w"],
         *,
         keep: Int[Tensor, "b k"] | None = None,
+        context: Int[Tensor, "b c"] | None = None,
         taps: Sequence[int] = (),
         seeds: Int[Tensor, " b"] | None = None,
     ) -> Tokens:
@@ -140,48 +80,76 @@ class ViT(nn.Module):
         Args:
             images: normalised pixels; any size that is a multiple of the patch size.
             keep: encode only these patches, each with the position it has in the image; the output is in keep's order.
+            context: only these of the encoded patches (numbered as in the output), and the prefix, serve as keys and
+                values, in every block; all tokens ask.
             taps: numbers of blocks whose output is wanted too.
             seeds: the samples' seeds, which drop path is drawn from; needed in training when it is on.
+
+        Raises:
+            ValueError: windows, convolutions or relative positions are on, and `keep` or `context` is given.
         """
+        if self.config.spatial and (keep is not None or context is not None):
+            raise ValueError("a trunk with windows, conv_blocks or relative_positions encodes whole images")
         p = self.config.patch_size
         grid = (images.shape[2] // p, images.shape[3] // p)
         x = self.patch_embed(images, keep)
-        prefix, patches = self._positions(grid, x)
-        if keep is not None:
-            patches = take(patches.expand(len(keep), -1, -1), keep)
-        x = x + patches
+        prefix, positions = self._positions(grid, x)
+        if positions is not None:
+            x = x + (positions if keep is None else take(positions.expand(len(keep), -1, -1), keep))
         if prefix is not None:
             x = torch.cat([prefix.expand(len(x), -1, -1), x], dim=1)
-        scale = self._branch_scales(seeds)
-        tapped: dict[int, Tensor] = {}
-        for i, block in enumerate(self.blocks):
-            x = block(x, None if scale is None else scale[:, i])
-            if i in taps:
-                tapped[i] = x
+        if self.norm_pre is not None:
+            x = self.norm_pre(x)
+        x, tapped = self._through_blocks(x, self._branch_scales(seeds), self._sources(context), grid, taps)
         if self.norm is not None:
             x = self.norm(x)
-        return Tokens(x[:, self.num_prefix :], x[:, : self.num_prefix], grid, tuple(tapped[i] for i in taps))
+        return Tokens(x[:, self.num_prefix :], x[:, : self.num_prefix], grid, tapped)
 
     def layer_of(self, parameter: str) -> int:
         """Number of the layer a parameter (named within the trunk) belongs to, for layer-wise decay.
 
         0 is the embedding, i + 1 block i, `num_layers` the final norm and whatever follows the trunk; the learning
-        rate's factor is decay ** (num_layers - layer), as in MAE's fine-tuning.
+        rate's factor is decay ** (num_layers - layer), as in MAE's fine-tuning. Convolutions between blocks count as
+        what follows, as in detectron2.
         """
-        if parameter.startswith("blocks."):
+        if parameter.startswith("blocks.") and ".residual." not in parameter:
             return int(parameter.split(".")[1]) + 1
-        return self.num_layers if parameter.startswith("norm.") else 0
+        return self.num_layers if parameter.startswith(("norm.", "blocks.")) else 0
 
-    def _positions(self, grid: tuple[int, int], like: Tensor) -> tuple[Tensor | None, Tensor]:
+    def _through_blocks(
+        self, x: Tensor, scale: Tensor | None, sources: Tensor | None, grid: tuple[int, int], taps: Sequence[int]
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """The last block's output, and those asked for."""
+        again = self.config.activation_checkpointing and self.training and torch.is_grad_enabled()
+        tapped: dict[int, Tensor] = {}
+        for i, block in enumerate(self.blocks):
+            extra = (None if scale is None else scale[:, i], grid if self.config.spatial else sources)
+            if again:  # nothing in a block draws random numbers
+                x = checkpoint(block, x, *extra, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = block(x, *extra)
+            if i in taps:
+                tapped[i] = x
+        return x, tuple(tapped[i] for i in taps)
+
+    def _sources(self, context: Tensor | None) -> Tensor | None:
+        """Numbers of the tokens that may be attended to: the prefix and the context's patches."""
+        if context is None or self.num_prefix == 0:
+            return context
+        prefix = torch.arange(self.num_prefix, device=context.device).expand(len(context), -1)
+        return torch.cat([prefix, context + self.num_prefix], dim=1)
+
+    def _positions(self, grid: tuple[int, int], like: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """Prefix tokens [1,R,D] with their position added, and positions of the patches [1,N,D]."""
-        native = self.config.grid
         cls: Tensor | None = self.cls_token
-        if self.pos_embed is None:
-            table = self.fixed(grid, like).unsqueeze(0)
-        else:
-            patches = self.pos_embed[0, -self.config.num_patches :]
-            table = interpolate(patches, native, grid, self.config.interpolation).unsqueeze(0)
+        table: Tensor | None = None
+        if self.pos_embed is not None:
+            first = int(self.config.cls_token)
+            native, how = self.config.position_grid, self.config.interpolation
+            table = interpolate(self.pos_embed[0, first:], native, grid, how).unsqueeze(0)
             cls = None if cls is None else cls + self.pos_embed[:, :1]
+        elif self.fixed is not None:
+            table = self.fixed(grid, like).unsqueeze(0)
         parts: list[Tensor] = [part for part in (cls, self.reg_token) if part is not None]
         return (torch.cat(parts, dim=1) if parts else None), table
 
@@ -199,26 +167,18 @@ class ViT(nn.Module):
     def _initialize(self) -> None:
         """As the official MAE: Xavier for matrices, N(0, 0.02) for tokens."""
         initialize(self)
-        nn.init.xavier_uniform_(self.patch_embed.proj.weight.view(self.width, -1))
+        if isinstance(self.patch_embed, PatchEmbed):
+            nn.init.xavier_uniform_(self.patch_embed.proj.weight.view(self.width, -1))
         for token in (self.cls_token, self.reg_token):
             if token is not None:
                 nn.init.normal_(token, std=0.02)
-        if self.pos_embed is not None:
-            if self.config.position == "learned":
-                nn.init.normal_(self.pos_embed, std=0.02)
-            else:
-                with torch.no_grad():
-                    self.pos_embed.zero_()
-                    self.pos_embed[0, -self.config.num_patches :] = self.fixed.table
-
-
-def initialize(module: nn.Module) -> None:
-    """MAE's initialisation of linear layers and norms: Xavier uniform, zero biases."""
-    for part in module.modules():
-        if isinstance(part, nn.Linear):
-            nn.init.xavier_uniform_(part.weight)
-            if part.bias is not None:
-                nn.init.zeros_(part.bias)
-        elif isinstance(part, nn.LayerNorm):
-            nn.init.ones_(part.weight)
-            nn.init.zeros_(part.bias)
+        for part in self.modules():
+            if isinstance(part, ConvBottleneck):
+                part.start_as_identity()
+        if self.pos_embed is None:
+            return
+        nn.init.normal_(self.pos_embed, std=0.02)
+        if self.fixed is not None:
+            with torch.no_grad():
+                self.pos_embed.zero_()
+                self.pos_embed[0, int(self.config.cls_token) :] = self.fixed.table

@@ -12,8 +12,8 @@ from pipeline.config import validate
 from pipeline.errors import ConfigError
 from pipeline.models.attention import attend, attend_explicitly
 from pipeline.models.config import SIZES, ModelConfig
-from pipeline.models.pooling import pool
-from pipeline.models.position import interpolate, sincos2d
+from pipeline.models.pooling import AttentionPool, pool
+from pipeline.models.position import interpolate, sincos1d, sincos2d
 from pipeline.models.vit import Tokens, ViT
 
 TINY = {"width": 32, "depth": 2, "heads": 2, "image_size": 32, "patch_size": 8}
@@ -38,6 +38,8 @@ def all_tokens(tokens: Tokens) -> Tensor:
         ({"image_size": (16, 40)}, {"img_size": (16, 40)}),
         ({"final_norm": False}, {"final_norm": False}),
         ({"mlp_width": 48}, {"mlp_ratio": 1.5}),
+        ({"pre_norm": True}, {"pre_norm": True}),
+        ({"layer_scale": 0.1}, {"init_values": 0.1}),
     ],
 )
 def test_equals_timm_on_the_same_weights(changes: dict[str, object], theirs: dict[str, object]) -> None:
@@ -72,6 +74,72 @@ def test_kept_patches_are_encoded_as_if_the_others_were_not_there() -> None:
     assert expected.grid == (4, 4)
     moved = trunk(images, keep=keep.flip(1)).patches.flip(1)
     torch.testing.assert_close(moved, expected.patches)
+
+
+def test_only_the_context_is_attended_to_in_every_block() -> None:
+    """timm's trunk with a mask over the keys, on the same weights."""
+    from timm.models.vision_transformer import VisionTransformer
+
+    trunk = build(position="learned")
+    norm = partial(torch.nn.LayerNorm, eps=1e-6)
+    options = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 0}
+    peer = VisionTransformer(**options, norm_layer=norm)
+    peer.load_state_dict(trunk.state_dict(), strict=True)
+    images, context = torch.randn(2, 3, 32, 32), torch.tensor([[3, 9, 14], [0, 1, 2]])
+    seen = torch.zeros(2, 17, dtype=torch.bool)
+    seen[:, 0] = True
+    seen.scatter_(1, context + 1, True)
+    expected = peer.forward_features(images, attn_mask=seen.view(2, 1, 1, 17).expand(-1, 2, 17, -1))
+    torch.testing.assert_close(all_tokens(trunk(images, context=context)), expected, rtol=1e-5, atol=1e-6)
+    everything = torch.arange(16).expand(2, -1)
+    torch.testing.assert_close(trunk(images, context=everything).patches, trunk(images).patches)
+
+
+def test_a_context_of_kept_patches_is_numbered_as_they_come_out() -> None:
+    trunk = build(cls_token=False)
+    images, keep = torch.randn(1, 3, 32, 32), torch.tensor([[9, 3, 14]])
+    found = trunk(images, keep=keep, context=torch.tensor([[1]])).patches
+    alone = trunk(images, keep=torch.tensor([[3]])).patches
+    torch.testing.assert_close(found[:, 1:2], alone)
+
+
+def test_without_positions_patches_are_a_set() -> None:
+    trunk = build(position="none")
+    assert trunk.pos_embed is None
+    images = torch.randn(1, 3, 32, 32)
+    swapped = torch.cat([images[..., 16:], images[..., :16]], dim=-1)
+    found, moved = (trunk(x).patches.view(4, 4, 32) for x in (images, swapped))
+    torch.testing.assert_close(torch.cat([found[:, 2:], found[:, :2]], 1), moved)
+    assert not torch.allclose(
+        build()(images).patches.view(4, 4, 32)[:, 2:], build()(swapped).patches.view(4, 4, 32)[:, :2]
+    )
+
+
+class Counter:
+    """Counts the numbers that backward keeps."""
+
+    num = 0
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        self.num += tensor.numel()
+        return tensor
+
+
+@pytest.mark.parametrize("changes", [{}, {"cls_token": False, "window": 2, "conv_blocks": (0,)}])
+def test_activation_checkpointing_changes_memory_alone(changes: dict[str, object]) -> None:
+    images, seeds = torch.randn(2, 3, 32, 32), torch.tensor([1, 2])
+    found = []
+    for on in (False, True):
+        trunk = build(drop_path=0.5, activation_checkpointing=on, **changes).train()
+        kept = Counter()
+        with torch.autograd.graph.saved_tensors_hooks(kept, lambda t: t):
+            loss = trunk(images, seeds=seeds, taps=(0,)).patches.square().sum()
+        loss.backward()
+        found.append((kept.num, [parameter.grad for parameter in trunk.parameters()]))
+    (plain, expected), (less, gradients) = found
+    assert less < plain / 2
+    for one, other in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(one, other)
 
 
 def test_masking_no_patch_equals_no_masking() -> None:
@@ -142,6 +210,24 @@ def test_sincos_conventions() -> None:
     torch.testing.assert_close(theirs[1, 2, 0], torch.sin(2 / 10000 ** (torch.arange(4) / 3)))
 
 
+def test_sincos1d_counts_patches_in_reading_order() -> None:
+    table = sincos1d(12, 16)
+    torch.testing.assert_close(table[7, :8], torch.sin(7 / 10000 ** (torch.arange(8) / 8)))
+    torch.testing.assert_close(table[7, 8:], torch.cos(7 / 10000 ** (torch.arange(8) / 8)))
+    trunk = build(position="sincos1d", width=8, image_size=(16, 24))
+    torch.testing.assert_close(trunk.fixed((2, 3), torch.empty(0)), sincos1d(6, 8))
+
+
+def test_a_position_table_may_have_another_grid_than_the_images() -> None:
+    trunk = build(position="learned", position_image_size=(16, 24))
+    assert trunk.pos_embed is not None
+    assert trunk.pos_embed.shape == (1, 7, 32)
+    smaller = build(position="learned", image_size=(16, 24))
+    smaller.load_state_dict(trunk.state_dict())
+    images = torch.randn(1, 3, 32, 32)
+    assert torch.equal(trunk(images).patches, smaller(images).patches)
+
+
 def test_a_trained_sincos_table_starts_where_the_fixed_one_stands() -> None:
     images = torch.randn(1, 3, 32, 32)
     fixed, trained = build(), build(position_trained=True)
@@ -180,6 +266,18 @@ def test_pooling() -> None:
     torch.testing.assert_close(pool(tokens, "avg_with_cls"), torch.tensor([[20 / 5, 23 / 5]]))
 
 
+def test_attention_pooling_is_timms() -> None:
+    from timm.layers.attention_pool import AttentionPoolLatent
+
+    ours = AttentionPool(validate(ModelConfig, TINY, where="test"))
+    norm = partial(torch.nn.LayerNorm, eps=1e-6)
+    theirs = AttentionPoolLatent(32, num_heads=2, norm_layer=norm)
+    theirs.load_state_dict(ours.state_dict(), strict=True)
+    x = torch.randn(3, 17, 32)
+    found = ours(Tokens(x[:, 1:], x[:, :1], (4, 4)))
+    torch.testing.assert_close(found, theirs(x), rtol=1e-5, atol=1e-6)
+
+
 def test_sizes_have_the_parameters_the_papers_name() -> None:
     """Millions of parameters of the blocks: 12 D^2 each at mlp ratio 4, more or less."""
     million = {"Ti": 5.3, "S": 21.3, "B": 85, "L": 302, "H": 630, "g": 1010, "G": 1840}
@@ -199,6 +297,8 @@ def test_sizes_have_the_parameters_the_papers_name() -> None:
         (TINY | {"image_size": (32, 36)}, "multiple of patch_size"),
         (TINY | {"widht": 3}, "unknown key 'widht'"),
         ({"width": 30, "depth": 1, "heads": 2}, "divisible by 4"),
+        (TINY | {"position_image_size": 20}, "position_image_size 20x20 isn't a multiple"),
+        (TINY | {"position": "none", "position_trained": True}, "position_trained"),
     ],
 )
 def test_impossible_models_are_refused(document: dict[str, object], message: str) -> None:

@@ -1,0 +1,143 @@
+"""Blocks that know where their tokens are: windows, relative positions and convolutions (ViTDet, Li et al. 2022).
+
+Legend: B samples, R x C grid of patches (T = R * C tokens, row by row), W side of a window, H heads, E width of a head,
+D = H * E width. Everything here is channels-last: [B,R,C,D].
+
+Follows detectron2's `modeling/backbone/vit.py`; parameters are named as there: `attn.rel_pos_h`, `attn.rel_pos_w`,
+`residual.{conv1,norm1,conv2,norm2,conv3,norm3}`.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pipeline.models.attention import Attention, attend
+from pipeline.models.block import Block
+from pipeline.models.config import ModelConfig
+
+
+def partition(x: Float[Tensor, "b r c d"], window: int) -> Float[Tensor, "bn window window d"]:
+    """Cut into windows, row by row, after padding the grid below and at the right with zeros to whole windows.
+
+    Padded places take part in attention as any other: official weights were trained that way.
+    """
+    b, rows, columns, d = x.shape
+    x = F.pad(x, (0, 0, 0, -columns % window, 0, -rows % window))
+    x = x.view(b, x.shape[1] // window, window, x.shape[2] // window, window, d)
+    return x.transpose(2, 3).reshape(-1, window, window, d)
+
+
+def join(windows: Float[Tensor, "bn window window d"], grid: tuple[int, int]) -> Float[Tensor, "b r c d"]:
+    """The inverse of `partition`: the grid again, without what was padded."""
+    window, d = windows.shape[1], windows.shape[-1]
+    rows, columns = grid
+    down, across = -(-rows // window), -(-columns // window)
+    x = windows.view(-1, down, across, window, window, d).transpose(2, 3)
+    return x.reshape(-1, down * window, across * window, d)[:, :rows, :columns]
+
+
+def relative_table(table: Float[Tensor, "n e"], side: int) -> Float[Tensor, "side side e"]:
+    """Entry (i, j) is the embedding of a query at i and a key at j; a table of another length is interpolated."""
+    length = 2 * side - 1
+    if len(table) != length:
+        table = F.interpolate(table.T.unsqueeze(0).float(), size=length, mode="linear")[0].T.to(table.dtype)
+    place = torch.arange(side, device=table.device)
+    return table[place.unsqueeze(1) - place.unsqueeze(0) + side - 1]
+
+
+def relative_bias(
+    q: Float[Tensor, "b h t e"], rows: Float[Tensor, "n e"], columns: Float[Tensor, "m e"], grid: tuple[int, int]
+) -> Float[Tensor, "b h t t"]:
+    """What decomposed relative positions add to the scores; of the queries before they are scaled."""
+    b, h, t, e = q.shape
+    placed = q.view(b, h, *grid, e)
+    down = torch.einsum("bhrce,rke->bhrck", placed, relative_table(rows, grid[0]))
+    across = torch.einsum("bhrce,cke->bhrck", placed, relative_table(columns, grid[1]))
+    return (down.unsqueeze(-1) + across.unsqueeze(-2)).reshape(b, h, t, t)
+
+
+class SpatialAttention(Attention):
+    """Self-attention within a grid, with decomposed relative positions of a native grid or none."""
+
+    def __init__(self, width: int, heads: int, native: tuple[int, int] | None) -> None:
+        super().__init__(width, heads)
+        self.rel_pos_h = self.rel_pos_w = None
+        if native is not None:
+            self.rel_pos_h = nn.Parameter(torch.zeros(2 * native[0] - 1, width // heads))
+            self.rel_pos_w = nn.Parameter(torch.zeros(2 * native[1] - 1, width // heads))
+
+    def forward(self, x: Float[Tensor, "b r c d"]) -> Float[Tensor, "b r c d"]:  # type: ignore[override]  # has places
+        """Every place attends to every place of its grid."""
+        b, rows, columns, d = x.shape
+        t = rows * columns
+        q, k, v = self.qkv(x).view(b, t, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
+        if self.rel_pos_h is None or self.rel_pos_w is None:
+            out = attend(q, k, v)
+        else:
+            bias = relative_bias(q, self.rel_pos_h, self.rel_pos_w, (rows, columns))
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+        projected: Tensor = self.proj(out.transpose(1, 2).reshape(b, rows, columns, d))
+        return projected
+
+
+class ConvBottleneck(nn.Module):
+    """Residual 1x1, 3x3, 1x1 convolutions that carry information between windows; at first the identity."""
+
+    def __init__(self, width: int, eps: float = 1e-6) -> None:
+        super().__init__()
+        hidden = width // 2
+        self.conv1 = nn.Conv2d(width, hidden, 1, bias=False)
+        self.norm1 = nn.LayerNorm(hidden, eps=eps)
+        self.conv2 = nn.Conv2d(hidden, hidden, 3, padding=1, bias=False)
+        self.norm2 = nn.LayerNorm(hidden, eps=eps)
+        self.conv3 = nn.Conv2d(hidden, width, 1, bias=False)
+        self.norm3 = nn.LayerNorm(width, eps=eps)
+        self.start_as_identity()
+
+    def start_as_identity(self) -> None:
+        """Initialise: He's normal distribution for convolutions, 0 for the last norm."""
+        for conv in (self.conv1, self.conv2, self.conv3):
+            nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+        nn.init.zeros_(self.norm3.weight)
+
+    def forward(self, x: Float[Tensor, "b r c d"]) -> Float[Tensor, "b r c d"]:
+        """Add what the convolutions find."""
+        y = x.permute(0, 3, 1, 2)
+        for conv, norm in ((self.conv1, self.norm1), (self.conv2, self.norm2)):
+            y = F.gelu(norm(conv(y).permute(0, 2, 3, 1))).permute(0, 3, 1, 2)
+        out: Tensor = x + self.norm3(self.conv3(y).permute(0, 2, 3, 1))
+        return out
+
+
+class SpatialBlock(Block):
+    """A block over a grid of patches without prefix tokens, within windows or global."""
+
+    def __init__(self, config: ModelConfig, number: int) -> None:
+        width, _, mlp_width, heads = config.shape
+        super().__init__(width, heads, mlp_width, config.norm_eps, config.gelu, config.layer_scale)
+        self.window = None if number in config.global_blocks else config.window
+        native = config.grid if self.window is None else (self.window, self.window)
+        self.attn = SpatialAttention(width, heads, native if config.relative_positions else None)
+        self.residual = ConvBottleneck(width) if number in config.conv_blocks else None
+
+    def forward(  # type: ignore[override]  # it needs the grid
+        self,
+        x: Float[Tensor, "b t d"],
+        branch_scale: Float[Tensor, "b 2"] | None,
+        grid: tuple[int, int],
+    ) -> Float[Tensor, "b t d"]:
+        """As `Block.forward`, for the patches of `grid`."""
+        placed = self.norm1(x).view(len(x), *grid, -1)
+        if self.window is None:
+            attended = self.attn(placed)
+        else:
+            attended = join(self.attn(partition(placed, self.window)), grid)
+        x = x + self._branch(attended.reshape(x.shape), branch_scale, 0)
+        x = x + self._branch(self.mlp(self.norm2(x)), branch_scale, 1)
+        if self.residual is None:
+            return x
+        out: Tensor = self.residual(x.view(len(x), *grid, -1)).reshape(x.shape)
+        return out
