@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 STAGES: dict[str, str] = {
     "mae": "pipeline.stages.mae:MaeStage",
+    "mp3": "pipeline.stages.mp3:Mp3Stage",
     "flip": "pipeline.stages.flip:FlipStage",
     "classify": "pipeline.stages.classify:ClassifyStage",
     "probe": "pipeline.stages.probe:ProbeStage",

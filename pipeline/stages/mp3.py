@@ -1,0 +1,176 @@
+"""Position prediction (MP3, Zhai et al. 2022, arXiv 2207.07611): which place of the image each patch comes from.
+
+Patches enter without positions. All of them ask, but only a random subset, the context, answers: in every layer keys
+and values come from it alone. So patches outside the context are placed by what they look like beside it, without
+seeing each other.
+
+Legend: B samples, N patches and as many places, C patches of the context, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar, Literal, NamedTuple
+
+import torch
+from jaxtyping import Float, Int, UInt8
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pipeline.config import Config
+from pipeline.data.batch import Batch, Transform
+from pipeline.evaluate.base import Evaluation, Predictions
+from pipeline.evaluate.knn import KnnEvaluation
+from pipeline.evaluate.mean import MeanEvaluation
+from pipeline.models.block import initialize
+from pipeline.models.masking import Masking, mask_picture, random_masking
+from pipeline.models.pixels import normalize, patchify, unpatchify
+from pipeline.models.pooling import Pooling, pool
+from pipeline.models.vit import ViT
+from pipeline.stages.base import DataFacts, Losses, Picture, Stage
+from pipeline.stages.images import ImageOptions, image_transform, with_labels
+
+NUM_PICTURES = 8
+GRAY = 128  # of places without a patch in pictures
+
+
+class Mp3Options(ImageOptions):
+    """Options of stage `mp3`. `model.position` is for the stages that continue from its weights: here there is none."""
+
+    context_ratio: float = Field(default=0.25, gt=0, le=1)  # share of the patches that serve as keys and values
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+    evaluate: tuple[Literal["position_top1", "position_loss", "knn"], ...] = ("position_top1", "position_loss")
+    knn_pooling: Pooling = "avg"
+
+    @model_validator(mode="after")
+    def _possible(self) -> Mp3Options:
+        if self.num_context < 1:
+            raise ValueError(
+                f"context_ratio {self.context_ratio} leaves none of {self.model.num_patches} patches as context"
+            )
+        if self.model.num_patches < 2:
+            raise ValueError("an image of one patch has nothing to predict; use a smaller patch_size")
+        if self.model.patch_embed == "conv_stem" or self.model.spatial:
+            raise ValueError("a conv_stem, windows, conv_blocks and relative_positions give the positions away")
+        if not self.model.cls_token and self.knn_pooling == "cls":
+            raise ValueError("knn_pooling cls needs model.cls_token")
+        return self
+
+    @property
+    def num_context(self) -> int:
+        """Patches of the context."""
+        return int(self.model.num_patches * self.context_ratio)
+
+
+class Guesses(NamedTuple):
+    """What a prediction says of every patch."""
+
+    place: Int[Tensor, "b n"]  # the likeliest place
+    confidence: Float[Tensor, "b n"]  # its probability
+    loss: Float[Tensor, "b n"]  # cross-entropy
+
+
+class Mp3Stage(Stage):
+    """The trunk without positions, and a linear classifier of each patch over all places."""
+
+    options: ClassVar[type[Config]] = Mp3Options
+
+    def __init__(self, options: Mp3Options, data: DataFacts) -> None:
+        super().__init__(options, data)
+        self.config = options
+        self.trunk = ViT(options.model.model_copy(update={"position": "none", "position_trained": False}))
+        self.head = nn.Linear(self.trunk.width, options.model.num_patches)
+        initialize(self.head)
+
+    def loss(self, batch: Batch) -> Losses:
+        """Cross-entropy over the N places, averaged over all patches of a sample."""
+        assert batch.images is not None
+        scores = self.scores(normalize(batch.images, self.config.pixels), self.context(batch).keep, batch.seeds)
+        guesses = self._guesses(scores, self.config.label_smoothing)
+        total = (batch.weight * guesses.loss.mean(1)).sum()
+        right = (batch.weight * self._right(guesses).float().mean(1)).sum()
+        return Losses(total, {"cross_entropy": total.detach(), "position_top1": right.detach()})
+
+    def predict(self, batch: Batch) -> Predictions:
+        """`position_loss` and `position_top1` [B], the share of patches put in their place, with contexts as in
+        training; `place` and `confidence` [B,N]; `outside` [B,N], true for patches outside the context; for kNN
+        `features` [B,D] with every patch in the context, and `labels`.
+        """
+        assert batch.images is not None
+        pixels = normalize(batch.images, self.config.pixels)
+        context = self.context(batch)
+        guesses = self._guesses(self.scores(pixels, context.keep))
+        predictions = {
+            "position_loss": guesses.loss.mean(1),
+            "position_top1": self._right(guesses).float().mean(1),
+            "place": guesses.place,
+            "confidence": guesses.confidence,
+            "outside": mask_picture(context),
+        }
+        if "knn" not in self.config.evaluate:
+            return predictions
+        features = pool(self.trunk(pixels), self.config.knn_pooling).float()
+        return with_labels({**predictions, "features": features}, batch)
+
+    def context(self, batch: Batch) -> Masking:
+        """The batch's contexts (the kept ones), from its seeds."""
+        return random_masking(batch.seeds, self.config.model.num_patches, self.config.num_context)
+
+    def scores(
+        self, pixels: Float[Tensor, "b 3 h w"], context: Int[Tensor, "b c"], seeds: Tensor | None = None
+    ) -> Float[Tensor, "b n n"]:
+        """Every patch's logits over the places, in fp32."""
+        scores: Tensor = self.head(self.trunk(pixels, context=context, seeds=seeds).patches)
+        return scores.float() if scores.dtype.itemsize < 4 else scores
+
+    def transform(self, train: bool) -> Transform:
+        """Random crop and mirroring in training, the centre otherwise; labels only where kNN wants them."""
+        labels = "knn" in self.config.evaluate and bool(self.data.classes) and not train
+        return image_transform(self.config, self.data, train=train, labels=labels)
+
+    def evaluations(self) -> Mapping[str, Evaluation]:
+        """Share of patches put in their place, and the loss; weighted kNN on the features."""
+        offered: dict[str, Evaluation] = {
+            "position_top1": MeanEvaluation("position_top1"),
+            "position_loss": MeanEvaluation("position_loss"),
+            "knn": KnnEvaluation(),
+        }
+        return {name: offered[name] for name in self.config.evaluate}
+
+    def pictures(self, batch: Batch, predictions: Predictions) -> list[Picture]:
+        """Original, context, and every patch where it is believed to belong: of several at a place the surest shows."""
+        assert batch.images is not None
+        p = self.config.model.patch_size
+        rows, columns = self.config.model.grid
+        pictures = []
+        for i in (batch.weight > 0).nonzero().flatten()[:NUM_PICTURES].tolist():
+            image = batch.images[i].cpu()
+            outside = predictions["outside"][i].cpu().view(rows, columns)
+            hidden = outside.repeat_interleave(p, 0).repeat_interleave(p, 1)
+            placed = put_in_place(image, predictions["place"][i].cpu(), predictions["confidence"][i].cpu(), p)
+            panels = (("original", image), ("context", image.masked_fill(hidden, GRAY)), ("placed", placed))
+            pictures.append(Picture(f"sample {int(batch.ids[i])}", panels))
+        return pictures
+
+    def _guesses(self, scores: Float[Tensor, "b n n"], label_smoothing: float = 0.0) -> Guesses:
+        b, n, _ = scores.shape
+        truth = torch.arange(n, device=scores.device).repeat(b)
+        loss = F.cross_entropy(scores.flatten(0, 1), truth, reduction="none", label_smoothing=label_smoothing)
+        confidence, place = scores.softmax(-1).max(-1)
+        return Guesses(place, confidence, loss.view(b, n))
+
+    def _right(self, guesses: Guesses) -> Tensor:
+        return guesses.place == torch.arange(guesses.place.shape[1], device=guesses.place.device)
+
+
+def put_in_place(
+    image: UInt8[Tensor, "3 h w"], place: Int[Tensor, " n"], confidence: Float[Tensor, " n"], patch_size: int
+) -> UInt8[Tensor, "3 h w"]:
+    """The image's patches moved to the places given; the surest of those at one place, gray where there is none."""
+    patches = patchify(image.unsqueeze(0).float(), patch_size)[0]
+    canvas = torch.full_like(patches, GRAY)
+    for number in confidence.argsort().tolist():
+        canvas[place[number]] = patches[number]
+    grid = (image.shape[1] // patch_size, image.shape[2] // patch_size)
+    return unpatchify(canvas.unsqueeze(0), grid)[0].to(torch.uint8)
