@@ -82,7 +82,7 @@ class ViT(nn.Module):
             keep: encode only these patches, each with the position it has in the image; the output is in keep's order.
             context: only these of the encoded patches (numbered as in the output), and the prefix, serve as keys and
                 values, in every block; all tokens ask.
-            taps: numbers of blocks whose output is wanted too.
+            taps: numbers of blocks whose output is wanted too; -1 is the first block's input.
             seeds: the samples' seeds, which drop path is drawn from; needed in training when it is on.
 
         Raises:
@@ -121,7 +121,7 @@ class ViT(nn.Module):
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """The last block's output, and those asked for."""
         again = self.config.activation_checkpointing and self.training and torch.is_grad_enabled()
-        tapped: dict[int, Tensor] = {}
+        tapped: dict[int, Tensor] = {-1: x}
         for i, block in enumerate(self.blocks):
             extra = (None if scale is None else scale[:, i], grid if self.config.spatial else sources)
             if again:  # nothing in a block draws random numbers

@@ -5,8 +5,9 @@ Legend: B samples, N patches, M masked patches, D width, P pixel values of a pat
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from jaxtyping import Bool, Float, UInt8
@@ -19,8 +20,17 @@ from pipeline.evaluate.base import Evaluation, Predictions
 from pipeline.evaluate.knn import KnnEvaluation
 from pipeline.evaluate.mean import MeanEvaluation
 from pipeline.losses.reconstruction import masked_mse, normalize_patches, patch_statistics
-from pipeline.models.decoder import DecoderConfig, MaeDecoder
-from pipeline.models.masking import Masking, mask_picture, masking_from_mask, random_masking, take
+from pipeline.models.decoder import DecoderConfig, decoder
+from pipeline.models.masking import (
+    Masking,
+    block_masking,
+    grid_masking,
+    mask_picture,
+    masking_from_mask,
+    random_masking,
+    take,
+)
+from pipeline.models.noise import uniform
 from pipeline.models.pixels import denormalize, normalize, patchify, unpatchify
 from pipeline.models.pooling import Pooling, pool
 from pipeline.models.vit import Tokens, ViT
@@ -31,26 +41,70 @@ NUM_PICTURES = 8
 GRAY = 128  # of masked patches in pictures
 
 
+Ratio = Annotated[float, Field(gt=0, lt=1)]
+
+
 class MaeOptions(ImageOptions):
     """Options of stage `mae`; the defaults are the paper's."""
 
     decoder: DecoderConfig = DecoderConfig()
-    mask_ratio: float = Field(default=0.75, gt=0, lt=1)
+    masking: Literal["random", "block", "grid"] = "random"
+    mask_ratio: Ratio | tuple[Ratio, Ratio] = 0.75  # of a pair, every step draws one between; evaluation: the middle
+    predict_ratio: Ratio | None = None  # share of all patches predicted in training; None: all that are masked
     norm_pix: bool = True
     evaluate: tuple[Literal["reconstruction", "knn"], ...] = ("reconstruction",)
     knn_pooling: Pooling = "avg"
 
     @model_validator(mode="after")
     def _masks_something(self) -> MaeOptions:
-        num_kept = self.model.num_kept(self.mask_ratio)
-        if not 0 < num_kept < self.model.num_patches:
-            raise ValueError(
-                f"mask_ratio {self.mask_ratio} keeps {num_kept} of {self.model.num_patches} patches;"
-                " at least one must be kept and one masked"
-            )
+        low, high = self.ratios
+        if low > high:
+            raise ValueError(f"mask_ratio must be low to high, found {low} to {high}")
+        for ratio in self.ratios:
+            num_kept = self.model.num_kept(ratio)
+            if not 0 < num_kept < self.model.num_patches:
+                raise ValueError(
+                    f"mask_ratio {ratio} keeps {num_kept} of {self.model.num_patches} patches;"
+                    " at least one must be kept and one masked"
+                )
+        if self.masking == "grid":
+            side, grid = self.cell_side, self.model.grid
+            if low != high or abs(1 - 1 / side**2 - low) > 0.005 or grid[0] % side or grid[1] % side:
+                raise ValueError(
+                    "masking grid keeps one patch of every square cell: mask_ratio must be .75, .889, .9375 and so on,"
+                    f" and the cells must fit the grid of {grid[0]}x{grid[1]} patches"
+                )
+        if self.model.spatial:
+            raise ValueError("windows, conv_blocks and relative_positions need whole images")
+        return self
+
+    @model_validator(mode="after")
+    def _predicts_something(self) -> MaeOptions:
+        if self.predict_ratio is not None:
+            if self.decoder.attention != "cross":
+                raise ValueError("predict_ratio needs decoder.attention cross: others' mask tokens see each other")
+            if not 0 < (self.num_predicted or 0) <= self.model.num_patches - self.model.num_kept(self.ratios[0]):
+                raise ValueError(
+                    f"predict_ratio {self.predict_ratio} must leave a patch, and can't exceed what is masked"
+                )
         if not self.model.cls_token and self.knn_pooling == "cls":
             raise ValueError("knn_pooling cls needs model.cls_token")
         return self
+
+    @property
+    def ratios(self) -> tuple[float, float]:
+        """Lowest and highest mask ratio."""
+        return self.mask_ratio if isinstance(self.mask_ratio, tuple) else (self.mask_ratio, self.mask_ratio)
+
+    @property
+    def cell_side(self) -> int:
+        """Side of the cells of masking `grid`, in patches."""
+        return round(math.sqrt(1 / (1 - self.ratios[0])))
+
+    @property
+    def num_predicted(self) -> int | None:
+        """Patches predicted in training, if not all that are masked."""
+        return None if self.predict_ratio is None else int(self.model.num_patches * self.predict_ratio)
 
 
 class MaeStage(Stage):
@@ -61,14 +115,19 @@ class MaeStage(Stage):
     def __init__(self, options: MaeOptions, data: DataFacts) -> None:
         super().__init__(options, data)
         self.config = options
-        self.trunk = ViT(options.model)
-        self.decoder = MaeDecoder(options.decoder, options.model)
+        maps = options.decoder.feature_maps
+        # As in the official CrossMAE, a trunk that is read at every block has no norm after the last one.
+        self.trunk = ViT(options.model.model_copy(update={"final_norm": False}) if maps else options.model)
+        self.decoder = decoder(options.decoder, options.model)
+        self.taps = tuple(range(-1, options.model.shape.depth)) if maps else ()
 
     def loss(self, batch: Batch) -> Losses:
         """Mean squared error over masked pixels, each patch normalised when `norm_pix`."""
         assert batch.images is not None
         pixels = normalize(batch.images, self.config.pixels)
         masking = self.masking(batch)
+        if self.config.num_predicted is not None:
+            masking = masking._replace(masked=masking.masked[:, -self.config.num_predicted :])
         prediction = self.predict_patches(pixels, masking, batch.seeds)
         total = (batch.weight * self.errors(pixels, masking, prediction)).sum()
         return Losses(total, {"reconstruction": total.detach()})
@@ -110,17 +169,24 @@ class MaeStage(Stage):
         return self._put_back(images, pixels, masking, self.predict_patches(pixels, masking))
 
     def masking(self, batch: Batch) -> Masking:
-        """The batch's masks, from its seeds."""
+        """The batch's masks, from its seeds; how many patches, from its position, so that all ranks agree."""
         assert batch.images is not None
         p = self.config.model.patch_size
-        num_patches = (batch.images.shape[2] // p) * (batch.images.shape[3] // p)
-        return random_masking(batch.seeds, num_patches, int(num_patches * (1 - self.config.mask_ratio)))
+        grid = (batch.images.shape[2] // p, batch.images.shape[3] // p)
+        if self.config.masking == "grid":
+            return grid_masking(batch.seeds, grid, self.config.cell_side)
+        low, high = self.config.ratios
+        share = float(uniform(torch.tensor([batch.position]), "mask_ratio", 1)) if self.training else 0.5
+        num_kept = int(grid[0] * grid[1] * (1 - (low + (high - low) * share)))
+        if self.config.masking == "block":
+            return block_masking(batch.seeds, grid, num_kept)
+        return random_masking(batch.seeds, grid[0] * grid[1], num_kept)
 
     def predict_patches(
         self, pixels: Float[Tensor, "b 3 h w"], masking: Masking, seeds: Tensor | None = None
     ) -> Float[Tensor, "b m P"]:
         """The network's prediction of the masked patches from the kept ones, in `masking.masked`'s order."""
-        prediction: Tensor = self.decoder(self.trunk(pixels, keep=masking.keep, seeds=seeds), masking)
+        prediction: Tensor = self.decoder(self.trunk(pixels, keep=masking.keep, taps=self.taps, seeds=seeds), masking)
         return prediction
 
     def errors(
