@@ -19,6 +19,7 @@ from jaxtyping import Float, Int, UInt8
 from PIL import Image
 from torch import Tensor
 
+from pipeline.data.augment import augment, erase
 from pipeline.data.batch import Example, RawSample
 from pipeline.data.images import (
     Header,
@@ -89,6 +90,8 @@ class TrainImage:
         ratio: range of the crop's width over its height, log-uniform.
         flip: whether half of the images are mirrored.
         interpolation: of the antialiased resize.
+        policy: name of a RandAugment or AutoAugment policy of timm's that follows; empty for none.
+        erase: probability of random erasing at the end.
     """
 
     size: tuple[int, int]
@@ -96,12 +99,20 @@ class TrainImage:
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     flip: bool = True
     interpolation: Interpolation = "bicubic"
+    policy: str = ""
+    erase: float = 0.0
 
     def __call__(self, data: bytes, seed: int) -> UInt8[Tensor, "3 h w"]:
         draw = random.Random(seed)
         header = read_header(data)
         box = random_crop(header.height, header.width, self.scale, self.ratio, draw)
-        return _cut(data, header, box, self.size, self.interpolation, mirror=self.flip and draw.random() < 0.5)
+        image = _cut(data, header, box, self.size, self.interpolation, mirror=self.flip and draw.random() < 0.5)
+        if self.policy:
+            pixels = augment(image.permute(1, 2, 0).numpy(), self.policy, seed, mean=IMAGENET_MEAN)
+            image = torch.from_numpy(pixels.transpose(2, 0, 1).copy())
+        if self.erase > 0:
+            image = erase(image, self.erase, seed, mean=IMAGENET_MEAN, std=IMAGENET_STD)
+        return image
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,36 +6,51 @@ Legend: B samples, C classes, D width.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, cast
 
+import torch
 from jaxtyping import Float, UInt8
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pipeline.config import Config
+from pipeline.data.augment import POLICY
 from pipeline.data.batch import Batch, Transform
 from pipeline.evaluate.base import Evaluation, Predictions
 from pipeline.evaluate.classification import ClassificationEvaluation, best_classes
+from pipeline.models.block import initialize
+from pipeline.models.mixing import draw_mixing, mix_images, mix_labels
 from pipeline.models.pixels import normalize
-from pipeline.models.pooling import pool
+from pipeline.models.pooling import AttentionPool, Pooling, pool
 from pipeline.models.vit import ViT
 from pipeline.stages.base import DataFacts, Losses, Picture, Stage
 from pipeline.stages.images import ImageOptions, image_transform, labelled_pictures, require_classes
+
+TOKENS = ("trunk.cls_token", "trunk.reg_token", "trunk.pos_embed", "attn_pool.latent")
 
 
 class ClassifyOptions(ImageOptions):
     """Options of stage `classify`."""
 
     crop_scale: tuple[float, float] = (0.08, 1.0)
-    pooling: Literal["avg", "cls"] = "avg"
+    pooling: Literal["avg", "cls", "avg_with_cls", "map"] = "avg"
+    pre_logits: bool = False  # a linear layer of the trunk's width and tanh before the head
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     head_init_std: float = Field(default=2e-5, ge=0)
+    mixup: float = Field(default=0.0, ge=0)  # a of Beta(a, a); with cutmix, each pair does one of the two
+    cutmix: float = Field(default=0.0, ge=0)
+    auto_augment: str = ""  # timm's name of a policy, such as rand-m9-mstd0.5-inc1 or original
+    random_erase: float = Field(default=0.0, ge=0, le=1)  # share of the training images
 
     @model_validator(mode="after")
     def _cls_exists(self) -> ClassifyOptions:
         if self.pooling == "cls" and not self.model.cls_token:
             raise ValueError("pooling cls needs model.cls_token")
+        if self.auto_augment and not POLICY.fullmatch(self.auto_augment):
+            raise ValueError(
+                f"no augmentation {self.auto_augment!r}; use timm's rand-m9-mstd0.5-inc1 and its like, original, v0, 3a"
+            )
         return self
 
 
@@ -43,7 +58,9 @@ class ClassifyStage(Stage):
     """Trunk and linear head.
 
     With pooling `avg` the patches are averaged before a norm of its own, `fc_norm`, and the trunk has no final norm;
-    with `cls` the trunk's norm stays and its first token goes to the head.
+    with `cls` the trunk's norm stays and its first token goes to the head; with `avg_with_cls` the norm stays and all
+    tokens are averaged after it, as FLIP's code does and, without a cls token, SimpleViT; with `map` the norm stays and
+    attention pools.
     """
 
     options: ClassVar[type[Config]] = ClassifyOptions
@@ -52,19 +69,32 @@ class ClassifyStage(Stage):
         super().__init__(options, data)
         require_classes(data, "classify")
         self.config = options
-        model = options.model.model_copy(update={"final_norm": options.pooling == "cls"})
+        model = options.model.model_copy(update={"final_norm": options.pooling != "avg"})
         self.trunk = ViT(model)
         self.fc_norm = nn.LayerNorm(self.trunk.width, eps=model.norm_eps) if options.pooling == "avg" else nn.Identity()
+        self.attn_pool = AttentionPool(model) if options.pooling == "map" else None
+        self.pre_logits = nn.Linear(self.trunk.width, self.trunk.width) if options.pre_logits else None
+        if self.pre_logits is not None:
+            initialize(self.pre_logits)
         self.head = nn.Linear(self.trunk.width, len(data.classes))
-        nn.init.trunc_normal_(self.head.weight, std=options.head_init_std)
+        nn.init.zeros_(self.head.weight)
+        if options.head_init_std > 0:
+            nn.init.trunc_normal_(self.head.weight, std=options.head_init_std)
         nn.init.zeros_(self.head.bias)
 
     def loss(self, batch: Batch) -> Losses:
-        """Cross-entropy, smoothed."""
+        """Cross-entropy, smoothed; of mixed images against mixed labels."""
         assert batch.images is not None
         assert batch.labels is not None
-        scores = self.scores(batch.images, batch.seeds)
-        each = F.cross_entropy(scores, batch.labels, reduction="none", label_smoothing=self.config.label_smoothing)
+        pixels = normalize(batch.images, self.config.pixels)
+        target = batch.labels
+        if self.config.mixup > 0 or self.config.cutmix > 0:
+            size = (pixels.shape[2], pixels.shape[3])
+            mixing = draw_mixing(batch.seeds, batch.weight, size, mixup=self.config.mixup, cutmix=self.config.cutmix)
+            pixels = mix_images(pixels, mixing)
+            target = mix_labels(batch.labels, mixing, len(self.data.classes))
+        scores = self.scores_of_pixels(pixels, batch.seeds)
+        each = F.cross_entropy(scores, target, reduction="none", label_smoothing=self.config.label_smoothing)
         total = (batch.weight * each).sum()
         right = (batch.weight * (scores.argmax(1) == batch.labels)).sum()
         return Losses(total, {"cross_entropy": total.detach(), "top1": right.detach()})
@@ -79,15 +109,26 @@ class ClassifyStage(Stage):
             predictions |= {"labels": batch.labels, "loss": each}
         return predictions
 
-    def scores(self, images: UInt8[Tensor, "b 3 h w"], seeds: Tensor | None = None) -> Float[Tensor, "b c"]:
+    def scores(self, images: UInt8[Tensor, "b 3 h w"]) -> Float[Tensor, "b c"]:
         """Logits in fp32."""
-        tokens = self.trunk(normalize(images, self.config.pixels), seeds=seeds)
-        scores: Tensor = self.head(self.fc_norm(pool(tokens, self.config.pooling)))
+        return self.scores_of_pixels(normalize(images, self.config.pixels))
+
+    def scores_of_pixels(self, pixels: Float[Tensor, "b 3 h w"], seeds: Tensor | None = None) -> Float[Tensor, "b c"]:
+        """Logits in fp32, of normalised images."""
+        tokens = self.trunk(pixels, seeds=seeds)
+        if self.attn_pool is not None:
+            features = self.attn_pool(tokens)
+        else:
+            features = self.fc_norm(pool(tokens, cast("Pooling", self.config.pooling)))
+        if self.pre_logits is not None:
+            features = torch.tanh(self.pre_logits(features))
+        scores: Tensor = self.head(features)
         return scores.float()
 
     def transform(self, train: bool) -> Transform:
-        """Random crop and mirroring in training, the centre otherwise; labels."""
-        return image_transform(self.config, self.data, train=train, labels=True)
+        """Random crop, mirroring and what the options name in training, the centre otherwise; labels."""
+        policy, erase = self.config.auto_augment, self.config.random_erase
+        return image_transform(self.config, self.data, train=train, labels=True, policy=policy, erase=erase)
 
     def evaluations(self) -> Mapping[str, Evaluation]:
         """Top-1, top-5, loss and confusion."""
@@ -99,4 +140,4 @@ class ClassifyStage(Stage):
 
     def weight_decay_exempt(self, name: str, parameter: Tensor) -> bool:
         """Vectors and biases, cls token and positions, as MAE's fine-tuning; its pretraining decays the tokens."""
-        return parameter.ndim <= 1 or name in ("trunk.cls_token", "trunk.reg_token", "trunk.pos_embed")
+        return parameter.ndim <= 1 or name in TOKENS

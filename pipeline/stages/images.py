@@ -59,13 +59,23 @@ class LabelledExample(ImageExample):
 
 
 def image_transform(
-    options: ImageOptions, data: DataFacts, *, train: bool, labels: bool, tokenizer: ClipTokenizer | None = None
+    options: ImageOptions,
+    data: DataFacts,
+    *,
+    train: bool,
+    labels: bool,
+    tokenizer: ClipTokenizer | None = None,
+    policy: str = "",
+    erase: float = 0.0,
 ) -> Transform:
-    """Samples to uint8 images of the trunk's size, with their label and tokens where asked for."""
+    """Samples to uint8 images of the trunk's size, with their label and tokens where asked for.
+
+    `policy` and `erase` are `TrainImage`'s.
+    """
     size = options.model.image_hw
     image: TrainImage | EvalImage = EvalImage(size=size)
     if train:
-        image = TrainImage(size=size, scale=options.crop_scale, flip=options.flip)
+        image = TrainImage(size=size, scale=options.crop_scale, flip=options.flip, policy=policy, erase=erase)
     if labels:
         return LabelledExample(image=image, text=tokenizer, num_classes=len(data.classes))
     return ImageExample(image=image, text=tokenizer)
