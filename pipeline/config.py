@@ -1,8 +1,11 @@
 """Configuration: YAML files that list only differences, checked strictly before anything runs.
 
 A file may name one `base:` (a path relative to it); its own keys win over the base's, mappings merge, everything else
-replaces. Overrides `a.b=c` come last, their values parsed as YAML. Unknown keys, wrong types and impossible values
-are a `ConfigError` that names the key and the nearest one that exists.
+replaces. Overrides `a.b=c` come last, their values parsed as YAML.
+
+A recipe may hold `sizes:`, a mapping from names of model sizes to the keys that differ for them; those of
+`options.model.size` apply, before the overrides. Unknown keys, wrong types and impossible values are a `ConfigError`
+that names the key and the nearest one that exists.
 """
 
 from __future__ import annotations
@@ -68,9 +71,28 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Document:
         ConfigError: missing file, bad YAML, a base that is missing or circular, a malformed override.
     """
     document = _load_with_base(_find(Path(path)), seen=())
+    of_sizes = document.pop("sizes", {})
+    overridden = _overridden(document, overrides)
+    own = of_sizes.get(_size(overridden)) if isinstance(of_sizes, Mapping) else None
+    if own is None:
+        return overridden
+    if not isinstance(own, Mapping):
+        raise ConfigError("expected a mapping", where=f"{path}: sizes.{_size(overridden)}", fix="give keys that differ")
+    return _overridden(merge(document, own), overrides)
+
+
+def _overridden(document: Document, overrides: Sequence[str]) -> Document:
     for item in overrides:
         document = override(document, item)
     return document
+
+
+def _size(document: Mapping[str, Any]) -> Hashable:
+    """`options.model.size`, where there is one."""
+    at: Any = document
+    for key in ("options", "model", "size"):
+        at = at.get(key) if isinstance(at, Mapping) else None
+    return at if isinstance(at, Hashable) else None
 
 
 def override(document: Document, item: str) -> Document:

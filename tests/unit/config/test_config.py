@@ -131,3 +131,23 @@ def test_errors_survive_pickling_whole() -> None:
     copy = pickle.loads(pickle.dumps(error))
     assert type(copy) is ConfigError
     assert str(copy) == str(error) == "config error at there: broken. Fix: mend it"
+
+
+def test_a_recipes_numbers_follow_the_models_size_and_overrides_win(tmp_path: Path) -> None:
+    recipe = write(
+        tmp_path,
+        "recipe.yaml",
+        "options: {model: {size: B, patch_size: 16}}\noptim: {lr: 1, decay: 2}\n"
+        "sizes:\n  H: {options: {model: {patch_size: 14}}, optim: {lr: 3}}\n",
+    )
+    assert load(recipe) == {"options": {"model": {"size": "B", "patch_size": 16}}, "optim": {"lr": 1, "decay": 2}}
+    huge = load(recipe, ["options.model.size=H"])
+    assert huge == {"options": {"model": {"size": "H", "patch_size": 14}}, "optim": {"lr": 3, "decay": 2}}
+    assert load(recipe, ["options.model.size=H", "optim.lr=4"])["optim"]["lr"] == 4
+    derived = write(
+        tmp_path, "mine.yaml", "base: recipe.yaml\noptions: {model: {size: H}}\nsizes: {H: {optim: {lr: 5}}}"
+    )
+    assert load(derived)["optim"] == {"lr": 5, "decay": 2}
+    broken = write(tmp_path, "broken.yaml", "options: {model: {size: B}}\nsizes: {B: 3}")
+    with pytest.raises(ConfigError, match=r"sizes\.B"):
+        load(broken)

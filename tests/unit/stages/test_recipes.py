@@ -1,0 +1,153 @@
+"""The shipped recipes: every file is valid at every size it names, and holds the papers' numbers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from pipeline.config import load, validate
+from pipeline.models.config import SIZES
+from pipeline.models.vit import ViT
+from pipeline.stages import stage_class
+from pipeline.stages.base import DataFacts
+from pipeline.train.config import TrainConfig
+from pipeline.train.optim import peak_rate
+
+EPOCH = 1281167  # images of ImageNet-1k's training set
+FOLDERS = ("pretrain", "finetune")
+ROOT = Path(__file__).parents[3]
+RECIPES = sorted(
+    str(path.relative_to(ROOT)) for folder in FOLDERS for path in (ROOT / "configs" / folder).glob("*.yaml")
+)
+
+
+def read(recipe: str, size: str | None = None) -> tuple[TrainConfig, Any]:
+    """The envelope and the stage's options."""
+    given = ["name=test", "data.train=somewhere"] + ([] if size is None else [f"options.model.size={size}"])
+    document = load(ROOT / recipe, given)
+    config = validate(TrainConfig, document, where=recipe)
+    return config, validate(stage_class(config.stage).options, config.options, where=recipe, prefix="options")
+
+
+def sizes_of(recipe: str) -> list[str | None]:
+    return [None, *yaml.safe_load((ROOT / recipe).read_text()).get("sizes", {})]
+
+
+@pytest.mark.parametrize(("recipe", "size"), [(recipe, size) for recipe in RECIPES for size in sizes_of(recipe)])
+def test_every_recipe_is_valid_at_every_size(recipe: str, size: str | None) -> None:
+    config, options = read(recipe, size)
+    assert size in (None, options.model.size)
+    with torch.device("meta"):
+        stage_class(config.stage)(options, DataFacts(classes=("a", "b")))
+
+
+def numbers(config: TrainConfig, options: Any) -> dict[str, Any]:
+    """What the papers' tables give, in their units."""
+    model, optim = options.model, config.optim
+    found = {
+        "shape": tuple(model.shape), "patch": model.patch_size, "epochs": config.length_samples / EPOCH,
+        "warmup": optim.warmup_samples / EPOCH, "batch": config.data.global_batch, "base_lr": optim.base_lr,
+        "lr": optim.lr, "wd": optim.weight_decay, "betas": optim.betas, "decay": optim.layer_decay,
+        "drop_path": model.drop_path, "min_lr": optim.min_lr, "clip": optim.clip_grad, "crop": options.crop_scale,
+        "position": model.position, "gelu": model.gelu, "eps": model.norm_eps, "schedule": optim.schedule,
+        "stem": model.stem if model.patch_embed == "conv_stem" else None,
+        "cls": model.cls_token, "trained": model.position_trained, "optimizer": optim.name,
+    }  # fmt: skip
+    return found | {key: value for key, value in options.model_dump().items() if key not in ("model", "crop_scale")}
+
+
+MAE = {
+    "batch": 4096, "base_lr": 1.5e-4, "wd": 0.05, "betas": (0.9, 0.95), "epochs": 800, "warmup": 40, "min_lr": 0,
+    "crop": (0.2, 1.0), "clip": 0, "drop_path": 0, "eps": 1e-6, "position": "sincos2d", "trained": False,
+    "gelu": "erf", "flip": True, "schedule": "cosine", "optimizer": "adamw", "decay": 1,
+}  # fmt: skip
+MAE_DECODER = {"attention": "self", "feature_maps": False, "width": 512, "depth": 8, "heads": 16}
+MAE_TASK = {"decoder": MAE_DECODER, "mask_ratio": 0.75, "norm_pix": True, "masking": "random", "predict_ratio": None}
+FINETUNE = {
+    "batch": 1024, "wd": 0.05, "betas": (0.9, 0.999), "warmup": 5, "min_lr": 1e-6, "random_erase": 0.25, "mixup": 0.8,
+    "auto_augment": "rand-m9-mstd0.5-inc1", "cutmix": 1.0, "label_smoothing": 0.1, "pooling": "avg",
+    "head_init_std": 2e-5, "crop": (0.08, 1.0), "trained": True, "optimizer": "adamw", "cls": True, "clip": 0,
+}  # fmt: skip
+LARGE = {"base_lr": 1e-3, "decay": 0.75, "epochs": 50}
+PROBE = {
+    "batch": 16384, "base_lr": 0.1, "wd": 0, "warmup": 10, "optimizer": "lars", "pooling": "cls", "cls": True,
+    "head_init_std": 0.01, "lr_multipliers": (1.0,), "crop": (0.08, 1.0), "min_lr": 0,
+}  # fmt: skip
+VIT_C = {
+    "patch": 16, "epochs": 400, "warmup": 5, "batch": 2048, "auto_augment": "original", "mixup": 0.8, "cutmix": 1.0,
+    "label_smoothing": 0.1, "betas": (0.9, 0.999), "optimizer": "adamw",
+}  # fmt: skip
+SMALL_RATE, LARGE_RATE = {"lr": 1e-3, "wd": 0.24}, {"lr": 6e-4, "wd": 0.28}
+LARGE_STEM = (64, 128, 128, 256, 256, 512)
+B, L, H = (768, 12, 3072, 12), (1024, 24, 4096, 16), (1280, 32, 5120, 16)
+TABLE: list[tuple[str, str | None, dict[str, Any]]] = [
+    ("pretrain/mae", None, MAE | MAE_TASK | {"shape": B, "patch": 16}),
+    ("pretrain/mae", "L", MAE | MAE_TASK | {"shape": L, "patch": 16}),
+    ("pretrain/mae", "H", MAE | MAE_TASK | {"shape": H, "patch": 14}),
+    ("pretrain/mp3", None, MAE | {"shape": B, "context_ratio": 0.25}),
+    ("finetune/mae", None, FINETUNE | {"shape": B, "base_lr": 5e-4, "decay": 0.65, "drop_path": 0.1, "epochs": 100}),
+    ("finetune/mae", "L", FINETUNE | LARGE | {"shape": L, "patch": 16, "drop_path": 0.2}),
+    ("finetune/mae", "H", FINETUNE | LARGE | {"shape": H, "patch": 14, "drop_path": 0.3}),
+    ("finetune/mae_probe", None, PROBE | {"shape": B, "epochs": 90}),
+    ("finetune/mae_probe", "L", PROBE | {"shape": L, "epochs": 50}),
+    ("finetune/mae_probe", "H", PROBE | {"shape": H, "epochs": 50, "patch": 14}),
+    (
+        "pretrain/simple_vit", None,
+        {
+            "shape": (384, 12, 1536, 6), "patch": 16, "position": "sincos2d_bigvision", "cls": False, "lr": 1e-3,
+            "pooling": "avg_with_cls", "pre_logits": True, "head_init_std": 0, "batch": 1024, "wd": 0.1, "epochs": 90,
+            "betas": (0.9, 0.999), "warmup": 10_000 * 1024 / EPOCH, "clip": 1.0, "gelu": "tanh", "pixels": "half",
+            "auto_augment": "rand-m10-n2", "mixup": 0.2, "cutmix": 0, "label_smoothing": 0, "crop": (0.05, 1.0),
+        },
+    ),
+    ("pretrain/vit_c", "C-1GF", VIT_C | SMALL_RATE | {"shape": (192, 11, 576, 3), "stem": (24, 48, 96, 192)}),
+    ("pretrain/vit_c", "C-4GF", VIT_C | SMALL_RATE | {"shape": (384, 11, 1152, 6), "stem": (48, 96, 192, 384)}),
+    ("pretrain/vit_c", "C-18GF", VIT_C | SMALL_RATE | {"shape": (768, 11, 3072, 12), "stem": LARGE_STEM}),
+    ("pretrain/vit_c", "C-36GF", VIT_C | LARGE_RATE | {"shape": (1024, 13, 4096, 16), "stem": LARGE_STEM}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("recipe", "size", "expected"), TABLE)
+def test_recipes_hold_the_papers_numbers(recipe: str, size: str | None, expected: dict[str, Any]) -> None:
+    found = numbers(*read(f"configs/{recipe}.yaml", size))
+    assert {key: found[key] for key in expected} == expected
+
+
+def test_the_table_covers_every_recipe() -> None:
+    assert {f"configs/{recipe}.yaml" for recipe, _, _ in TABLE} == set(RECIPES)
+
+
+def test_scaled_rates_are_the_papers() -> None:
+    assert peak_rate(read("configs/pretrain/mae.yaml")[0].optim, 4096) == pytest.approx(2.4e-3)
+    assert peak_rate(read("configs/finetune/mae_probe.yaml")[0].optim, 16384) == pytest.approx(6.4)
+
+
+def test_sizes_are_the_papers() -> None:
+    """Width, depth, MLP width, heads."""
+    expected = {
+        "Ti": (192, 12, 768, 3), "S": (384, 12, 1536, 6), "B": B, "L": L, "H": H,
+        "So400m": (1152, 27, 4304, 16), "g": (1408, 40, 6144, 16), "G": (1664, 48, 8192, 16),
+    }  # fmt: skip
+    assert {name: tuple(SIZES[name]) for name in expected} == expected
+
+
+def test_the_decoupled_decay_of_simple_vit_shrinks_weights_as_optax_does() -> None:
+    """The trap: optax adds 1e-4 x weight after scaling by the rate, torch multiplies it by the rate."""
+    optim = read("configs/pretrain/simple_vit.yaml")[0].optim
+    assert optim.lr is not None
+    weight = torch.nn.Parameter(torch.ones(1))
+    weight.grad = torch.zeros(1)
+    torch.optim.AdamW([weight], lr=optim.lr, weight_decay=optim.weight_decay).step()
+    torch.testing.assert_close(weight.data, torch.tensor([1 - 1e-4]))
+
+
+def test_a_trunk_of_each_stem_halves_down_to_patches() -> None:
+    _, options = read("configs/pretrain/vit_c.yaml", "C-18GF")
+    with torch.device("meta"):
+        trunk = ViT(options.model)
+        patches = trunk.patch_embed(torch.empty(1, 3, 224, 224))
+    assert patches.shape == (1, 196, 768)
