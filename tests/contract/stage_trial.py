@@ -29,12 +29,13 @@ CLASSES = ("dark", "red", "green", "blue")
 MODEL = {"width": 32, "depth": 2, "heads": 2, "image_size": 32, "patch_size": 8}
 TINY: dict[str, dict[str, Any]] = {
     "mae": {"model": MODEL, "decoder": {"width": 16, "depth": 1, "heads": 2}, "evaluate": ["reconstruction", "knn"]},
+    "mp3": {"model": MODEL | {"activation_checkpointing": True}, "context_ratio": 0.5},
     "flip": {
         "model": MODEL,
         "text": {"context_length": 8, "width": 16, "heads": 2, "layers": 1},
         "embed_dim": 16,
     },
-    "classify": {"model": MODEL | {"drop_path": 0.2}, "head_init_std": 0.02},
+    "classify": {"model": MODEL | {"drop_path": 0.2}, "head_init_std": 0.02, "mixup": 0.2, "cutmix": 1.0},
     "probe": {"model": MODEL | {"drop_path": 0.2}, "lr_multipliers": [0.5, 1.0]},
 }
 GLOBAL_BATCH = 12
