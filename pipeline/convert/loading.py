@@ -118,7 +118,7 @@ def _resized_table(stage: Stage, source: Tensor, where: str) -> Tensor:
             where=where,
             fix=SAME_MODEL,
         )
-    table = interpolate(source[0, num_prefix:].float(), (side, side), config.grid, config.interpolation)
+    table = interpolate(source[0, num_prefix:].float(), (side, side), config.position_grid, config.interpolation)
     return torch.cat([source[:, :num_prefix].float(), table.unsqueeze(0)], dim=1)
 
 
