@@ -75,7 +75,7 @@ class FaultProxy:
         """Base URL of the proxy."""
         assert self._server is not None, "the proxy isn't started"
         host, port = self._server.server_address[:2]
-        return f"http://{str(host)}:{port}"
+        return f"http://{host!s}:{port}"
 
     def start(self) -> FaultProxy:
         self._server = _Server(("127.0.0.1", 0), _Handler)
@@ -149,7 +149,7 @@ class _Handler(BaseHTTPRequestHandler):
             return
         self._pass_on(body, kind)
 
-    do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = _relay
+    do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = _relay  # noqa: N815 -- names the base class looks for
     _early: list[Fault] | None = None
 
     def handle_expect_100(self) -> bool:
