@@ -18,6 +18,7 @@ POSITION_TABLE = "trunk.pos_embed"
 SAME_MODEL = "make options.model the same as in the run the weights come from"
 UNSEEN_IN_SHAPES = ("heads", "gelu", "norm_eps", "position")
 """Options of the trunk that change what the same weights compute, though every shape fits."""
+NO_POSITIONS = ("position", "none")
 
 
 class LoadReport(NamedTuple):
@@ -39,13 +40,15 @@ class LoadReport(NamedTuple):
 def check_same_trunk(ours: Mapping[str, Any], theirs: Mapping[str, Any], *, where: str) -> None:
     """Compare what no tensor's shape tells of two trunks, given as dumped `ModelConfig`s ({}: unknown).
 
+    A trunk that was trained without positions (MP3) may be given any: they are new, like a head.
+
     Raises:
         CheckpointError: they differ, so the weights would mean something else here.
     """
     differing = [
         f"{key} {_told(theirs, key)} there and {_told(ours, key)} here"
         for key in UNSEEN_IN_SHAPES
-        if theirs and _told(ours, key) != _told(theirs, key)
+        if theirs and _told(ours, key) != _told(theirs, key) and (key, _told(theirs, key)) != NO_POSITIONS
     ]
     if differing:
         raise CheckpointError(

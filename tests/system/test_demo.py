@@ -10,7 +10,10 @@ from tiny_chain import SIGKILL, Command, all_gone, commits, wait_for
 
 from launch.s3_server import find_rclone
 
-TRAINED = ("mae", "flip", "flip_tune", "classify", "scratch", "probe", "probe_random", "probe_pixels")
+TRAINED = (
+    *("mae", "mp3", "flip", "flip_tune", "classify", "classify_mp3", "scratch"),
+    *("probe", "probe_random", "probe_pixels"),
+)
 SHORTER = [
     "nodes.scenes.set={num_train: 320, num_validation: 40, num_heldout: 80}",
     *(f"nodes.{node}.set.{key}" for node in TRAINED for key in ("data.global_batch=64", "length_samples=640")),

@@ -32,3 +32,13 @@ def test_a_size_by_name_is_the_same_as_its_heads() -> None:
 def test_what_no_shape_tells_is_compared(key: str, theirs: object) -> None:
     with pytest.raises(CheckpointError, match=f"{key} {theirs} there and .* here.*options.model"):
         check_same_trunk(dumped(), dumped(**{key: theirs}), where="runs/mae")
+
+
+def test_a_trunk_trained_without_positions_may_be_given_any() -> None:
+    for ours in ("none", "sincos2d", "learned"):
+        check_same_trunk(dumped(position=ours), dumped(position="none"), where="runs/mp3")
+
+
+def test_a_trunk_trained_with_positions_cannot_go_without() -> None:
+    with pytest.raises(CheckpointError, match="position sincos2d there and none here"):
+        check_same_trunk(dumped(position="none"), dumped(), where="runs/mae")
