@@ -239,6 +239,46 @@ def runs(
 
 
 @app.command()
+def predict(
+    source: Annotated[str, typer.Argument(metavar="RUN|WEIGHTS", help="A run directory, or a weight file or folder.")],
+    images: Annotated[
+        list[str], typer.Argument(metavar="IMAGE...", help="Files, folders, globs, s3:// or http(s):// URLs.")
+    ],
+    out: Annotated[
+        str, typer.Option(metavar="DIR", help="Folder for pictures and predictions.json; s3:// too.")
+    ] = "predictions",
+    source_format: Annotated[
+        str | None, typer.Option("--from", metavar="FORMAT", help="The weights' format; default: our own, or a run.")
+    ] = None,
+    known: Annotated[
+        list[str] | None,
+        typer.Option("--known", metavar="NAME=VALUE", help="What tensors don't tell, such as heads=12."),
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Change an option of the stage, such as mask_ratio=0.5."),
+    ] = None,
+    questions: Annotated[
+        list[str] | None,
+        typer.Option("--ask", metavar="KEY=VALUE", help="What the stage wants to be asked, such as 'texts=[a cat]'."),
+    ] = None,
+    attention: Annotated[bool, typer.Option("--attention", help="Show where the trunk looks, head by head.")] = False,
+    block: Annotated[int, typer.Option(help="Block whose attention is shown; -1 is the last.")] = -1,
+    batch: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 16,
+    seed: Annotated[int, typer.Option(min=0, help="Of masks and whatever else is drawn.")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Show what a trained stage makes of images: reconstructions, classes, attention, as pictures and JSON."""
+    from launch import predict as predicting
+
+    asked = predicting.Asked(settings or [], questions or [], attention, block, batch, seed)
+    document, lines, good = predicting.predict(
+        source, images, out, asked, _say, source_format=source_format, known=known or []
+    )
+    _reply(document, lines, as_json, code=0 if good else 2)
+
+
+@app.command()
 def convert(
     source: Annotated[str, typer.Argument(metavar="SRC", help="A weight file, a folder of one, or a run directory.")],
     target: Annotated[str, typer.Argument(metavar="DST", help="The file to write, or a folder for some formats.")],

@@ -77,6 +77,20 @@ class Batch:
     def __len__(self) -> int:
         return int(self.ids.shape[0])
 
+    def only(self, i: int) -> Batch:
+        """The batch of sample `i` alone."""
+        own = slice(i, i + 1)
+        return Batch(
+            ids=self.ids[own],
+            seeds=self.seeds[own],
+            weight=self.weight[own],
+            position=self.position,
+            images=None if self.images is None else self.images[own],
+            text=None if self.text is None else self.text[own],
+            labels=None if self.labels is None else self.labels[own],
+            instances=None if self.instances is None else self.instances[own],
+        )
+
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on `device`; host-side fields (instances) stay where they are."""
 

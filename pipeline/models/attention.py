@@ -80,3 +80,10 @@ class Attention(nn.Module):
             k, v = both.view(b, -1, 2, *shape).permute(2, 0, 3, 1, 4).unbind(0)
         out: Tensor = self.proj(attend(q, k, v).transpose(1, 2).reshape(b, t, d))
         return out
+
+    def weights(self, x: Float[Tensor, "b t d"]) -> Float[Tensor, "b h t t"]:
+        """How much every token attends to every other, rows summing to 1: for looking at, `forward` is faster."""
+        b, t, d = x.shape
+        q, k, _ = self.qkv(x).view(b, t, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
+        found: Tensor = (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).softmax(-1)
+        return found

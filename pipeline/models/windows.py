@@ -82,6 +82,17 @@ class SpatialAttention(Attention):
         projected: Tensor = self.proj(out.transpose(1, 2).reshape(b, rows, columns, d))
         return projected
 
+    def weights(self, x: Float[Tensor, "b r c d"]) -> Float[Tensor, "b h t t"]:
+        """As `Attention.weights`, of the grid's places row by row."""
+        b, rows, columns, d = x.shape
+        t = rows * columns
+        q, k, _ = self.qkv(x).view(b, t, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
+        scores = q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)
+        if self.rel_pos_h is not None and self.rel_pos_w is not None:
+            scores = scores + relative_bias(q, self.rel_pos_h, self.rel_pos_w, (rows, columns))
+        found: Tensor = scores.softmax(-1)
+        return found
+
 
 class ConvBottleneck(nn.Module):
     """Residual 1x1, 3x3, 1x1 convolutions that carry information between windows; at first the identity."""

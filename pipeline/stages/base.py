@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from pipeline.config import Config
 from pipeline.data.batch import Batch, Transform
+from pipeline.data.transforms import ImageExample
 from pipeline.evaluate.base import Evaluation, Predictions
 from pipeline.models.vit import ViT
 
@@ -47,6 +48,17 @@ class Picture(NamedTuple):
     panels: tuple[tuple[str, UInt8[Tensor, "3 h w"]], ...]  # (caption, image)
 
 
+class Question(Config):
+    """What `vitrail predict` may be told beside the images; stages that take more have a class of their own."""
+
+
+class Answer(NamedTuple):
+    """What a stage says of one image, for `vitrail predict`."""
+
+    facts: dict[str, Any]  # JSON-able
+    pictures: tuple[Picture, ...] = ()
+
+
 class Stage(nn.Module, abc.ABC):
     """One training objective over the common trunk.
 
@@ -56,6 +68,7 @@ class Stage(nn.Module, abc.ABC):
     """
 
     options: ClassVar[type[Config]]
+    question: ClassVar[type[Config]] = Question
     limits: ClassVar[Mapping[str, tuple[float, float]]] = {}  # parameter name -> range held on the fp32 masters
     trunk: ViT
 
@@ -93,6 +106,34 @@ class Stage(nn.Module, abc.ABC):
     def pictures(self, batch: Batch, predictions: Predictions) -> list[Picture]:
         """Pictures for the report from one evaluation batch; no forward happens here."""
         return []
+
+    def view(self) -> Transform:
+        """How an image alone, without label, caption or annotations, becomes an example. Its file may be of any size,
+        and lies upright.
+        """
+        transform = self.transform(train=False)
+        return ImageExample(image=transform.image) if isinstance(transform, ImageExample) else transform
+
+    def answer(self, batch: Batch, question: Any) -> list[Answer]:
+        """What there is to say and to show of each image that came through `view`; not collective.
+
+        Called without gradients, in eval mode. By default the facts are the predictions that are one number for each
+        image, and the pictures those of the report.
+
+        Args:
+            question: an instance of the class's `question`.
+
+        Raises:
+            UserError: the question can't be answered.
+        """
+        predictions = self.predict(batch)
+        numbers = {k: v.tolist() for k, v in predictions.items() if v.ndim == 1 and k != "labels"}
+        answers = []
+        for i in range(len(batch)):
+            own = {key: value[i : i + 1] for key, value in predictions.items()}
+            facts = {key: values[i] for key, values in numbers.items()}
+            answers.append(Answer(facts, tuple(self.pictures(batch.only(i), own))))
+        return answers
 
     def trainable(self, name: str) -> bool:
         """Whether parameter `name` is trained. A frozen one stays in checkpoints."""

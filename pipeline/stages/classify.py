@@ -24,8 +24,8 @@ from pipeline.models.mixing import draw_mixing, mix_images, mix_labels
 from pipeline.models.pixels import normalize
 from pipeline.models.pooling import AttentionPool, Pooling, pool
 from pipeline.models.vit import ViT
-from pipeline.stages.base import DataFacts, Losses, Picture, Stage
-from pipeline.stages.images import ImageOptions, image_transform, labelled_pictures, require_classes
+from pipeline.stages.base import Answer, DataFacts, Losses, Picture, Stage
+from pipeline.stages.images import ImageOptions, class_answers, image_transform, labelled_pictures, require_classes
 
 TOKENS = ("trunk.cls_token", "trunk.reg_token", "trunk.pos_embed", "attn_pool.latent")
 
@@ -137,6 +137,11 @@ class ClassifyStage(Stage):
     def pictures(self, batch: Batch, predictions: Predictions) -> list[Picture]:
         """Images with their class and the predicted one."""
         return labelled_pictures(batch, predictions["best"][:, 0], self.data.classes)
+
+    def answer(self, batch: Batch, question: Config) -> list[Answer]:
+        """The likeliest classes with their probabilities."""
+        assert batch.images is not None
+        return class_answers(batch, self.scores(batch.images), self.data.classes)
 
     def weight_decay_exempt(self, name: str, parameter: Tensor) -> bool:
         """Vectors and biases, cls token and positions, as MAE's fine-tuning; its pretraining decays the tokens."""

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from pipeline.config import Config
 from pipeline.data.batch import Batch, Transform
+from pipeline.errors import ConfigError
 from pipeline.evaluate.base import Evaluation, Predictions
 from pipeline.evaluate.image_text import ImageTextEvaluation
 from pipeline.losses.contrastive import clip_loss
@@ -27,7 +28,7 @@ from pipeline.models.pixels import normalize
 from pipeline.models.pooling import pool
 from pipeline.models.text import ClipTokenizer, TextConfig, TextTower
 from pipeline.models.vit import ViT
-from pipeline.stages.base import ContrastiveStage, DataFacts, Losses, Picture
+from pipeline.stages.base import Answer, ContrastiveStage, DataFacts, Losses, Picture, Question
 from pipeline.stages.images import ImageOptions, image_transform, with_labels
 
 LOGIT_SCALE_INIT = math.log(1 / 0.07)
@@ -55,10 +56,18 @@ class FlipOptions(ImageOptions):
         return self
 
 
+class FlipQuestion(Question):
+    """What `vitrail predict` compares the images with."""
+
+    texts: tuple[str, ...] = ()
+    embedding: bool = False  # tell the image's embedding too
+
+
 class FlipStage(ContrastiveStage):
     """Two towers that put an image and its caption close together."""
 
     options: ClassVar[type[Config]] = FlipOptions
+    question: ClassVar[type[Config]] = FlipQuestion
     limits: ClassVar[Mapping[str, tuple[float, float]]] = {"logit_scale": (0.0, LOGIT_SCALE_MAX)}
 
     def __init__(self, options: FlipOptions, data: DataFacts) -> None:
@@ -135,3 +144,25 @@ class FlipStage(ContrastiveStage):
             panels += [(f"found {k + 1}", batch.images[present[j]].cpu()) for k, j in enumerate(row)]
             pictures.append(Picture(self.tokenizer.decode(batch.text[present[i]]), tuple(panels)))
         return pictures
+
+    def answer(self, batch: Batch, question: FlipQuestion) -> list[Answer]:
+        """How well each text asked for fits each image: cosine, and probability among the texts."""
+        assert batch.images is not None
+        if not question.texts and not question.embedding:
+            fix = "ask what is in the images: --ask 'texts=[a cat, a dog]', or --ask embedding=true"
+            raise ConfigError("nothing to compare the images with", where="--ask", fix=fix)
+        images = self.embed_images(batch.images)
+        answers = [Answer({"embedding": row} if question.embedding else {}) for row in images.tolist()]
+        if not question.texts:
+            return answers
+        cosine = images @ self.embed_texts(self.tokenizer(list(question.texts)).to(images.device)).T
+        shares = (self.logit_scale.float().exp() * cosine).softmax(1)
+        for i, answer in enumerate(answers):
+            order = cosine[i].argsort(descending=True).tolist()
+            answer.facts["texts"] = [
+                {"text": question.texts[j], "cosine": cosine[i, j].item(), "probability": shares[i, j].item()}
+                for j in order
+            ]
+            caption = f"{question.texts[order[0]]} ({shares[i, order[0]]:.0%})"
+            answers[i] = answer._replace(pictures=(Picture(caption, ((caption, batch.images[i].cpu()),)),))
+        return answers

@@ -5,19 +5,25 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 
+import torch
+from jaxtyping import Float, UInt8
 from pydantic import Field, model_validator
 from torch import Tensor
+from torch.nn import functional as F
 
 from pipeline.config import Config
 from pipeline.data.batch import Batch, Example, RawSample, Transform
 from pipeline.data.transforms import EvalImage, ImageExample, TrainImage
 from pipeline.errors import ConfigError, DataError
+from pipeline.models.attention_maps import attention_weights, global_blocks, looks, rollout
 from pipeline.models.config import ModelConfig
-from pipeline.models.pixels import PixelStatistics
+from pipeline.models.pixels import PixelStatistics, normalize
 from pipeline.models.text import ClipTokenizer
-from pipeline.stages.base import DataFacts, Picture
+from pipeline.models.vit import ViT
+from pipeline.stages.base import Answer, DataFacts, Picture
 
 NUM_LABELLED_PICTURES = 16
+NUM_CLASSES_TOLD = 5
 
 
 class ImageOptions(Config):
@@ -108,3 +114,56 @@ def labelled_pictures(batch: Batch, predicted: Tensor, classes: Sequence[str]) -
             caption = f"{truth}: right" if truth == guess else f"{truth}, taken for {guess}"
         pictures.append(Picture(f"sample {int(batch.ids[i])}", ((caption, batch.images[i].cpu()),)))
     return pictures
+
+
+def class_answers(batch: Batch, scores: Float[Tensor, "b c"], classes: Sequence[str]) -> list[Answer]:
+    """Each image's likeliest classes with their probabilities, and the image with the first of them."""
+    assert batch.images is not None
+    best = scores.float().softmax(1).topk(min(NUM_CLASSES_TOLD, scores.shape[1]))
+    answers = []
+    for i, (shares, numbers) in enumerate(zip(best.values.tolist(), best.indices.tolist(), strict=True)):
+        told = [{"class": classes[number], "probability": share} for share, number in zip(shares, numbers, strict=True)]
+        caption = f"{classes[numbers[0]]} ({shares[0]:.0%})"
+        answers.append(Answer({"classes": told}, (Picture(caption, ((caption, batch.images[i].cpu()),)),)))
+    return answers
+
+
+def attention_pictures(
+    trunk: ViT, images: UInt8[Tensor, "b 3 h w"], statistics: PixelStatistics, block: int = -1
+) -> list[Picture]:
+    """Where one block of a trunk looks in each image: all heads' mean, through all blocks (rollout), and each head.
+
+    Raises:
+        ValueError: see `attention_weights`.
+    """
+    pixels = normalize(images, statistics)
+    p = trunk.config.patch_size
+    grid = (images.shape[2] // p, images.shape[3] // p)
+    everywhere = list(range(len(trunk.blocks)))
+    whole = global_blocks(trunk) == everywhere
+    *before, asked = attention_weights(trunk, pixels, [*(everywhere if whole else []), block])
+    found = looks(trunk, asked, grid)
+    asking = "cls" if found.from_cls else "patches"
+    maps = {f"{asking}, mean of heads": found.heads.mean(1)}
+    if before:
+        maps["through all blocks"] = looks(trunk, rollout(before).unsqueeze(1), grid).heads[:, 0]
+    maps |= {f"head {head}": found.heads[:, head] for head in range(found.heads.shape[1])}
+    number = block % len(trunk.blocks)
+    return [
+        Picture(
+            f"attention of block {number}",
+            (("original", image.cpu()), *((name, heated(image, each[i]).cpu()) for name, each in maps.items())),
+        )
+        for i, image in enumerate(images)
+    ]
+
+
+def heated(image: UInt8[Tensor, "3 h w"], weights: Float[Tensor, "rows columns"]) -> UInt8[Tensor, "3 h w"]:
+    """The image with the patches of great weight in colour and those of little dark: blue, red, yellow as it grows."""
+    span = weights.max() - weights.min()
+    heat = (weights - weights.min()) / span.clamp(min=1e-12)
+    heat = F.interpolate(heat.view(1, 1, *heat.shape).float(), size=image.shape[1:], mode="nearest")[0, 0]
+    colour = torch.stack([(2 * heat).clamp(0, 1), (2 * heat - 1).clamp(0, 1), (1 - 2 * heat).clamp(0, 1) * 0.6])
+    gray = image.float().mean(0, keepdim=True) / 255
+    mixed = 0.55 * colour + 0.45 * gray
+    return (255 * mixed).round().clamp(0, 255).to(torch.uint8)

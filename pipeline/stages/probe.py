@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from pipeline.config import Config
 from pipeline.data.batch import Batch, Transform
+from pipeline.errors import ConfigError
 from pipeline.evaluate.base import Evaluation, Predictions
 from pipeline.evaluate.classification import best_classes
 from pipeline.evaluate.probe import ProbeEvaluation
@@ -24,8 +25,8 @@ from pipeline.models.noise import uniform
 from pipeline.models.pixels import normalize
 from pipeline.models.pooling import Pooling, pool
 from pipeline.models.vit import ViT
-from pipeline.stages.base import DataFacts, Losses, Picture, Stage
-from pipeline.stages.images import ImageOptions, image_transform, labelled_pictures, require_classes
+from pipeline.stages.base import Answer, DataFacts, Losses, Picture, Question, Stage
+from pipeline.stages.images import ImageOptions, class_answers, image_transform, labelled_pictures, require_classes
 
 
 class ProbeOptions(ImageOptions):
@@ -49,6 +50,12 @@ class ProbeOptions(ImageOptions):
         return self
 
 
+class ProbeQuestion(Question):
+    """Which head is to answer."""
+
+    head: int | None = Field(default=None, ge=0)  # from 0; None: the middle one
+
+
 class ProbeStage(Stage):
     """Linear heads over standardised features of a trunk that stays as it is.
 
@@ -57,6 +64,7 @@ class ProbeStage(Stage):
     """
 
     options: ClassVar[type[Config]] = ProbeOptions
+    question: ClassVar[type[Config]] = ProbeQuestion
 
     def __init__(self, options: ProbeOptions, data: DataFacts) -> None:
         super().__init__(options, data)
@@ -120,6 +128,14 @@ class ProbeStage(Stage):
     def pictures(self, batch: Batch, predictions: Predictions) -> list[Picture]:
         """Images with their class and the one the middle head predicts."""
         return labelled_pictures(batch, predictions["best"][:, len(self.heads) // 2, 0], self.data.classes)
+
+    def answer(self, batch: Batch, question: ProbeQuestion) -> list[Answer]:
+        """The likeliest classes with their probabilities, by one of the heads."""
+        assert batch.images is not None
+        head = len(self.heads) // 2 if question.head is None else question.head
+        if head >= len(self.heads):
+            raise ConfigError(f"no head {head}", where="--ask head", fix=f"use one from 0 to {len(self.heads) - 1}")
+        return class_answers(batch, self.scores(batch.images, batch.weight)[:, head], self.data.classes)
 
     def trainable(self, name: str) -> bool:
         """The heads alone."""

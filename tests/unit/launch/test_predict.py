@@ -1,0 +1,249 @@
+"""The verb `predict`: what a trained stage makes of any image, as pictures and as JSON."""
+
+from __future__ import annotations
+
+import functools
+import http.server
+import io
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from launch.images import find_images, read_image
+from launch.predict import Asked, load_stage, predict
+from pipeline import convert
+from pipeline.config import validate
+from pipeline.data.images import decode
+from pipeline.data.transforms import EvalImage
+from pipeline.errors import CheckpointError, ConfigError, DataError, StorageError, UserError
+from pipeline.stages import stage_class
+from pipeline.stages.base import DataFacts, Stage
+from tests.unit.launch.saved_run import save_checkpoint
+
+MODEL = {"width": 32, "depth": 2, "heads": 2, "image_size": 32, "patch_size": 8}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "mae": {"model": MODEL, "decoder": {"width": 16, "depth": 1, "heads": 2}},
+    "mp3": {"model": MODEL},
+    "classify": {"model": MODEL, "head_init_std": 0.5},
+    "probe": {"model": MODEL, "lr_multipliers": [0.5, 1.0, 2.0]},
+    "flip": {"model": MODEL, "text": {"context_length": 8, "width": 16, "heads": 2, "layers": 1}, "embed_dim": 16},
+}
+CLASSES = ("cat", "dog", "owl")
+
+
+def build(name: str) -> Stage:
+    torch.manual_seed(0)
+    cls = stage_class(name)
+    return cls(validate(cls.options, OPTIONS[name], where="test"), DataFacts(CLASSES)).eval()
+
+
+def noise(seed: int, height: int = 40, width: int = 56) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    folder = tmp_path / "images"
+    (folder / "more").mkdir(parents=True)
+    for seed, name in enumerate(("a.png", "b.png", "more/a.png")):
+        noise(seed).save(folder / name)
+    (folder / "notes.txt").write_text("no image")
+    return folder
+
+
+def predicted(stage: Stage, given: list[str], folder: Path, **asked: Any) -> tuple[list[dict[str, Any]], bool]:
+    """The document's images, and whether all could be read."""
+    weights = str(folder / "weights.safetensors")
+    convert.save(stage, weights, "vitrail")
+    _, _, good = predict(weights, given, str(folder / "out"), Asked(**asked), lambda _: None)
+    document = json.loads((folder / "out" / "predictions.json").read_text())
+    assert (document["format"], document["format_version"]) == ("vitrail.predictions", 1)
+    return document["images"], good
+
+
+@pytest.mark.parametrize(("name", "fact"), [("mae", "reconstruction_mse"), ("mp3", "position_top1")])
+def test_pretrained_stages_show_what_they_make_of_each_image(
+    name: str, fact: str, images: Path, tmp_path: Path
+) -> None:
+    told, good = predicted(build(name), [str(images)], tmp_path)
+    assert good
+    assert [one["image"] for one in told] == [str(images / n) for n in ("a.png", "b.png", "more/a.png")]
+    assert [one["pictures"] for one in told] == [["a.png"], ["b.png"], ["a-2.png"]]
+    for one in told:
+        assert (one["height"], one["width"]) == (40, 56)
+        assert 0 <= one[fact] < 10
+        with Image.open(tmp_path / "out" / one["pictures"][0]) as sheet:
+            assert sheet.size == (3 * (224 + 8) + 8, 224 + 28 + 16)
+
+
+def test_an_images_mask_is_its_own_whatever_else_is_asked_about(images: Path, tmp_path: Path) -> None:
+    stage = build("mae")
+    together, _ = predicted(stage, [str(images)], tmp_path, batch=2)
+    alone, _ = predicted(stage, [str(images / "b.png")], tmp_path)
+    assert alone[0]["reconstruction_mse"] == pytest.approx(together[1]["reconstruction_mse"], rel=1e-5)
+    other, _ = predicted(stage, [str(images / "b.png")], tmp_path, seed=1)
+    assert other[0]["reconstruction_mse"] != pytest.approx(alone[0]["reconstruction_mse"], rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["classify", "probe"])
+def test_classifiers_tell_probabilities(name: str, images: Path, tmp_path: Path) -> None:
+    stage: Any = build(name)
+    questions = ["head=0"] if name == "probe" else []
+    told, _ = predicted(stage, [str(images / "a.png")], tmp_path, questions=questions)
+    pixels = EvalImage(size=(32, 32))((images / "a.png").read_bytes(), 0).unsqueeze(0)
+    with torch.no_grad():
+        scores = stage.scores(pixels) if name == "classify" else stage.scores(pixels, torch.ones(1))[:, 0]
+    shares = dict(zip(CLASSES, scores[0].softmax(0).tolist(), strict=True))
+    found = told[0]["classes"]
+    assert {one["class"]: one["probability"] for one in found} == pytest.approx(shares, rel=1e-4)
+    assert [one["probability"] for one in found] == pytest.approx(sorted(shares.values(), reverse=True), rel=1e-4)
+
+
+def test_flip_compares_images_with_the_texts_asked_for(images: Path, tmp_path: Path) -> None:
+    stage: Any = build("flip")
+    with pytest.raises(ConfigError, match=r"--ask 'texts=\[a cat, a dog\]'"):
+        predicted(stage, [str(images)], tmp_path)
+    told, _ = predicted(stage, [str(images)], tmp_path, questions=["texts=[a cat, a dog]", "embedding=true"])
+    for one in told:
+        assert {t["text"] for t in one["texts"]} == {"a cat", "a dog"}
+        assert sum(t["probability"] for t in one["texts"]) == pytest.approx(1)
+        assert np.linalg.norm(one["embedding"]) == pytest.approx(1, rel=1e-5)
+
+
+def test_options_can_be_changed_and_positions_stay_those_that_were_trained(tmp_path: Path) -> None:
+    convert.save(build("mae"), str(tmp_path / "w.safetensors"), "vitrail")
+    stage: Any = load_stage(str(tmp_path / "w.safetensors"), settings=["model.image_size=64", "mask_ratio=0.5"])[0]
+    assert stage.config.model.grid == (8, 8)
+    assert stage.config.model.position_grid == (4, 4)
+    assert stage.config.mask_ratio == 0.5
+
+
+def test_weights_of_a_run_and_of_other_projects_are_taken(images: Path, tmp_path: Path) -> None:
+    stage = build("mae")
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.yaml").write_text(yaml.safe_dump({"stage": "mae", "options": OPTIONS["mae"]}))
+    (run / "status.json").write_text("{}")
+    save_checkpoint(str(run / "checkpoints"), {name: value.detach() for name, value in stage.state_dict().items()})
+    convert.save(stage, str(tmp_path / "mae.pth"), "mae")
+    ours, _ = predicted(stage, [str(images / "a.png")], tmp_path)
+    known = ["heads=2", "decoder_heads=2", "norm_pix=true"]
+    for source, form, facts in ((str(run), None, []), (str(tmp_path / "mae.pth"), "mae", known)):
+        document, _, _ = predict(
+            source, [str(images / "a.png")], str(tmp_path / "out"), Asked(), print, source_format=form, known=facts
+        )
+        assert document["images"][0]["reconstruction_mse"] == pytest.approx(ours[0]["reconstruction_mse"], rel=1e-5)
+
+
+def test_an_encoder_alone_shows_its_attention_and_predicts_nothing(images: Path, tmp_path: Path) -> None:
+    convert.save(build("mae"), str(tmp_path / "encoder.pth"), "mae_encoder")
+    given = (str(tmp_path / "encoder.pth"), [str(images / "a.png")], str(tmp_path / "out"))
+    facts = {"source_format": "mae_encoder", "known": ["heads=2"]}
+    with pytest.raises(CheckpointError, match="add --attention"):
+        predict(*given, Asked(), print, **facts)
+    document, _, _ = predict(*given, Asked(attention=True), print, **facts)
+    assert set(document["images"][0]) == {"image", "height", "width", "pictures"}
+    with Image.open(tmp_path / "out" / "a.png") as sheet:  # original, mean, rollout and two heads
+        assert sheet.width == 5 * (224 + 8) + 8
+
+
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        ({"attention": True, "block": 2}, "--block: no block 2; there are 0 to 1"),
+        ({"questions": ["texts=[a]"]}, "--ask: texts"),
+        ({"settings": ["mask_ratio=1.5"]}, "mask_ratio"),
+        ({"settings": ["mask_ratio=0.99"]}, "keeps 0 of 16 patches"),
+        ({"settings": ["model.image_size=30"]}, "isn't a multiple of patch_size 8"),
+        ({"settings": ["model.width=64"]}, "64"),
+    ],
+)
+def test_mistakes_are_named(asked: dict[str, Any], words: str, images: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=words):
+        predicted(build("mae"), [str(images)], tmp_path, **asked)
+
+
+def test_images_that_cannot_be_read_are_named_and_the_others_done(images: Path, tmp_path: Path) -> None:
+    (images / "b.png").write_bytes((images / "b.png").read_bytes()[:400])
+    (images / "empty.jpg").write_bytes(b"")
+    told, good = predicted(build("mae"), [str(images), str(images / "notes.txt")], tmp_path)
+    assert not good
+    errors = {Path(one["image"]).name: one.get("error") for one in told}
+    assert errors["a.png"] is None
+    assert "damaged png" in errors["b.png"]
+    assert errors["empty.jpg"] == "an empty file"
+    assert errors["notes.txt"] == "bytes that are no image"
+
+
+class Quiet(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def web(images: Path) -> Iterator[str]:
+    handler = functools.partial(Quiet, directory=str(images))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+        server.shutdown()
+
+
+def test_images_are_files_folders_globs_and_urls(images: Path, web: str) -> None:
+    def names(*given: str) -> list[str]:
+        return [place.removeprefix(str(images)) for place in find_images(given)]
+
+    assert names(str(images)) == ["/a.png", "/b.png", "/more/a.png"]
+    assert names(str(images / "b.png"), str(images / "*.png")) == ["/b.png", "/a.png"]
+    assert names(str(images / "**" / "a.*")) == ["/a.png", "/more/a.png"]
+    assert find_images([f"{web}/a.png"]) == [f"{web}/a.png"]
+    assert read_image(f"{web}/a.png") == (images / "a.png").read_bytes()
+    for nothing in (str(images / "*.gif"), str(images / "absent.png"), str(images / "none")):
+        with pytest.raises(DataError, match="no image there"):
+            find_images([nothing])
+
+
+def test_a_url_that_fails_is_told(web: str, images: Path, tmp_path: Path) -> None:
+    told, good = predicted(build("mae"), [f"{web}/absent.png"], tmp_path)
+    assert not good
+    assert told[0]["error"] == "the server says 404 File not found"
+    with pytest.raises(StorageError, match="check the URL"):
+        read_image("http://127.0.0.1:9/a.png")
+
+
+def test_photos_that_a_camera_laid_sideways_are_turned(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[274] = 6
+    noise(0).save(tmp_path / "photo.jpg", exif=exif)
+    pixels = decode(read_image(str(tmp_path / "photo.jpg")))
+    stored = decode((tmp_path / "photo.jpg").read_bytes())
+    assert pixels.shape == (56, 40, 3)
+    assert np.abs(pixels.astype(int) - np.rot90(stored, -1)).max() <= 8  # two decoders' rounding
+
+
+def test_the_command_writes_replies_and_exits_as_it_should(images: Path, tmp_path: Path) -> None:
+    convert.save(build("classify"), str(tmp_path / "w.safetensors"), "vitrail")
+    (images / "bad.png").write_bytes(b"no")
+    words = "predict w.safetensors images --out seen --attention --block 0 --json"
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[3])}
+    command = [sys.executable, "-m", "launch", *words.split()]
+    told = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    assert told.returncode == 2
+    reply = json.loads(io.StringIO(told.stdout).readlines()[-1])
+    assert reply["exit_code"] == 2
+    assert "images/bad.png: bytes that are no image" in told.stderr
+    assert "Traceback" not in told.stderr
+    assert {p.name for p in (tmp_path / "seen").iterdir()} == {
+        "a.png", "a.1.png", "b.png", "b.1.png", "a-2.png", "a-2.1.png", "predictions.json"
+    }  # fmt: skip
