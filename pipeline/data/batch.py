@@ -19,6 +19,8 @@ import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
+from pipeline.data.views import View
+
 
 class RawSample(NamedTuple):
     """One sample as it lies in a tar: members by lower-case extension, still encoded."""
@@ -35,6 +37,7 @@ class Instances(NamedTuple):
     labels: Int[Tensor, " n"]
     masks: tuple[Mapping[str, object], ...]  # COCO RLE: {"size": [h, w], "counts": bytes}
     crowd: Int[Tensor, " n"]  # 1 = crowd region
+    view: View | None = None  # how the image at hand shows the stored one; None: it is the stored one
 
 
 class Example(NamedTuple):
@@ -47,7 +50,6 @@ class Example(NamedTuple):
 
 
 @runtime_checkable  # tests check annotations at run time
-@runtime_checkable
 class Transform(Protocol):
     """Turns a raw sample into an example; runs in loader workers, so it must pickle.
 

@@ -140,13 +140,22 @@ def _pack(part: Part) -> dict[str, Any]:
     """A part as arrays, which pickle by copying; tensors would be passed by descriptors."""
     batch = part.batch
     arrays = {name: None if (t := getattr(batch, name)) is None else t.numpy() for name in _TENSORS}
-    return {"arrays": arrays, "position": batch.position, "instances": batch.instances, "faults": part.faults}
+    instances = batch.instances and tuple(
+        item._replace(boxes=item.boxes.numpy(), labels=item.labels.numpy(), crowd=item.crowd.numpy())  # type: ignore[arg-type]
+        for item in batch.instances
+    )
+    return {"arrays": arrays, "position": batch.position, "instances": instances, "faults": part.faults}
 
 
 def _unpack(content: dict[str, Any]) -> Part:
     arrays: dict[str, Any] = content["arrays"]
     tensors: dict[str, Any] = {name: None if a is None else torch.from_numpy(a) for name, a in arrays.items()}
-    return Part(Batch(position=content["position"], instances=content["instances"], **tensors), content["faults"])
+    packed: tuple[Any, ...] | None = content["instances"]
+    instances = packed and tuple(
+        item._replace(**{name: torch.from_numpy(getattr(item, name)) for name in ("boxes", "labels", "crowd")})
+        for item in packed
+    )
+    return Part(Batch(position=content["position"], instances=instances, **tensors), content["faults"])
 
 
 if __name__ == "__main__":

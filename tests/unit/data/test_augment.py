@@ -13,7 +13,8 @@ from PIL import Image
 
 from pipeline.data.augment import POLICY, augment, erase
 from pipeline.data.batch import derive_seed
-from pipeline.data.transforms import IMAGENET_MEAN, IMAGENET_STD, TrainImage
+from pipeline.data.pixels import IMAGENET_MEAN, IMAGENET_STD
+from pipeline.data.transforms import TrainImage
 
 PICTURE = np.random.default_rng(0).integers(0, 256, (32, 40, 3)).astype(np.uint8)
 

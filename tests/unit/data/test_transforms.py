@@ -13,16 +13,9 @@ from PIL import Image
 
 from pipeline.data.batch import RawSample
 from pipeline.data.images import UnreadableSample
-from pipeline.data.transforms import (
-    CLIP_MEAN,
-    CLIP_STD,
-    EvalImage,
-    ImageExample,
-    TrainImage,
-    centre_crop,
-    normalise,
-    random_crop,
-)
+from pipeline.data.pixels import CLIP_MEAN, CLIP_STD, normalise
+from pipeline.data.transforms import EvalImage, ImageExample, TrainImage
+from pipeline.data.views import centre_crop, random_crop
 
 
 def encoded(pixels: np.ndarray, kind: str = "PNG") -> bytes:

@@ -1,0 +1,51 @@
+"""Members of a raw sample: its image, caption and label."""
+
+from __future__ import annotations
+
+from pipeline.data.batch import RawSample
+from pipeline.data.images import UnreadableSample
+
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+
+
+def image_member(sample: RawSample) -> bytes:
+    """The encoded image.
+
+    Raises:
+        UnreadableSample: there is none.
+    """
+    for extension in IMAGE_EXTENSIONS:
+        data = sample.members.get(extension)
+        if data is not None:
+            return data
+    raise UnreadableSample(f"no image among its members ({', '.join(sorted(sample.members)) or 'none'})")
+
+
+def caption(sample: RawSample) -> str:
+    """The `txt` member, UTF-8.
+
+    Raises:
+        UnreadableSample: there is none, or it is no UTF-8.
+    """
+    data = sample.members.get("txt")
+    if data is None:
+        raise UnreadableSample("no txt member")
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UnreadableSample("txt is no UTF-8") from error
+
+
+def label(sample: RawSample) -> int:
+    """The `cls` member, an integer in ASCII digits.
+
+    Raises:
+        UnreadableSample: there is none, or it is no such integer.
+    """
+    data = sample.members.get("cls")
+    if data is None:
+        raise UnreadableSample("no cls member")
+    text = data.strip()
+    if not text.isdigit() or len(text) > 9:
+        raise UnreadableSample(f"cls {data[:20]!r} is no class number")
+    return int(text)
