@@ -46,7 +46,10 @@ def pictures(groups: Sequence[Group]) -> Iterator[Markup]:
         step = f"step {count(run.pictures_step)}" if run.pictures_step is not None else "last step"
         seed = f", seed {run.config.get('seed')}" if len(group.runs) > 1 else ""
         yield element("h3", f"{group.label}{seed}, {step}")
-        yield element("div", [_picture(picture) for picture in run.pictures], class_="pictures")
+        most = max(len(picture.panels) for picture in run.pictures)
+        yield element(
+            "div", [_picture(picture) for picture in run.pictures], class_="pictures" if most > 1 else "thumbs"
+        )
 
 
 def confusions(groups: Sequence[Group]) -> Iterator[Markup]:

@@ -15,7 +15,7 @@ from pipeline.report.intervals import number, size
 from pipeline.report.markup import Markup, Node, element
 
 NUM_COLOURS = 6  # .s0 ... .s5 in the style sheet
-NAME_LENGTH = 22  # characters of a class name beside a matrix
+NAME_LENGTH = 34  # characters of a class name beside a matrix
 MAX_POINTS = 300  # of one drawn line; more can't be told apart at this size
 
 
@@ -86,7 +86,7 @@ def line_chart(
     else:
         ticks_y = ticks(0.0 if from_zero and y_range[0] >= 0 else y_range[0], y_range[1])
         y_range = (ticks_y[0], ticks_y[-1])
-    frame = Frame(58, 14, width - 74, height - 58, x_range, y_range, log_y)
+    frame = Frame(68, 14, width - 84, height - 58, x_range, y_range, log_y)
     body: list[Node] = [
         *_grid(frame, [t for t in ticks(*x_range) if x_range[0] <= t <= x_range[1]], ticks_y, percent),
         _text(frame.left + frame.width / 2, height - 8, x_label, "axis middle"),
@@ -140,8 +140,8 @@ def confusion_matrix(title: str, matrix: Sequence[Sequence[float]], classes: Seq
     if len(matrix) != num or any(len(row) != num for row in matrix):
         raise ValueError(f"a confusion matrix over {num} classes must be {num} by {num}")
     cell = max(7, min(34, 560 // max(num, 1)))
-    longest = max((len(name) for name in classes), default=0)
-    margin = min(150, 16 + 6 * longest)
+    longest = max((min(len(name), NAME_LENGTH) for name in classes), default=0)
+    margin = 16 + 6 * longest
     body: list[Node] = []
     for i, row in enumerate(matrix):
         total = sum(row)

@@ -57,7 +57,7 @@ def render(spec: ReportSpec) -> str:
             element(
                 "header",
                 element("h1", spec.title),
-                element("p", spec.about, class_="lead") if spec.about else None,
+                element("p", _with_code(spec.about), class_="lead") if spec.about else None,
                 element("p", _summary(groups), class_="soft"),
                 element("nav", links, aria_label="Sections"),
             ),
@@ -70,6 +70,11 @@ def render(spec: ReportSpec) -> str:
         lang="en",
     )
     return f"<!DOCTYPE html>\n{page}\n"
+
+
+def _with_code(text: str) -> list[Markup | str]:
+    """Text in which what stands between backticks is code."""
+    return [element("code", part) if place % 2 else part for place, part in enumerate(text.split("`"))]
 
 
 def _sections(spec: ReportSpec, groups: tuple[Group, ...]) -> Iterator[tuple[str, str, Markup]]:

@@ -75,12 +75,13 @@ svg polyline.s3 { stroke-dasharray: 9 3 2 3; } svg polyline.s4 { stroke-dasharra
 svg polyline.faint { stroke-width: 1; stroke-opacity: .35; stroke-dasharray: none; }
 svg .dot { fill: var(--paper); stroke-width: 2; }
 .pictures { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(25rem, 100%), 1fr)); gap: 1rem 2rem; }
+.thumbs { display: grid; grid-template-columns: repeat(auto-fill, minmax(8.5rem, 1fr)); gap: 1rem; }
 .panels { display: flex; gap: .5rem; }
 .panels > div { flex: 1 1 0; min-width: 0; max-width: 12rem; text-align: center; font-size: .8rem;
                 color: var(--soft); }
 .panels img { width: 100%; height: auto; display: block; border-radius: 3px; background: var(--raised); }
 .panels img.small { image-rendering: pixelated; }
-.pictures figure { margin: .3rem 0; }
+.pictures figure, .thumbs figure { margin: .3rem 0; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .22rem 1.2rem; font-size: .88rem;
      margin: .3rem 0 1rem; }
 dt { color: var(--soft); } dd { margin: 0; min-width: 0; overflow-wrap: anywhere; }
@@ -92,7 +93,7 @@ footer { margin-top: 3.5rem; padding-top: 1rem; border-top: 1px solid var(--rule
   :root { --paper: #fff; --raised: #f6f7f8; --ink: #000; --soft: #444; --rule: #bbb; --grid: #ddd; --accent: #0b4f8f;
           --muted: #b4bcc3; --good: #14603c; --bad: #8f4318; }
   html { font-size: 12px; } body { max-width: none; padding: 0; } nav { display: none; }
-  figure, tr, .pictures figure { break-inside: avoid; } h2, h3 { break-after: avoid; }
+  figure, tr { break-inside: avoid; } h2, h3 { break-after: avoid; }
   .cell, .bar, .panels img { print-color-adjust: exact; -webkit-print-color-adjust: exact; }
   @page { margin: 16mm; }
 }

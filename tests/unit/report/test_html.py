@@ -335,3 +335,10 @@ def write_manifest(folder: Path, num_samples: int, info: dict[str, Any] | None =
     (folder / "manifest.json").write_bytes(
         manifest_bytes(Manifest(str(folder), (shard,), num_samples, "ab", tuple(CLASSES), info or {}))
     )
+
+
+def test_what_stands_between_backticks_in_the_lead_is_code() -> None:
+    from pipeline.report.html import _with_code
+    from pipeline.report.markup import join
+
+    assert join(_with_code("run `a <b>` twice")) == "run <code>a &lt;b&gt;</code> twice"
