@@ -290,12 +290,16 @@ def convert(
         list[str] | None,
         typer.Option("--known", metavar="NAME=VALUE", help="What tensors don't tell, such as heads=12."),
     ] = None,
+    which: Annotated[
+        str,
+        typer.Option("--weights", help="Of a run: ema, raw (as trained), or auto: the moving average if it keeps one."),
+    ] = "auto",
     as_json: AsJson = False,
 ) -> None:
     """Translate weights from and to other projects' formats."""
     from launch.convert import convert_weights
 
-    document, lines = convert_weights(source, target, source_format, to, known or [])
+    document, lines = convert_weights(source, target, source_format, to, known or [], which)
     _reply(document, lines, as_json)
 
 

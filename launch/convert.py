@@ -19,13 +19,14 @@ OWN = "vitrail"
 
 
 def convert_weights(
-    source: str, target: str, source_format: str | None, target_format: str, known: Sequence[str]
+    source: str, target: str, source_format: str | None, target_format: str, known: Sequence[str], which: str = "auto"
 ) -> Told:
     """Read weights, of a file or of a run's newest checkpoint, and write them in another format.
 
     Args:
         source_format: None for a run directory or our own format.
         known: "name=value" items.
+        which: of a run's weights, see `run_weights`.
 
     Raises:
         CheckpointError: the source can't be read.
@@ -43,8 +44,11 @@ def convert_weights(
     if not is_file and storage.exists(storage.join(source, "status.json")):
         if form.name != OWN:
             raise ConfigError("that is a run directory of ours", where=source, fix="leave --from out")
-        weights = run_weights(source)
+        weights, told = run_weights(source, which)
+    elif which != "auto":
+        raise ConfigError("only a run keeps a moving average", where=source, fix="leave --weights out")
     else:
+        told = "weights of the file"
         weights = convert.read(source, form.name, **_taken(facts, form))
     table = load_table(weights)
     saved = convert.save(weights, target, to.name, **_taken(facts, to))
@@ -52,30 +56,38 @@ def convert_weights(
         "source": source,
         "stage": weights.stage,
         "options": weights.options,
+        "weights": told,
         **table._asdict(),
         "dropped": list(saved.dropped),
         "num_written": saved.num_tensors,
         "written": saved.files,
     }
-    lines = [f"{weights.stage} from {source}", *table.lines()]
+    lines = [f"{weights.stage} from {source}, {told}", *table.lines()]
     if saved.dropped:
         lines.append(f"  {'dropped':8s} {len(saved.dropped):4d}  {by_part(saved.dropped)}")
     return document, [*lines, f"{saved.num_tensors} tensors in format {to.name}: {', '.join(saved.files)}"]
 
 
-def run_weights(url: str) -> Weights:
-    """The weights of a run's newest valid checkpoint.
+def run_weights(url: str, which: str = "auto") -> tuple[Weights, str]:
+    """The weights of a run's newest valid checkpoint, and which they are in words.
+
+    Args:
+        which: "ema" for the moving average, "raw" for the weights as trained, "auto": the average where there is one.
 
     Raises:
-        CheckpointError: it has none, or no configuration.
+        CheckpointError: it has none (or no moving average, when that is asked for), or no configuration.
     """
-    from pipeline.train.checkpoint import read_weights
+    from pipeline.train.checkpoint import WHICH, read_saved
 
+    if which not in WHICH:
+        raise ConfigError(f"no weights {which!r}", where="--weights", fix=f"use one of {', '.join(WHICH)}")
     config = RunDir(url).config()
     if config is None or "stage" not in config:
         raise CheckpointError("no config.yaml that names a stage", where=url, fix="give a run directory")
-    state = read_weights(url)
-    return Weights(url, str(config["stage"]), dict(config.get("options") or {}), state, _classes(config, state))
+    saved = read_saved(url, WHICH[which])
+    options, state = dict(config.get("options") or {}), saved.tensors
+    weights = Weights(url, str(config["stage"]), options, state, _classes(config, state))
+    return weights, saved.describe()
 
 
 def _classes(config: configs.Document, state: dict[str, Any]) -> tuple[str, ...]:

@@ -22,7 +22,7 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ FREE_TO_CHANGE = (
     "checkpoint.every_samples",
     "checkpoint.keep_last",
     "checkpoint.keep_every_samples",
+    "ema.evaluate",
     "engine.zero_stage",
     "engine.micro_batch",
     "evaluate_every_samples",
@@ -72,14 +73,21 @@ class RunDir:
         """Where checkpoints lie when the configuration says nothing else."""
         return self.at("checkpoints")
 
-    def prepare(self, config: Document, resolved: Mapping[str, Any] | None = None, command: Sequence[str] = ()) -> None:
+    def prepare(
+        self,
+        config: Document,
+        resolved: Mapping[str, Any] | None = None,
+        command: Sequence[str] = (),
+        *,
+        complete: Callable[[Document], Document] | None = None,
+    ) -> None:
         """Make the directory ready for an attempt at the run `config` describes.
 
         Raises:
             ConfigError: a run of this name exists and its configuration differs in a key that changes what is
                 learned; nothing was written then.
         """
-        self.check(config)
+        self.check(config, complete)
         storage.write(self.at("config.yaml"), yaml.safe_dump(config, sort_keys=False, allow_unicode=True).encode())
         if resolved is not None:
             storage.write(self.at("resolved.yaml"), yaml.safe_dump(dict(resolved), sort_keys=False).encode())
@@ -87,11 +95,15 @@ class RunDir:
             storage.write(self.at("command.txt"), (shlex.join(command) + "\n").encode())
         storage.write(self.at("environment.json"), _json(environment()))
 
-    def check(self, config: Document) -> None:
-        """Compare `config` with that of the run in this directory, once it has begun; see `prepare`."""
+    def check(self, config: Document, complete: Callable[[Document], Document] | None = None) -> None:
+        """Compare `config` with that of the run in this directory, once it has begun; see `prepare`.
+
+        `complete` fills in what the earlier configuration leaves open, for keys that came with a newer version.
+        """
         earlier = self.config()
         if earlier is None or not self.status().get("attempt"):  # refused before its first attempt: nothing to protect
             return
+        earlier = complete(earlier) if complete is not None else earlier
         changed = [
             f"{key}: {_show(old)} -> {_show(new)}"
             for key, old, new in _differences(earlier, config)

@@ -1,7 +1,6 @@
-"""Saving a run while it goes on, and reading saved state back on any number of ranks.
+"""Reading saved state back: on any number of ranks to go on with a run, or as consolidated weights.
 
-A save copies this rank's fragments to host memory, which only the next step waits for; a thread writes them, and rank
-0's thread commits once every rank's receipt is there. No collective is used, so it can't get in training's way.
+`pipeline.train.saving` writes what is read here.
 """
 
 from __future__ import annotations
@@ -9,11 +8,8 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import queue
-import threading
-import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,204 +19,13 @@ from pipeline.errors import CheckpointError, StorageError
 from pipeline.train import checkpoint_format as fmt
 from pipeline.train import commits as committed
 from pipeline.train.checkpoint_format import Damaged, Gathered
-from pipeline.train.commits import Attempt, Commit
-from pipeline.train.engine import Fragment, Read, Span, TensorFacts
+from pipeline.train.commits import Commit
+from pipeline.train.engine import Fragment, Read, Span
 
-T = TypeVar("T")
-NUM_BUFFERS = 2  # saves that may be under way at once
-ATTEMPTS_PER_WRITE = 5
-COMMIT_DEADLINE_S = 900.0  # for all ranks' receipts to come in
+Which = Literal["auto", "ema", "raw"]
+WHICH: dict[str, Which] = {"auto": "auto", "ema": "ema", "raw": "raw"}
 
 log = logging.getLogger("vitrail")
-
-
-class Save(NamedTuple):
-    """One checkpoint on its way."""
-
-    step: int
-    fragments: list[Fragment]
-    facts: Mapping[str, TensorFacts]
-    progress: Mapping[str, Any]
-    copied: threading.Event
-
-
-class Checkpoints:
-    """Writes an attempt's checkpoints in the background.
-
-    Args:
-        url: the checkpoints folder.
-        attempt: this start of the run.
-        keep_last: checkpoints to keep.
-        keep_every_samples: one more is kept per so many samples.
-        info: facts put into every commit (stage, versions), for people to read.
-    """
-
-    def __init__(
-        self,
-        url: str,
-        attempt: Attempt,
-        *,
-        keep_last: int,
-        keep_every_samples: int | None,
-        info: Mapping[str, Any],
-    ) -> None:
-        self.url = url
-        self.attempt = attempt
-        self.num_failed = 0
-        self.num_skipped = 0
-        self.superseded = False  # a later attempt runs: this one's commits don't count any more
-        self._keep = (keep_last, keep_every_samples)
-        self._info = dict(info)
-        self._world = ranks.world()
-        self._pending: queue.Queue[Save | None] = queue.Queue()
-        self._free: queue.Queue[Tensor] = queue.Queue()
-        for _ in range(NUM_BUFFERS):
-            self._free.put(torch.empty(0, dtype=torch.uint8))
-        self._copying: threading.Event | None = None
-        self._last_failure = ""
-        self._thread = threading.Thread(target=self._work, name="checkpoints", daemon=True)
-        self._thread.start()
-
-    def save(
-        self, step: int, fragments: Sequence[Fragment], facts: Mapping[str, TensorFacts], progress: Mapping[str, Any]
-    ) -> bool:
-        """Begin to save; False if some rank still writes two earlier saves, and this one was left out. Collective.
-
-        Args:
-            step: steps done.
-            fragments: this rank's share, as views that stay valid until `wait_copied` returns.
-            facts: of all tensors.
-            progress: the loop's state.
-        """
-        if ranks.vote(self._pending.unfinished_tasks >= NUM_BUFFERS):
-            self.num_skipped += 1
-            log.warning("checkpoint at step %d left out: writing is %d saves behind", step, NUM_BUFFERS)
-            return False
-        self._copying = threading.Event()
-        self._pending.put(Save(step, list(fragments), dict(facts), dict(progress), self._copying))
-        return True
-
-    def wait_copied(self) -> None:
-        """Wait until the state may change again; every step begins with it."""
-        if self._copying is not None:
-            self._copying.wait()
-            self._copying = None
-
-    def finish(self, last: tuple[int, Sequence[Fragment], Mapping[str, TensorFacts], Mapping[str, Any]]) -> None:
-        """Save once more (arguments as `save`'s), and wait until everything is written. Collective.
-
-        Raises:
-            StorageError: this last save failed on some rank.
-            CheckpointError: a later attempt has taken the run over.
-        """
-        self._drain()
-        self.save(*last)
-        self._drain()
-        failures = [text for text in ranks.gather(self._last_failure) if text]
-        if failures:
-            raise StorageError(
-                f"the last checkpoint couldn't be saved ({failures[0]})",
-                where=self.url,
-                fix="mend the storage and run the same command again: it resumes from the newest saved one",
-            )
-
-    def _drain(self) -> None:
-        """Wait until nothing is under way; ends an attempt that doesn't count any more."""
-        self.wait_copied()
-        self._pending.join()
-        if ranks.broadcast(self.superseded):
-            raise CheckpointError(
-                "a later attempt at this run has taken over", where=self.url, fix="leave the run to that one"
-            )
-
-    def close(self) -> None:
-        """End the thread after what is under way."""
-        self._pending.put(None)
-        self._thread.join(timeout=COMMIT_DEADLINE_S)
-
-    def _work(self) -> None:
-        while True:
-            save = self._pending.get()
-            try:
-                if save is None:
-                    return
-                self._write(save)
-                self._last_failure = ""
-            except Exception as error:
-                self._last_failure = str(error) or repr(error)
-                self.num_failed += 1
-                if save is not None:
-                    log.warning("checkpoint at step %d failed, training goes on: %s", save.step, error)
-            finally:
-                if save is not None:
-                    save.copied.set()
-                self._pending.task_done()
-
-    def _write(self, save: Save) -> None:
-        folder = storage.join(self.url, f"step-{save.step:012d}", self.attempt.folder)
-        stem = f"rank-{self._world.rank:05d}"
-        plan = fmt.plan_file(save.fragments)
-        labels = [(Span(f.name, f.start, f.stop), f.group) for f in save.fragments]
-        buffer = self._free.get()
-        try:
-            if buffer.numel() < plan.size_bytes:
-                buffer = torch.empty(plan.size_bytes, dtype=torch.uint8, pin_memory=ranks.device().type == "cuda")
-            fmt.copy_to_host(save.fragments, plan, buffer)
-            save.fragments.clear()
-            save.copied.set()
-            data = memoryview(buffer.numpy().data)[: plan.size_bytes]
-            names = (f"{stem}.safetensors", f"{stem}.table.json")
-            table = fmt.table_of(labels, plan, data, names[0])
-            receipt = fmt.receipt_of({names[0]: data, names[1]: table})
-            _patiently(lambda: storage.write(storage.join(folder, names[0]), bytes(data)))
-            _patiently(lambda: storage.write(storage.join(folder, names[1]), table))
-            _patiently(lambda: storage.write(storage.join(folder, f"{stem}.receipt.json"), receipt))
-        finally:
-            self._free.put(buffer)
-        if self._world.rank == 0:
-            self._commit(folder, save)
-
-    def _commit(self, folder: str, save: Save) -> None:
-        files = self._receipts(folder)
-        later = [a for a in _patiently(lambda: committed.read_attempts(self.url)) if a.number > self.attempt.number]
-        if later:
-            self.superseded = True
-            return
-        document = {
-            "step": save.step,
-            "attempt": self.attempt.number,
-            "world_size": self._world.size,
-            "time": time.time(),
-            "progress": save.progress,
-            "info": self._info,
-            "tensors": {name: facts._asdict() for name, facts in save.facts.items()},
-            "files": files,
-        }
-        _patiently(lambda: committed.write_commit(folder, document))
-        try:
-            committed.retire(self.url, self.attempt, *self._keep)
-        except (OSError, StorageError) as error:
-            log.warning("old checkpoints couldn't be removed: %s", error)
-
-    def _receipts(self, folder: str) -> list[dict[str, Any]]:
-        """All ranks' files, once each has written its receipt."""
-        files: list[dict[str, Any]] = []
-        deadline = time.monotonic() + COMMIT_DEADLINE_S
-        for rank in range(self._world.size):
-            path = storage.join(folder, f"rank-{rank:05d}.receipt.json")
-            wait_s = 0.01
-            while True:
-                try:
-                    files += json.loads(_patiently(lambda path=path: storage.read(path)))["files"]  # type: ignore[misc]
-                    break
-                except FileNotFoundError:
-                    if time.monotonic() > deadline:
-                        raise TimeoutError(
-                            f"rank {rank} hasn't written its part in {COMMIT_DEADLINE_S:.0f} s"
-                        ) from None
-                    time.sleep(wait_s)
-                    wait_s = min(2 * wait_s, 1.0)
-        return files
 
 
 def load(commit: Commit, wanted: Sequence[Span]) -> Gathered:
@@ -298,25 +103,56 @@ def load_newest(url: str, wanted: Sequence[Span], known: Sequence[str]) -> tuple
     return None
 
 
-def read_weights(url: str) -> dict[str, Tensor]:
-    """Consolidated weights (fp32) and buffers, by name, in host memory.
+class SavedWeights(NamedTuple):
+    """Consolidated weights (fp32) and buffers, in host memory."""
+
+    tensors: dict[str, Tensor]
+    which: Literal["ema", "raw"]  # the moving average, or the weights as trained
+    url: str  # the checkpoint they come from
+    step: int  # 0 for a bare file
+    info: Mapping[str, Any]  # what the run told of itself, {} for a bare file
+
+    def describe(self) -> str:
+        """For people: which weights of which step."""
+        kind = "moving average of the weights" if self.which == "ema" else "weights"
+        return f"{kind} at step {self.step}" if self.info else "weights of the file"
+
+
+def read_weights(url: str, which: Which = "auto") -> dict[str, Tensor]:
+    """The tensors of `read_saved`."""
+    return read_saved(url, which).tensors
+
+
+def read_saved(url: str, which: Which = "auto") -> SavedWeights:
+    """Weights of the newest valid checkpoint at `url`.
 
     Args:
         url: a run directory, its checkpoints folder, one checkpoint, or a safetensors file.
+        which: "ema" for the moving average, "raw" for the weights as trained, "auto" for the average where the run
+            keeps one; buffers and frozen parameters that have no average are as they are.
 
     Raises:
-        CheckpointError: there are none, or no valid ones.
+        CheckpointError: there are none, or no valid ones, or no moving average though it was asked for.
     """
     if url.endswith(".safetensors"):
         import safetensors.torch
 
-        return safetensors.torch.load(storage.read(url))
+        return SavedWeights(safetensors.torch.load(storage.read(url)), "raw", url, 0, {})
     skipped: list[str] = []
     for commit in _commits_at(url, skipped):
+        info = commit.document.get("info", {})
+        if which == "ema" and not info.get("ema"):
+            raise CheckpointError(
+                "the run keeps no moving average of its weights", where=url, fix="ask for the raw weights"
+            )
+        kind: Literal["ema", "raw"] = "ema" if info.get("ema") and which != "raw" else "raw"
         try:
-            return _consolidated(commit)
+            saved = SavedWeights(_consolidated(commit, kind), kind, commit.url, commit.step, info)
         except (Damaged, FileNotFoundError, ValueError, KeyError) as error:
             skipped.append(f"step {commit.step}: {error}")
+            continue
+        _log_skipped(skipped)
+        return saved
     _log_skipped(skipped)
     raise CheckpointError(
         f"no valid checkpoint ({'; '.join(skipped)})" if skipped else "no checkpoint",
@@ -364,18 +200,25 @@ def _commits_at(url: str, skipped: list[str]) -> list[Commit]:
     return []
 
 
-def _consolidated(commit: Commit) -> dict[str, Tensor]:
+def _consolidated(commit: Commit, which: Literal["ema", "raw"]) -> dict[str, Tensor]:
     files = {file["name"]: file for file in commit.document["files"]}
     fragments: list[Fragment] = []
     for name in sorted(name for name in files if name.endswith(".table.json")):
         file, rows = fmt.parse_table(_read(commit, name), files[name]["sha256"])
-        fragments += fmt.fetch_rows(rows, _reader(commit, file), frozenset({"value"}))
+        fragments += fmt.fetch_rows([_only(row, which) for row in rows], _reader(commit, file))
     gathered = Gathered(fragments)
     weights = {}
     for name, facts in commit.document["tensors"].items():
         shape = torch.Size(facts["shape"])
         weights[name] = gathered.read(name, 0, shape.numel()).tensors["value"].view(shape)
     return weights
+
+
+def _only(row: fmt.Row, which: Literal["ema", "raw"]) -> fmt.Row:
+    """The row with its value alone, or with its average in the place of the value."""
+    places = {place.key: (place, digest) for place, digest in row.places}
+    place, digest = places.get("ema", places["value"]) if which == "ema" else places["value"]
+    return row._replace(places=[(place._replace(key="value"), digest)])
 
 
 def _check_model(commit: Commit, known: Sequence[str]) -> None:
@@ -402,17 +245,3 @@ def _log_skipped(skipped: Sequence[str]) -> None:
     if ranks.world().rank == 0:
         for line in skipped:
             log.warning("checkpoint skipped: %s", line)
-
-
-def _patiently(call: Callable[[], T]) -> T:
-    """`call`, tried again with growing pauses while the storage fails."""
-    for attempt in range(ATTEMPTS_PER_WRITE):
-        try:
-            return call()
-        except FileNotFoundError:
-            raise
-        except (OSError, StorageError):
-            if attempt == ATTEMPTS_PER_WRITE - 1:
-                raise
-            time.sleep(0.5 * 2**attempt)
-    raise AssertionError

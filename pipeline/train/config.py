@@ -75,6 +75,14 @@ class CheckpointConfig(Config):
     keep_every_samples: int | None = Field(default=None, gt=0)
 
 
+class EmaConfig(Config):
+    """A moving average of the weights, kept beside them and saved with them."""
+
+    half_life_samples: int = Field(gt=0)  # after so many samples, half of the average is newer
+    rampup_ratio: float | None = Field(default=None, gt=0)  # half-life at most this share of the samples seen
+    evaluate: Literal["ema", "raw", "both"] = "ema"  # weights that are measured; both: the raw ones as NAME_raw
+
+
 class NonFiniteConfig(Config):
     """What happens when a loss or gradient isn't finite: the step is skipped on all ranks; too many stop the run."""
 
@@ -92,10 +100,12 @@ class TrainConfig(Config):
     optim: OptimConfig
     engine: EngineConfig = EngineConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    ema: EmaConfig | None = None  # None: no moving average
     nonfinite: NonFiniteConfig = NonFiniteConfig()
     seed: int = Field(default=0, ge=0)
     init_from: str | None = None  # weights to start from: a run directory or a checkpoint folder, any stage's
     init_prefixes: tuple[str, ...] = ("trunk.",)  # parameters taken from there; the rest may be new
+    init_weights: Literal["auto", "ema", "raw"] = "auto"  # of a run that kept both; auto: its moving average
     log_every_samples: int | None = Field(default=None, gt=0)  # None: every step
     evaluate_every_samples: int | None = Field(default=None, gt=0)  # None: only at the end
     time_limit_s: float | None = Field(default=None, gt=0)  # save and stop with 75 before it is over

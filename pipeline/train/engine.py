@@ -6,6 +6,7 @@ The loop and the checkpoints know this file; DeepSpeed is behind `engine_deepspe
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import NamedTuple, Protocol, runtime_checkable
 
 from jaxtyping import Float
@@ -27,8 +28,8 @@ class Fragment(NamedTuple):
     """A span's state. The tensors of a snapshot are views, valid until the next `step`.
 
     `tensors` holds `value` (fp32 for parameters, a buffer's own type for buffers) and what the optimizer keeps per
-    element (`exp_avg`, `exp_avg_sq`, `momentum_buffer`); `group` what it keeps per parameter (`lr`, `weight_decay`,
-    `lr_scale`, `step`). Empty `group`: frozen, or a buffer.
+    element (`exp_avg`, `exp_avg_sq`, `momentum_buffer`), and `ema` where a moving average is kept; `group` what the
+    optimizer keeps per parameter (`lr`, `weight_decay`, `lr_scale`, `step`). Empty `group`: frozen, or a buffer.
     """
 
     name: str
@@ -70,6 +71,14 @@ class Engine(Protocol):
 
     def predict(self, batch: Batch) -> Predictions:
         """The stage's predictions, in eval mode and without gradients."""
+        ...
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """Within the block `predict` uses the moving average of the weights; no step and no snapshot may be taken.
+
+        Raises:
+            ValueError: none is kept.
+        """
         ...
 
     def facts(self) -> dict[str, TensorFacts]:

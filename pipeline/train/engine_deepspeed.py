@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal
 
 import torch
@@ -21,6 +21,7 @@ from pipeline.evaluate.base import Predictions
 from pipeline.stages.base import ContrastiveStage, Losses, Stage
 from pipeline.train import engine_layout as layout
 from pipeline.train.config import OptimConfig
+from pipeline.train.ema import MovingAverage
 from pipeline.train.engine import Fragment, Read, Span, StepResult, TensorFacts
 from pipeline.train.optim import ParamGroup, build_optimizer, parameter_groups
 
@@ -51,6 +52,7 @@ class DeepSpeedEngine:
         precision: of forward and backward; masters and moments are fp32 always.
         peak_lr: highest learning rate, at which groups start.
         seed: of what draws from torch's global generator (dropout).
+        ema_decay: what a step keeps of the weights' moving average, by the samples seen before it; None: there is none.
     """
 
     def __init__(
@@ -62,6 +64,7 @@ class DeepSpeedEngine:
         precision: Literal["bf16", "fp32"],
         peak_lr: float,
         seed: int = 0,
+        ema_decay: Callable[[int], float] | None = None,
     ) -> None:
         join_group()
         self.stage = stage
@@ -87,6 +90,7 @@ class DeepSpeedEngine:
         self._set_lr_scales(groups)
         self._slots = layout.find_slots(self._ds, zero_stage, self._groups)
         self._set_values(lambda name, start, stop: built[name].view(-1)[start:stop])
+        self._average = None if ema_decay is None else MovingAverage(self._slots, self._buffers, ema_decay)
         self._running_statistics = [
             buffer
             for module in stage.modules()
@@ -124,8 +128,11 @@ class DeepSpeedEngine:
         suspects: tuple[int, ...] = ()
         if not applied:
             suspects = _suspects(bad if any_bad else batches)
-        elif self._running_statistics:
-            self._average_running_statistics()
+        else:
+            if self._running_statistics:
+                self._average_running_statistics()
+            if self._average is not None:
+                self._average.update(micro[0].position)
         means = [total / weight for total in told[: 1 + len(names)]]
         return StepResult(means[0], dict(zip(names, means[1:], strict=True)), norm, applied, any_stop, suspects)
 
@@ -138,6 +145,17 @@ class DeepSpeedEngine:
         finally:
             self.stage.train()
         return predictions
+
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[None]:
+        """See `Engine.averaged`. Weights and averages change places, so nothing more is held in memory."""
+        if self._average is None:
+            raise ValueError("no moving average is kept: the configuration has no `ema`")
+        self._swap_average(self._average)
+        try:
+            yield
+        finally:
+            self._swap_average(self._average)
 
     def facts(self) -> dict[str, TensorFacts]:
         """See `Engine.facts`."""
@@ -155,12 +173,16 @@ class DeepSpeedEngine:
                     tensors[key] = slot.view_of(kept)
                 elif kept is not None:
                     group[key] = float(kept)
+            if self._average is not None:
+                tensors["ema"] = self._average.of(slot)
             yield Fragment(slot.name, slot.start, slot.stop, tensors, group)
         for span, value in self._frozen_share.items():
             yield Fragment(*span, {"value": value}, {})
         if self.world.rank == 0:
             for name, buffer in self._buffers():
-                yield Fragment(name, 0, buffer.numel(), {"value": buffer.detach().reshape(-1)}, {})
+                average = self._average.of_buffer(name) if self._average is not None else None
+                kept_too = {} if average is None else {"ema": average.reshape(-1)}
+                yield Fragment(name, 0, buffer.numel(), {"value": buffer.detach().reshape(-1), **kept_too}, {})
 
     def wanted(self) -> list[Span]:
         """See `Engine.wanted`."""
@@ -181,16 +203,21 @@ class DeepSpeedEngine:
                 else:  # the count of steps: torch keeps one per flat tensor, as a scalar tensor
                     inner.state[slot.flat][key] = torch.tensor(setting, dtype=torch.float32)
             for key, part in fragment.tensors.items():
-                if key != "value":
+                if key not in ("value", "ema"):
                     kept = inner.state[slot.flat].setdefault(key, torch.zeros_like(slot.flat).detach())
                     slot.view_of(kept).copy_(part)
+            if self._average is not None:
+                self._average.of(slot).copy_(fragment.tensors.get("ema", fragment.tensors["value"]))
         self._set_values(lambda name, start, stop: read(name, start, stop).tensors["value"])
         if getattr(self._ds.optimizer, "_hp_optimizer_states_linked", False):
             self._ds.optimizer._hp_optimizer_states_linked = False  # its views show the state that was cleared
         with torch.no_grad():
             for name, buffer in self._buffers():
-                value = read(name, 0, buffer.numel()).tensors["value"]
-                buffer.copy_(value.view(buffer.shape))
+                tensors = read(name, 0, buffer.numel()).tensors
+                buffer.copy_(tensors["value"].view(buffer.shape))
+                average = self._average.of_buffer(name) if self._average is not None else None
+                if average is not None:
+                    average.copy_(tensors.get("ema", tensors["value"]).view(buffer.shape))
 
     def close(self) -> None:
         """Let go of DeepSpeed's hooks and memory; the process group stays."""
@@ -318,6 +345,10 @@ class DeepSpeedEngine:
         sizes = [(slot.name, slot.stop) for slot in self._slots]
         shares = layout.equal_shares(sizes, self.world.rank, self.world.size)
         return [by_name[name].part(start, stop) for name, start, stop in shares]
+
+    def _swap_average(self, average: MovingAverage) -> None:
+        average.swap()
+        layout.publish_masters(self._ds, self.zero_stage)
 
     def _set_values(self, read: Any) -> None:
         """Set masters, frozen parameters and the forward's copies from fp32 values: bf16 rounds only the copies."""

@@ -6,11 +6,11 @@ from collections.abc import Callable
 from typing import Literal, Protocol, runtime_checkable
 
 from pipeline.data.loader import Loader
-from pipeline.train.checkpoint import Checkpoints
 from pipeline.train.config import TrainConfig
 from pipeline.train.engine import Engine
 from pipeline.train.meter import Meter
 from pipeline.train.nonfinite import check_finite
+from pipeline.train.saving import Checkpoints
 from pipeline.train.state import Due, State, StopSignal
 
 

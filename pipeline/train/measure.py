@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -43,18 +44,24 @@ class Measurement:
         self._manifests = {"train": train, **sets}
         self._names = tuple(sets)
         self._tracker = tracker
+        ema = config.ema
+        self._kinds = ("raw",) if ema is None else ("ema", "raw") if ema.evaluate == "both" else (ema.evaluate,)
 
     def __call__(self, state: State) -> dict[str, float]:
         """Measure now; the figures, which are the same on all ranks."""
         figures: dict[str, float] = {}
         details: dict[str, Any] = {}
-        for evaluation in self._stage.evaluations().values() if self._names else ():
-            measured = evaluation(self._engine.predict, self.sweep, self._names)
-            figures.update(measured)
-            details.update(measured.details)
-        pictures = self._pictures()
+        pictures: list[Picture] = []
+        for kind in self._kinds:
+            suffix = "" if kind == self._kinds[0] else f"_{kind}"
+            with self._engine.averaged() if kind == "ema" else contextlib.nullcontext():
+                for evaluation in self._stage.evaluations().values() if self._names else ():
+                    measured = evaluation(self._engine.predict, self.sweep, self._names)
+                    figures.update({f"{name}{suffix}": value for name, value in measured.items()})
+                    details.update({f"{name}{suffix}": value for name, value in measured.details.items()})
+                pictures = pictures or self._pictures()
         if self._tracker is not None:
-            self._tracker.evaluated(state.step, state.samples, figures, details)
+            self._tracker.evaluated(state.step, state.samples, figures, details, weights=self._kinds[0])
             self._tracker.pictures(state.step, [(p.title, [(c, _png(i)) for c, i in p.panels]) for p in pictures])
         ranks.barrier()
         return figures

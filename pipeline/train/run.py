@@ -16,20 +16,22 @@ from pipeline import ranks, storage
 from pipeline.convert.loading import check_same_trunk, load_initial
 from pipeline.data.loader import Loader, check_fills
 from pipeline.data.manifest import Manifest, read_manifest
-from pipeline.errors import DataError
+from pipeline.errors import DataError, UserError
 from pipeline.run_dir import RunDir, command_line
 from pipeline.stages import stage_class
 from pipeline.stages.base import DataFacts, Stage, seeded_init
 from pipeline.train import commits as committed
-from pipeline.train.checkpoint import Checkpoints, load_newest, read_info, read_weights, weights_digest
+from pipeline.train.checkpoint import SavedWeights, load_newest, read_info, read_saved, read_weights, weights_digest
 from pipeline.train.commits import Attempt, Commit
-from pipeline.train.config import TrainConfig
+from pipeline.train.config import EmaConfig, TrainConfig
+from pipeline.train.ema import decay_after
 from pipeline.train.engine_deepspeed import DeepSpeedEngine, join_group
 from pipeline.train.loop import run_loop
 from pipeline.train.measure import Measurement
 from pipeline.train.meter import Meter
 from pipeline.train.optim import scheduled_rate
 from pipeline.train.resolve import Resolved, resolve
+from pipeline.train.saving import Checkpoints
 from pipeline.train.state import Due, State, StopSignal
 from pipeline.train.track import Tracker
 
@@ -65,14 +67,14 @@ def train(config: TrainConfig, *, stop: StopSignal, attempt_hint: str | None = N
     stop.limit(config.time_limit_s)
     run = RunDir(config.run_url)
     document = config.model_dump(mode="json")
-    ranks.from_first(lambda: run.check(document))
+    ranks.from_first(lambda: run.check(document, complete=_complete))
     resolved = resolve(config, ranks.world(), ranks.device())
     cls = stage_class(config.stage)
     options = configs.validate(cls.options, config.options, where=config.name, prefix="options")
     train_set, sets = ranks.from_first(lambda: _read_manifests(config))
     for line in resolved.lines():
         _say("%s", line)
-    ranks.from_first(lambda: run.prepare(document, resolved.document(), command_line()))
+    ranks.from_first(lambda: run.prepare(document, resolved.document(), command_line(), complete=_complete))
     try:
         seeded_init(config.seed)
         stage = cls(options, DataFacts(train_set.classes, train_set.num_samples))
@@ -115,6 +117,7 @@ class _Run:
             precision=resolved.precision,
             peak_lr=resolved.peak_lr,
             seed=config.seed,
+            ema_decay=None if config.ema is None else partial(self._ema_decay, config.ema),
         )
 
     def go(self, stop: StopSignal) -> TrainOutcome:
@@ -169,6 +172,9 @@ class _Run:
     def _rate(self, samples: int) -> float:
         return scheduled_rate(self.config.optim, self.resolved.peak_lr, samples, self.config.length_samples)
 
+    def _ema_decay(self, ema: EmaConfig, samples: int) -> float:
+        return decay_after(ema, samples, self.config.data.global_batch)
+
     def _initialize(self) -> None:
         """Take over `init_from`'s weights, unless the run has checkpoints of its own."""
         source = self.config.init_from
@@ -179,12 +185,11 @@ class _Run:
             return
         ours = self.stage.trunk.config.model_dump(mode="json")
         ranks.from_first(lambda: check_same_trunk(ours, read_info(source).get("trunk", {}), where=source))
-        weights = ranks.from_first(lambda: _Weights(read_weights(source) if self.is_first else {}))
-        report = load_initial(
-            self.stage, ranks.broadcast_tensors(weights.take()), self.config.init_prefixes, where=source
-        )
+        saved = ranks.from_first(lambda: _Saved(read_saved(source, self.config.init_weights)))
+        weights = ranks.broadcast_tensors(saved.tensors)
+        report = load_initial(self.stage, weights, self.config.init_prefixes, where=source)
         self.origin = f"init_from {source}"
-        _say("weights from %s", source)
+        _say("%s from %s", saved.description, source)
         for line in report.lines():
             _say("%s", line)
 
@@ -232,6 +237,7 @@ class _Run:
             "trunk": self.stage.trunk.config.model_dump(mode="json"),
             "zero_stage": self.resolved.zero_stage,
             "precision": self.resolved.precision,
+            "ema": None if self.config.ema is None else self.config.ema.model_dump(mode="json"),
             "data": {
                 "num_samples": self.train_set.num_samples,
                 "shards": [[s.num_samples, s.sha256] for s in self.train_set.shards][:1000],
@@ -266,7 +272,7 @@ class _Run:
         """Read the weights back from the last checkpoint, which shows that it is whole, and tell their hash."""
 
         def conclude() -> str:
-            digest = weights_digest(read_weights(self.checkpoints_url)) if status == "done" else ""
+            digest = weights_digest(read_weights(self.checkpoints_url, "raw")) if status == "done" else ""
             self.run.write_status(
                 state=status,
                 step=state.step,
@@ -281,17 +287,23 @@ class _Run:
         return TrainOutcome(status, state.step, state.samples, digest)
 
 
-class _Weights:
+class _Saved:
     """Carries tensors past `from_first`'s broadcast, which is for small objects: only the reader keeps them."""
 
-    def __init__(self, tensors: dict[str, torch.Tensor]) -> None:
-        self._tensors = tensors
-
-    def take(self) -> dict[str, torch.Tensor]:
-        return self._tensors
+    def __init__(self, saved: SavedWeights) -> None:
+        self.tensors = saved.tensors
+        self.description = saved.describe()
 
     def __reduce__(self) -> tuple[object, ...]:
-        return (_Weights, ({},))
+        return (_Saved, (SavedWeights({}, "raw", "", 0, {}),), {"tensors": {}, "description": self.description})
+
+
+def _complete(document: configs.Document) -> configs.Document:
+    """An earlier attempt's configuration, with the defaults of keys that didn't exist then."""
+    try:
+        return configs.validate(TrainConfig, document, where="config.yaml").model_dump(mode="json")
+    except UserError:
+        return document
 
 
 def _read_manifests(config: TrainConfig) -> tuple[Manifest, dict[str, Manifest]]:

@@ -64,14 +64,17 @@ class Tracker:
                 self._status_at = now
                 self._run.write_status(step=step, samples=samples, attempt=self._attempt)
 
-    def evaluated(self, step: int, samples: int, figures: Mapping[str, float], details: Mapping[str, Any]) -> None:
-        """Figures of an evaluation."""
-        self._run.write_evaluation(step, figures, details)
+    def evaluated(
+        self, step: int, samples: int, figures: Mapping[str, float], details: Mapping[str, Any], *, weights: str
+    ) -> None:
+        """Figures of an evaluation; `weights` says of which, "raw" or "ema" (those named *_raw apart)."""
+        self._run.write_evaluation(step, figures, {**details, "weights": weights})
         line = {"kind": "evaluate", "attempt": self._attempt, "step": step, "samples": samples, "time": time.time()}
-        self._run.append_metrics([{**line, "figures": dict(figures)}])
+        self._run.append_metrics([{**line, "weights": weights, "figures": dict(figures)}])
         self._board.add(step, figures)
         shown = ", ".join(f"{name} {value:.4g}" for name, value in figures.items())
-        log.info("step %d: %s", step, shown or "nothing to evaluate")
+        of = " (weights' moving average)" if weights == "ema" else ""
+        log.info("step %d%s: %s", step, of, shown or "nothing to evaluate")
 
     def pictures(self, step: int, pictures: Sequence[tuple[str, Sequence[tuple[str, bytes]]]]) -> None:
         """Pictures for the report, panels as PNG."""

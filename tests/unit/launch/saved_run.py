@@ -6,9 +6,9 @@ import multiprocessing
 
 from torch import Tensor
 
-from pipeline.train.checkpoint import Checkpoints
 from pipeline.train.commits import begin_attempt
 from pipeline.train.engine import Fragment, TensorFacts
+from pipeline.train.saving import Checkpoints
 
 
 def save_checkpoint(url: str, state: dict[str, Tensor]) -> None:

@@ -101,3 +101,12 @@ def test_the_command_is_the_one_that_was_typed(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.delenv("VITRAIL_COMMAND")
     monkeypatch.setattr("sys.argv", ["/somewhere/worker.py", "a.yaml"])
     assert command_line() == ["worker.py", "a.yaml"]
+
+
+def test_a_key_that_came_with_a_newer_version_is_no_change(tmp_path: Path) -> None:
+    run = RunDir(str(tmp_path))
+    run.prepare(CONFIG)
+    run.write_status(attempt=1)
+    with pytest.raises(ConfigError, match="newer: unset -> 3"):
+        run.prepare({**CONFIG, "newer": 3})
+    run.prepare({**CONFIG, "newer": 3}, complete=lambda earlier: {"newer": 3, **earlier})

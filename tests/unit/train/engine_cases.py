@@ -11,9 +11,11 @@ from torch import Tensor
 from pipeline import ranks
 from pipeline.data.batch import Batch
 from pipeline.stages.base import DataFacts, Stage, seeded_init
-from pipeline.train.config import OptimConfig
-from pipeline.train.engine import Fragment
+from pipeline.train.config import EmaConfig, OptimConfig
+from pipeline.train.ema import decay_after
+from pipeline.train.engine import Fragment, Read
 from pipeline.train.engine_deepspeed import DeepSpeedEngine
+from pipeline.train.optim import build_optimizer, parameter_groups
 from tests.unit.train.stages_for_tests import TinyOptions, TinyPair, TinyStage, make_batch
 
 OPTIM = OptimConfig(lr=1e-2, weight_decay=0.1, layer_decay=0.7, clip_grad=1.0)
@@ -21,7 +23,12 @@ Rows = list[tuple[str, int, int, dict[str, Tensor], dict[str, float]]]
 
 
 def build(
-    zero_stage: int, precision: str = "fp32", kind: str = "plain", options: dict[str, Any] | None = None, **optim: Any
+    zero_stage: int,
+    precision: str = "fp32",
+    kind: str = "plain",
+    options: dict[str, Any] | None = None,
+    ema: EmaConfig | None = None,
+    **optim: Any,
 ) -> DeepSpeedEngine:
     seeded_init(3)
     cls: type[Stage] = TinyPair if kind == "pair" else TinyStage
@@ -34,6 +41,7 @@ def build(
         precision=precision,
         peak_lr=config.lr or 0.0,
         seed=1,  # type: ignore[arg-type]
+        ema_decay=None if ema is None else lambda samples: decay_after(ema, samples, 16),
     )
 
 
@@ -94,16 +102,21 @@ def run(zero_stage: int, precision: str, kind: str, num_steps: int, num_micro: i
     return [tuple(r) for r in results], state, digest(state)
 
 
-def resume(state: Any, zero_stage: int, precision: str, kind: str, start: int, stop: int, options: Any = None) -> Any:
-    """Restore a whole state and go on; (digest right after restoring, whole state at the end, its digest)."""
-    engine = build(zero_stage, precision, kind, options)
-    train(engine, 50, 51)  # state from another life, which restoring has to replace
+def reader(state: Any) -> Read:
+    """Reads spans of a whole state."""
 
     def read(name: str, begin: int, end: int) -> Fragment:
         tensors, group = state[name]
         return Fragment(name, begin, end, {key: t[begin:end] for key, t in tensors.items()}, group)
 
-    engine.restore(read)
+    return read
+
+
+def resume(state: Any, zero_stage: int, precision: str, kind: str, start: int, stop: int, options: Any = None) -> Any:
+    """Restore a whole state and go on; (digest right after restoring, whole state at the end, its digest)."""
+    engine = build(zero_stage, precision, kind, options)
+    train(engine, 50, 51)  # state from another life, which restoring has to replace
+    engine.restore(reader(state))
     restored = digest(whole(engine))
     visible = [t.float() for t in engine.predict(make_batch([1, 2, 3, 4])).values()]
     train(engine, start, stop)
@@ -206,16 +219,81 @@ def other_optimizer(name: str) -> tuple[str, str, list[str]]:
     straight = digest(whole(engine))
     engine.close()
     engine = build(0, "bf16", name=name, layer_decay=1.0)
-
-    def read(tensor: str, begin: int, end: int) -> Fragment:
-        tensors, group = state[tensor]
-        return Fragment(tensor, begin, end, {key: t[begin:end] for key, t in tensors.items()}, group)
-
-    engine.restore(read)
+    engine.restore(reader(state))
     train(engine, 2, 4)
     resumed = digest(whole(engine))
     engine.close()
     return straight, resumed, sorted(state["head.weight"][0])
+
+
+EMA = EmaConfig(half_life_samples=100, rampup_ratio=0.5)
+EMA_OPTIM = {"eps": 1e-3}  # damps the noise of gradients that are zero but for rounding, which Adam would magnify
+
+
+def averaged_over_a_resume(zero_stage: int, precision: str, options: Any, num_steps: int) -> Any:
+    """Half of the steps, then the rest on a new engine: (whole state, forward under the average, same forward before
+    and after it, snapshot before and after it).
+    """
+    engine = build(zero_stage, precision, options=options, ema=EMA, **EMA_OPTIM)
+    train(engine, 0, num_steps // 2)
+    state = whole(engine)
+    engine.close()
+    engine = build(zero_stage, precision, options=options, ema=EMA, **EMA_OPTIM)
+    engine.restore(reader(state))
+    train(engine, num_steps // 2, num_steps)
+    before, batch = whole(engine), make_batch([1, 2, 3, 4])
+    logits = [engine.predict(batch)["logits"].float()]
+    with engine.averaged():
+        averaged = engine.predict(batch)["logits"].float()
+    logits.append(engine.predict(batch)["logits"].float())
+    after = digest(whole(engine))
+    engine.close()
+    return before, averaged, logits, (digest(before), after)
+
+
+def averaged_by_timm(num_steps: int) -> tuple[dict[str, Tensor], Tensor]:
+    """The same training in plain torch on one process, with timm's average: its state, and its logits."""
+    from timm.utils import ModelEmaV3
+
+    seeded_init(3)
+    stage = TinyStage(TinyOptions(), DataFacts())
+    config = OPTIM.model_copy(update=EMA_OPTIM)
+    optimizer = build_optimizer(parameter_groups(stage, config), config, 1e-2)
+    average = ModelEmaV3(stage)
+    for step in range(num_steps):
+        batch = make_batch(list(range(step * 16, step * 16 + 16)), position=step * 16)
+        optimizer.zero_grad()
+        (stage("loss", batch).total / batch.weight.sum()).backward()
+        torch.nn.utils.clip_grad_norm_(stage.parameters(), config.clip_grad)
+        optimizer.step()
+        average.decay = 0.5 ** (16 / min(100, 0.5 * (step * 16 + 16)))
+        average.update(stage)
+    module = average.module.eval()
+    with torch.no_grad():
+        logits = module("predict", make_batch([1, 2, 3, 4]))["logits"]
+    return dict(module.state_dict()), logits
+
+
+def averages_followed(zero_stage: int, precision: str, options: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Our average, and timm's of a plain module that is given the masters and buffers after each step."""
+    from timm.utils import ModelEmaV3
+
+    engine = build(zero_stage, precision, options=options, ema=EMA)
+
+    def copied() -> dict[str, Tensor]:
+        return {n: s[0]["value"].view(engine.facts()[n].shape).float() for n, s in whole(engine).items()}
+
+    plain = TinyStage(TinyOptions(**options), DataFacts())
+    plain.load_state_dict(copied())
+    average = ModelEmaV3(plain)
+    for step in range(5):
+        train(engine, step, step + 1)
+        plain.load_state_dict(copied())
+        average.decay = decay_after(EMA, step * 16, 16)
+        average.update(plain)
+    ours = {name: state[0].get("ema", state[0]["value"]) for name, state in whole(engine).items()}
+    engine.close()
+    return ours, {name: value.view(-1) for name, value in average.module.state_dict().items()}
 
 
 def wrapper(zero_stage: int, precision: str) -> str:

@@ -8,6 +8,7 @@ from pipeline import config as configs
 from pipeline import ranks
 from pipeline.errors import UserError
 from pipeline.run_dir import RunDir
+from pipeline.train.checkpoint import weights_digest
 from pipeline.train.commits import find_commits
 from pipeline.train.config import TrainConfig
 from pipeline.train.run import StopSignal, train
@@ -52,6 +53,10 @@ class _StopAtCall(StopSignal):
     def requested(self) -> bool:
         self._left -= 1
         return self._left <= 0
+
+
+def digest(weights: Any) -> str:
+    return weights_digest(weights)
 
 
 def committed_steps(url: str) -> list[int]:

@@ -19,8 +19,7 @@ from pipeline import storage
 from pipeline.errors import CheckpointError, StorageError
 from pipeline.train import checkpoint as ck
 from pipeline.train import checkpoint_format as fmt
-from pipeline.train import commits
-from pipeline.train.checkpoint import Checkpoints
+from pipeline.train import commits, saving
 from pipeline.train.engine import Fragment, Span, TensorFacts
 
 VALUES = {"a": torch.arange(10.0), "b": torch.arange(6.0) * 0.5, "empty": torch.empty(0)}
@@ -117,21 +116,21 @@ def test_what_is_missing_is_named() -> None:
 
 @pytest.fixture
 def url(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setattr(ck.time, "sleep", lambda _: None)
+    monkeypatch.setattr(saving.time, "sleep", lambda _: None)
     return str(tmp_path / "checkpoints")
 
 
-def begin(url: str, resumed: int = 0) -> Checkpoints:
+def begin(url: str, resumed: int = 0) -> saving.Checkpoints:
     attempt = commits.begin_attempt(url, resumed, enforced=True)
     assert attempt is not None
-    return Checkpoints(url, attempt, keep_last=2, keep_every_samples=None, info={"stage": "x"})
+    return saving.Checkpoints(url, attempt, keep_last=2, keep_every_samples=None, info={"stage": "x"})
 
 
-def save(checkpoints: Checkpoints, step: int, parts: list[Fragment] | None = None) -> bool:
+def save(checkpoints: saving.Checkpoints, step: int, parts: list[Fragment] | None = None) -> bool:
     return checkpoints.save(step, parts or fragments(), FACTS, {"step": step, "samples": step})
 
 
-def finish(checkpoints: Checkpoints, step: int) -> None:
+def finish(checkpoints: saving.Checkpoints, step: int) -> None:
     checkpoints.finish(last=(step, fragments(), FACTS, {"step": step, "samples": step}))
     checkpoints.close()
 
@@ -173,7 +172,7 @@ def test_writing_that_falls_behind_leaves_saves_out_but_never_the_last(
         gate.wait()
         real(path, data)
 
-    monkeypatch.setattr(ck.storage, "write", slow)
+    monkeypatch.setattr(saving.storage, "write", slow)
     checkpoints = begin(url)
     told = []
     for step in (1, 2, 3):
@@ -197,7 +196,7 @@ def test_failed_uploads_are_counted_and_borne_except_the_last(
             raise StorageError("no answer", where=path, fix="wait")
         real(path, data)
 
-    monkeypatch.setattr(ck.storage, "write", failing)
+    monkeypatch.setattr(saving.storage, "write", failing)
     checkpoints = begin(url)
     with caplog.at_level(logging.WARNING, "vitrail"):
         save(checkpoints, 2)
@@ -219,7 +218,7 @@ def test_a_passing_fault_is_overcome(url: str, monkeypatch: pytest.MonkeyPatch) 
             raise ConnectionResetError("reset by peer")
         real(path, data)
 
-    monkeypatch.setattr(ck.storage, "write", shaky)
+    monkeypatch.setattr(saving.storage, "write", shaky)
     checkpoints = begin(url)
     finish(checkpoints, 1)
     assert checkpoints.num_failed == 0
