@@ -44,11 +44,10 @@ def convert_weights(
     if not is_file and storage.exists(storage.join(source, "status.json")):
         if form.name != OWN:
             raise ConfigError("that is a run directory of ours", where=source, fix="leave --from out")
-        weights, told = run_weights(source, which)
+        weights = run_weights(source, which)
     elif which != "auto":
         raise ConfigError("only a run keeps a moving average", where=source, fix="leave --weights out")
     else:
-        told = "weights of the file"
         weights = convert.read(source, form.name, **_taken(facts, form))
     table = load_table(weights)
     saved = convert.save(weights, target, to.name, **_taken(facts, to))
@@ -56,20 +55,20 @@ def convert_weights(
         "source": source,
         "stage": weights.stage,
         "options": weights.options,
-        "weights": told,
+        "weights": weights.told,
         **table._asdict(),
         "dropped": list(saved.dropped),
         "num_written": saved.num_tensors,
         "written": saved.files,
     }
-    lines = [f"{weights.stage} from {source}, {told}", *table.lines()]
+    lines = [f"{weights.stage} from {source}, {weights.told}", *table.lines()]
     if saved.dropped:
         lines.append(f"  {'dropped':8s} {len(saved.dropped):4d}  {by_part(saved.dropped)}")
     return document, [*lines, f"{saved.num_tensors} tensors in format {to.name}: {', '.join(saved.files)}"]
 
 
-def run_weights(url: str, which: str = "auto") -> tuple[Weights, str]:
-    """The weights of a run's newest valid checkpoint, and which they are in words.
+def run_weights(url: str, which: str = "auto") -> Weights:
+    """The weights of a run's newest valid checkpoint.
 
     Args:
         which: "ema" for the moving average, "raw" for the weights as trained, "auto": the average where there is one.
@@ -86,8 +85,7 @@ def run_weights(url: str, which: str = "auto") -> tuple[Weights, str]:
         raise CheckpointError("no config.yaml that names a stage", where=url, fix="give a run directory")
     saved = read_saved(url, WHICH[which])
     options, state = dict(config.get("options") or {}), saved.tensors
-    weights = Weights(url, str(config["stage"]), options, state, _classes(config, state))
-    return weights, saved.describe()
+    return Weights(url, str(config["stage"]), options, state, _classes(config, state), told=saved.describe())
 
 
 def _classes(config: configs.Document, state: dict[str, Any]) -> tuple[str, ...]:

@@ -120,7 +120,7 @@ def predict(
             where=source,
             fix="add --attention, or give weights with their head or decoder",
         )
-    say(f"{weights.stage} from {source}, {len(urls)} image(s) on {ranks.device().type}")
+    say(f"{weights.stage} from {source}, {weights.told}, {len(urls)} image(s) on {ranks.device().type}")
     told: list[dict[str, Any]] = []
     names: set[str] = set()
     for url, facts, pictures in predict_images(stage, urls, asked, say, trunk_only=not _whole(stage, weights)):
@@ -135,6 +135,7 @@ def predict(
         "format_version": FORMAT_VERSION,
         "source": source,
         "stage": weights.stage,
+        "weights": weights.told,
         "options": weights.options,
         "classes": list(weights.classes),
         "images": told,
