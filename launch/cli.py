@@ -278,6 +278,63 @@ def predict(
     _reply(document, lines, as_json, code=0 if good else 2)
 
 
+@app.command("eval")
+def evaluate(
+    source: Annotated[str, typer.Argument(metavar="RUN|WEIGHTS", help="A run directory, or a weight file or folder.")],
+    sets: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[NAME=]DATASET", help="Data sets to measure on; default: those of the run."),
+    ] = None,
+    train: Annotated[
+        str | None, typer.Option(metavar="DATASET", help="The training set, for neighbours; default: the run's.")
+    ] = None,
+    knn: Annotated[
+        bool, typer.Option("--knn", help="Nearest neighbours on the trunk's features, whatever the stage.")
+    ] = False,
+    pooling: Annotated[str, typer.Option(help="Of the neighbours' features: avg, cls or avg_with_cls.")] = "avg",
+    k: Annotated[int, typer.Option(min=1, help="Neighbours.")] = 20,
+    temperature: Annotated[float, typer.Option(min=1e-4, help="Of the neighbours' votes.")] = 0.07,
+    source_format: Annotated[
+        str | None, typer.Option("--from", metavar="FORMAT", help="The weights' format; default: our own, or a run.")
+    ] = None,
+    known: Annotated[
+        list[str] | None,
+        typer.Option("--known", metavar="NAME=VALUE", help="What tensors don't tell, such as heads=12."),
+    ] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change an option of the stage.")
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Samples at a time.")] = 64,
+    workers: Annotated[int, typer.Option(min=0, help="Processes that decode; 0: this one.")] = 0,
+    out: Annotated[str | None, typer.Option(metavar="FILE", help="Write figures and details as JSON.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure a run, or any weights, on data sets, without training."""
+    from typing import get_args
+
+    from launch import evaluate as evaluating
+    from pipeline.errors import ConfigError
+    from pipeline.models.pooling import Pooling
+
+    _log_to_stderr()
+    if pooling not in get_args(Pooling):
+        raise ConfigError(f"no pooling {pooling!r}", where="--pooling", fix=f"use {', '.join(get_args(Pooling))}")
+    document, lines = evaluating.evaluate(
+        source,
+        sets or [],
+        _say,
+        train=train,
+        source_format=source_format,
+        known=known or [],
+        settings=settings or [],
+        knn=evaluating.Knn(pooling, k, temperature) if knn else None,  # type: ignore[arg-type]  # checked just above
+        batch=batch,
+        workers=workers,
+        out=out,
+    )
+    _reply(document, lines, as_json)
+
+
 @app.command()
 def convert(
     source: Annotated[str, typer.Argument(metavar="SRC", help="A weight file, a folder of one, or a run directory.")],

@@ -59,9 +59,9 @@ def load_stage(
         CheckpointError: the source can't be read, or its weights don't fit the changed options.
         ConfigError: an option is wrong, or something must be known.
     """
-    weights = _weights(source, source_format, known)
+    weights = read_weights_of(source, source_format, known)
     if settings:
-        weights = weights._replace(options=_changed(weights.options, settings))
+        weights = weights._replace(options=changed_options(weights.options, settings))
     stage, _ = build(weights)
     return stage.to(ranks.device()), weights
 
@@ -146,9 +146,15 @@ def predict(
     return {**document, "written": where}, [*lines, f"written: {where}"], all("error" not in one for one in told)
 
 
-def _weights(source: str, source_format: str | None, known: Sequence[str]) -> Weights:
+def is_run(source: str) -> bool:
+    """Whether that is a run directory rather than a weight file or folder."""
     is_file = source.endswith((SAFETENSORS, *PICKLES))
-    if not is_file and source_format is None and storage.exists(storage.join(source, "status.json")):
+    return not is_file and storage.exists(storage.join(source, "status.json"))
+
+
+def read_weights_of(source: str, source_format: str | None, known: Sequence[str]) -> Weights:
+    """A run's newest valid weights, or a file's; see `load_stage`."""
+    if source_format is None and is_run(source):
         return run_weights(source)
     form = convert.format_named(source_format or "vitrail")
     facts = _mapping(known)
@@ -162,7 +168,7 @@ def _weights(source: str, source_format: str | None, known: Sequence[str]) -> We
     return convert.read(source, form.name, **facts)
 
 
-def _changed(options: Mapping[str, Any], settings: Sequence[str]) -> dict[str, Any]:
+def changed_options(options: Mapping[str, Any], settings: Sequence[str]) -> dict[str, Any]:
     """Options with changes; a table of positions keeps the grid it was trained for when the image's size changes."""
     changed: dict[str, Any] = dict(options)
     for item in settings:

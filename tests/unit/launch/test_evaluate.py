@@ -1,0 +1,124 @@
+"""The verb `eval`: figures of any weights on any data set, without training."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from launch.evaluate import Knn, evaluate
+from pipeline import convert
+from pipeline.data.transforms import EvalImage
+from pipeline.errors import CheckpointError, ConfigError, DataError
+from pipeline.evaluate.knn import knn_scores
+from pipeline.stages.base import DataFacts
+from pipeline.stages.classify import ClassifyOptions, ClassifyStage
+from pipeline.stages.mae import MaeOptions, MaeStage
+from tests.unit.data.conftest import numbered, sample, write_data_set
+from tests.unit.launch.saved_run import save_checkpoint
+
+MODEL = {"width": 32, "depth": 2, "heads": 2, "image_size": 32, "patch_size": 8}
+MAE: dict[str, Any] = {"model": MODEL, "decoder": {"width": 16, "depth": 1, "heads": 2}}
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    write_data_set(str(tmp_path / "train"), numbered([12, 9]))
+    write_data_set(str(tmp_path / "heldout"), numbered([10]))
+    return tmp_path
+
+
+def mae() -> MaeStage:
+    torch.manual_seed(0)
+    return MaeStage(MaeOptions.model_validate(MAE), DataFacts()).eval()
+
+
+def classifier(classes: tuple[str, ...]) -> ClassifyStage:
+    torch.manual_seed(0)
+    options = ClassifyOptions.model_validate({"model": MODEL, "head_init_std": 0.5})
+    return ClassifyStage(options, DataFacts(classes)).eval()
+
+
+def said(_: str) -> None:
+    pass
+
+
+def pixels(i: int) -> torch.Tensor:
+    image = next(data for ending, data in sample(i).items() if ending in ("jpg", "png", "webp"))
+    return EvalImage(size=(32, 32))(image, 0)
+
+
+def test_a_run_is_measured_on_its_own_sets_by_its_stages_evaluations(place: Path) -> None:
+    run = place / "run"
+    run.mkdir()
+    data = {"train": str(place / "train"), "evaluate": {"held": str(place / "heldout")}}
+    (run / "config.yaml").write_text(yaml.safe_dump({"stage": "classify", "options": {"model": MODEL}, "data": data}))
+    (run / "status.json").write_text("{}")
+    stage = classifier(tuple(f"class {i}" for i in range(7)))
+    save_checkpoint(str(run / "checkpoints"), {name: value.detach() for name, value in stage.state_dict().items()})
+    document, lines = evaluate(str(run), [], said, out=str(place / "figures.json"))
+    with torch.no_grad():
+        best = stage.scores(torch.stack([pixels(i) for i in range(10)])).argmax(1)
+    right = (best == torch.arange(10) % 7).double().mean().item()
+    assert document["figures"]["held/top1"] == pytest.approx(right)
+    assert document["details"]["classes"][:2] == ["class 0", "class 1"]
+    assert json.loads((place / "figures.json").read_text())["figures"] == document["figures"]
+    assert any(line.startswith("held/top1") for line in lines)
+
+
+def test_neighbours_need_no_head_and_no_labels_of_the_weights(place: Path) -> None:
+    """Any weights' trunk: here an encoder alone, against the same votes counted over features made here."""
+    stage = mae()
+    convert.save(stage, str(place / "encoder.pth"), "mae_encoder")
+    given = {"train": str(place / "train"), "source_format": "mae_encoder", "known": ["heads=2"]}
+    with pytest.raises(CheckpointError, match="add --knn"):
+        evaluate(str(place / "encoder.pth"), [str(place / "heldout")], said, **given)
+    knn = Knn(pooling="cls", k=3)
+    document, _ = evaluate(str(place / "encoder.pth"), [str(place / "heldout")], said, knn=knn, batch=4, **given)
+    with torch.no_grad():
+        train = stage.encode(torch.stack([pixels(i) for i in range(21)])).prefix[:, 0]
+    votes = knn_scores(train[:10], train, torch.arange(21) % 7, 7, k=3)
+    right = (votes.argmax(1) == torch.arange(10) % 7).double().mean().item()
+    assert document["figures"] == {"heldout/knn_top1": pytest.approx(right)}
+    with pytest.raises(ConfigError, match="--train"):
+        evaluate(
+            str(place / "encoder.pth"), [str(place / "heldout")], said, knn=knn, source_format="mae_encoder",
+            known=["heads=2"],
+        )  # fmt: skip
+
+
+def test_options_can_be_changed_and_sets_named(place: Path) -> None:
+    convert.save(mae(), str(place / "w.safetensors"), "vitrail")
+    settings = ["mask_ratio=0.5"]
+    document, _ = evaluate(str(place / "w.safetensors"), [f"mine={place / 'heldout'}"], said, settings=settings)
+    assert list(document["figures"]) == ["mine/reconstruction_mse"]
+    assert document["options"]["mask_ratio"] == 0.5
+
+
+def test_labels_that_mean_other_classes_are_refused(place: Path) -> None:
+    convert.save(classifier(tuple("abcdefg")), str(place / "w.safetensors"), "vitrail")
+    with pytest.raises(DataError, match=r"7: class 0, class 1, class 2, \.\.\.\) aren't those of the weights"):
+        evaluate(str(place / "w.safetensors"), [str(place / "heldout")], said)
+    convert.save(classifier(("0", "1", "2")), str(place / "w.safetensors"), "vitrail")
+    with pytest.raises(DataError, match="label 3, but the training data name 3 classes"):
+        evaluate(str(place / "w.safetensors"), [str(place / "heldout")], said)
+
+
+def test_mistakes_of_the_command_are_named(place: Path) -> None:
+    convert.save(mae(), str(place / "w.safetensors"), "vitrail")
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[3])}
+    for words, message in (
+        ("eval w.safetensors", "nothing to measure on"),
+        ("eval w.safetensors heldout --knn --pooling max", "no pooling 'max'"),
+    ):
+        command = [sys.executable, "-m", "launch", *words.split()]
+        told = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, timeout=120)
+        assert told.returncode == 2
+        assert message in told.stderr.splitlines()[-1]
