@@ -39,6 +39,9 @@ Ray = Annotated[
 Redo = Annotated[
     list[str] | None, typer.Option("--redo", metavar="NODE", help="Do this node over, and what builds on it.")
 ]
+Which = Annotated[
+    str, typer.Option("--weights", help="Of a run: ema, raw (as trained), or auto: the moving average if it keeps one.")
+]
 Work = Annotated[str | None, typer.Option("--work", metavar="DIR", help="Folder for runs, logs and what is finished.")]
 
 
@@ -262,6 +265,7 @@ def predict(
         list[str] | None,
         typer.Option("--ask", metavar="KEY=VALUE", help="What the stage wants to be asked, such as 'texts=[a cat]'."),
     ] = None,
+    which: Which = "auto",
     attention: Annotated[bool, typer.Option("--attention", help="Show where the trunk looks, head by head.")] = False,
     block: Annotated[int, typer.Option(help="Block whose attention is shown; -1 is the last.")] = -1,
     batch: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 16,
@@ -271,7 +275,7 @@ def predict(
     """Show what a trained stage makes of images: reconstructions, classes, attention, as pictures and JSON."""
     from launch import predict as predicting
 
-    asked = predicting.Asked(settings or [], questions or [], attention, block, batch, seed)
+    asked = predicting.Asked(settings or [], questions or [], attention, block, batch, seed, which)
     document, lines, good = predicting.predict(
         source, images, out, asked, _say, source_format=source_format, known=known or []
     )
@@ -304,6 +308,7 @@ def evaluate(
     settings: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change an option of the stage.")
     ] = None,
+    which: Which = "auto",
     batch: Annotated[int, typer.Option(min=1, help="Samples at a time.")] = 64,
     workers: Annotated[int, typer.Option(min=0, help="Processes that decode; 0: this one.")] = 0,
     out: Annotated[str | None, typer.Option(metavar="FILE", help="Write figures and details as JSON.")] = None,
@@ -327,6 +332,7 @@ def evaluate(
         source_format=source_format,
         known=known or [],
         settings=settings or [],
+        which=which,
         knn=evaluating.Knn(pooling, k, temperature) if knn else None,  # type: ignore[arg-type]  # checked just above
         batch=batch,
         workers=workers,
@@ -347,10 +353,7 @@ def convert(
         list[str] | None,
         typer.Option("--known", metavar="NAME=VALUE", help="What tensors don't tell, such as heads=12."),
     ] = None,
-    which: Annotated[
-        str,
-        typer.Option("--weights", help="Of a run: ema, raw (as trained), or auto: the moving average if it keeps one."),
-    ] = "auto",
+    which: Which = "auto",
     as_json: AsJson = False,
 ) -> None:
     """Translate weights from and to other projects' formats."""

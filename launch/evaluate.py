@@ -44,6 +44,7 @@ def evaluate(
     source_format: str | None = None,
     known: Sequence[str] = (),
     settings: Sequence[str] = (),
+    which: str = "auto",
     knn: Knn | None = None,
     batch: int = 64,
     workers: int = 0,
@@ -55,13 +56,14 @@ def evaluate(
         source: a run, a weight file of ours, or with `source_format` another project's.
         sets: data sets, as URL or name=URL; those of the run's configuration if none is given.
         train: the set that evaluations know as "train"; of a run its own, unless given.
+        which: of a run's weights, see `run_weights`.
         knn: measure nearest neighbours instead of the stage's own evaluations.
         out: where to write the document.
 
     Raises:
         UserError: weights, options or data sets are wrong, or don't fit each other.
     """
-    weights = read_weights_of(source, source_format, known)
+    weights = read_weights_of(source, source_format, known, which)
     if settings:
         weights = weights._replace(options=changed_options(weights.options, settings))
     places = _places(source, sets, train)
@@ -70,7 +72,8 @@ def evaluate(
     stage, _ = build(weights)
     stage = stage.to(ranks.device())
     names = tuple(name for name in manifests if name != TRAIN)
-    say(f"{weights.stage} from {source} on {', '.join(f'{n} ({manifests[n].num_samples})' for n in names)}")
+    on = ", ".join(f"{name} ({manifests[name].num_samples})" for name in names)
+    say(f"{weights.stage} from {source}, {weights.told}, on {on}")
     if knn is None:
         _whole(stage, weights)
     evaluations, predict, transform = _own(stage) if knn is None else _neighbours(stage, knn)
@@ -94,6 +97,7 @@ def evaluate(
         "format_version": FORMAT_VERSION,
         "source": source,
         "stage": weights.stage,
+        "weights": weights.told,
         "options": weights.options,
         "sets": {name: {"url": m.url, "num_samples": m.num_samples} for name, m in manifests.items()},
         "knn": None if knn is None else knn._asdict(),

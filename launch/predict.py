@@ -34,6 +34,7 @@ class Asked(NamedTuple):
     block: int = -1
     batch: int = 16
     seed: int = 0
+    which: str = "auto"  # of a run's weights, see `run_weights`
 
 
 class Shown(NamedTuple):
@@ -45,7 +46,11 @@ class Shown(NamedTuple):
 
 
 def load_stage(
-    source: str, source_format: str | None = None, known: Sequence[str] = (), settings: Sequence[str] = ()
+    source: str,
+    source_format: str | None = None,
+    known: Sequence[str] = (),
+    settings: Sequence[str] = (),
+    which: str = "auto",
 ) -> tuple[Stage, Weights]:
     """The stage of a run's newest checkpoint, of a file of ours, or of another project's; fp32, in eval mode, on this
     process's device.
@@ -54,12 +59,13 @@ def load_stage(
         source_format: None for a run or a file of ours.
         known: name=value items that the file's tensors don't tell.
         settings: key=value changes of the stage's options.
+        which: of a run's weights, see `run_weights`.
 
     Raises:
         CheckpointError: the source can't be read, or its weights don't fit the changed options.
         ConfigError: an option is wrong, or something must be known.
     """
-    weights = read_weights_of(source, source_format, known)
+    weights = read_weights_of(source, source_format, known, which)
     if settings:
         weights = weights._replace(options=changed_options(weights.options, settings))
     stage, _ = build(weights)
@@ -113,7 +119,7 @@ def predict(
         UserError: weights, options, question or images are wrong.
     """
     urls = find_images(images)
-    stage, weights = load_stage(source, source_format, known, asked.settings)
+    stage, weights = load_stage(source, source_format, known, asked.settings, asked.which)
     if not _whole(stage, weights) and not asked.attention:
         raise CheckpointError(
             f"only {' and '.join(weights.parts)}* is there, which shows where it looks but predicts nothing",
@@ -152,10 +158,12 @@ def is_run(source: str) -> bool:
     return not is_file and storage.exists(storage.join(source, "status.json"))
 
 
-def read_weights_of(source: str, source_format: str | None, known: Sequence[str]) -> Weights:
+def read_weights_of(source: str, source_format: str | None, known: Sequence[str], which: str) -> Weights:
     """A run's newest valid weights, or a file's; see `load_stage`."""
     if source_format is None and is_run(source):
-        return run_weights(source)
+        return run_weights(source, which)
+    if which != "auto":
+        raise ConfigError("only a run keeps a moving average", where=source, fix="leave --weights out")
     form = convert.format_named(source_format or "vitrail")
     facts = _mapping(known)
     for name in facts:

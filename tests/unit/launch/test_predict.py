@@ -162,6 +162,7 @@ def test_an_encoder_alone_shows_its_attention_and_predicts_nothing(images: Path,
     ("asked", "words"),
     [
         ({"attention": True, "block": 2}, "--block: no block 2; there are 0 to 1"),
+        ({"which": "ema"}, "only a run keeps a moving average"),
         ({"questions": ["texts=[a]"]}, "--ask: texts"),
         ({"settings": ["mask_ratio=1.5"]}, "mask_ratio"),
         ({"settings": ["mask_ratio=0.99"]}, "keeps 0 of 16 patches"),

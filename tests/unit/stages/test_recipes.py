@@ -55,6 +55,7 @@ def numbers(config: TrainConfig, options: Any) -> dict[str, Any]:
         "drop_path": model.drop_path, "min_lr": optim.min_lr, "clip": optim.clip_grad, "crop": options.crop_scale,
         "position": model.position, "gelu": model.gelu, "eps": model.norm_eps, "schedule": optim.schedule,
         "stem": model.stem if model.patch_embed == "conv_stem" else None,
+        "ema": config.ema and 1 - 0.5 ** (config.data.global_batch / config.ema.half_life_samples),
         "cls": model.cls_token, "trained": model.position_trained, "optimizer": optim.name,
     }  # fmt: skip
     return found | {key: value for key, value in options.model_dump().items() if key not in ("model", "crop_scale")}
@@ -71,6 +72,13 @@ FINETUNE = {
     "batch": 1024, "wd": 0.05, "betas": (0.9, 0.999), "warmup": 5, "min_lr": 1e-6, "random_erase": 0.25, "mixup": 0.8,
     "auto_augment": "rand-m9-mstd0.5-inc1", "cutmix": 1.0, "label_smoothing": 0.1, "pooling": "avg",
     "head_init_std": 2e-5, "crop": (0.08, 1.0), "trained": True, "optimizer": "adamw", "cls": True, "clip": 0,
+    "ema": pytest.approx(1e-4, rel=1e-3),
+}  # fmt: skip
+SCRATCH = {
+    "batch": 4096, "base_lr": 1e-4, "wd": 0.3, "betas": (0.9, 0.95), "warmup": 20,
+    "auto_augment": "rand-m9-mstd0.5-inc1",
+    "label_smoothing": 0.1, "mixup": 0.8, "cutmix": 1.0, "ema": pytest.approx(1e-4, rel=1e-3), "random_erase": 0,
+    "position": "sincos2d", "decay": 1, "clip": 0,
 }  # fmt: skip
 LARGE = {"base_lr": 1e-3, "decay": 0.75, "epochs": 50}
 PROBE = {
@@ -80,6 +88,7 @@ PROBE = {
 VIT_C = {
     "patch": 16, "epochs": 400, "warmup": 5, "batch": 2048, "auto_augment": "original", "mixup": 0.8, "cutmix": 1.0,
     "label_smoothing": 0.1, "betas": (0.9, 0.999), "optimizer": "adamw",
+    "ema": pytest.approx(1e-5 * 2048 / 400, rel=2e-3),  # pycls: 32 times that, every 32 steps
 }  # fmt: skip
 SMALL_RATE, LARGE_RATE = {"lr": 1e-3, "wd": 0.24}, {"lr": 6e-4, "wd": 0.28}
 LARGE_STEM = (64, 128, 128, 256, 256, 512)
@@ -89,6 +98,9 @@ TABLE: list[tuple[str, str | None, dict[str, Any]]] = [
     ("pretrain/mae", "L", MAE | MAE_TASK | {"shape": L, "patch": 16}),
     ("pretrain/mae", "H", MAE | MAE_TASK | {"shape": H, "patch": 14}),
     ("pretrain/mp3", None, MAE | {"shape": B, "context_ratio": 0.25}),
+    ("pretrain/vit", None, SCRATCH | {"shape": B, "patch": 16, "drop_path": 0.1, "epochs": 300}),
+    ("pretrain/vit", "L", SCRATCH | {"shape": L, "patch": 16, "drop_path": 0.2, "epochs": 200}),
+    ("pretrain/vit", "H", SCRATCH | {"shape": H, "patch": 14, "drop_path": 0.2, "epochs": 200}),
     ("finetune/mae", None, FINETUNE | {"shape": B, "base_lr": 5e-4, "decay": 0.65, "drop_path": 0.1, "epochs": 100}),
     ("finetune/mae", "L", FINETUNE | LARGE | {"shape": L, "patch": 16, "drop_path": 0.2}),
     ("finetune/mae", "H", FINETUNE | LARGE | {"shape": H, "patch": 14, "drop_path": 0.3}),
