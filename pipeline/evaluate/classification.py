@@ -38,10 +38,16 @@ def confusion(predicted: Int[Tensor, " b"], labels: Int[Tensor, " b"], num_class
 def classification_figures(
     best: Int[Tensor, "b k"], labels: Int[Tensor, " b"], classes: Sequence[str], prefix: str
 ) -> tuple[dict[str, float], dict[str, Any]]:
-    """Figures `<prefix>top1`, `<prefix>top5` (from 6 classes on) and the confusion matrix under `<prefix>confusion`."""
+    """Figures `<prefix>top1`, `<prefix>top5` (from 6 classes on), `<prefix>mean_per_class` (the mean of the classes'
+    own accuracies), and the confusion matrix under `<prefix>confusion`.
+    """
     figures = {f"{prefix}top1": topk_accuracy(best, labels, 1)}
     if len(classes) > NUM_BEST:
         figures[f"{prefix}top5"] = topk_accuracy(best, labels, NUM_BEST)
+    right, total = torch.zeros(len(classes)).double(), torch.zeros(len(classes)).double()
+    right.index_add_(0, labels, (best[:, 0] == labels).double())
+    total.index_add_(0, labels, torch.ones(len(labels)).double())
+    figures[f"{prefix}mean_per_class"] = (right[total > 0] / total[total > 0]).mean().item()
     return figures, {f"{prefix}confusion": confusion(best[:, 0], labels, len(classes)), "classes": list(classes)}
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -15,7 +15,8 @@ from pipeline.ranks import gather_by_id
 def collect(predict: Predict, batches: Iterable[Batch], names: Sequence[str]) -> dict[str, Tensor]:
     """The named predictions for every present sample of the sweep, in order of sample id, equal on all ranks.
 
-    Names a stage doesn't predict are left out. Collective: all ranks pass equally many batches.
+    `ids` are the samples' own. Names a stage doesn't predict are left out. Collective: all ranks pass equally many
+    batches.
     """
     ids: list[Tensor] = []
     kept: dict[str, list[Tensor]] = {name: [] for name in names}
@@ -28,4 +29,13 @@ def collect(predict: Predict, batches: Iterable[Batch], names: Sequence[str]) ->
     if not ids:
         return {}
     rows = {name: torch.cat(parts) for name, parts in kept.items() if parts}
-    return gather_by_id(torch.cat(ids), rows)[1]
+    found, gathered = gather_by_id(torch.cat(ids), rows)
+    return gathered | {"ids": found}
+
+
+def labelled(rows: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The rows whose label is known (not -1); nothing where there are no labels."""
+    if "labels" not in rows:
+        return {}
+    known = rows["labels"] >= 0
+    return {name: value[known] for name, value in rows.items()} if bool(known.any()) else {}

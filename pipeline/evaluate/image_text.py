@@ -2,32 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Protocol, runtime_checkable
 
 import torch
+from jaxtyping import Int
 from torch import Tensor
 
 from pipeline.evaluate.base import Measured, Predict, Sweep
 from pipeline.evaluate.classification import best_classes, classification_figures
-from pipeline.evaluate.collect import collect
-from pipeline.evaluate.retrieval import retrieval_figures, text_groups
+from pipeline.evaluate.collect import collect, labelled
+from pipeline.evaluate.retrieval import retrieval_figures, text_groups, worst_pairs
 from pipeline.evaluate.zeroshot import class_embeddings, prompt_batches, prompts
 
-Tokenize = Callable[[list[str]], Tensor]
+
+@runtime_checkable  # tests check annotations at run time
+class Tokenizer(Protocol):
+    """Captions to tokens [B,L], and back."""
+
+    def __call__(self, texts: list[str]) -> Int[Tensor, "b l"]: ...
+
+    def decode(self, tokens: Int[Tensor, " l"]) -> str: ...
 
 
 class ImageTextEvaluation:
     """`<set>/zeroshot_top1` and so on where samples have labels, `<set>/retrieval_*` where they have captions.
 
-    The stage predicts `image_embedding` and `text_embedding` [B,E] for what a batch holds, `labels`, and `text` for
-    telling equal captions.
+    The stage predicts `image_embedding` and `text_embedding` [B,E] for what a batch holds, `labels` (-1 where a sample
+    has none), and `text` for telling equal captions; an empty caption is none.
     """
 
-    def __init__(self, classes: Sequence[str], templates: Sequence[str], tokenize: Tokenize) -> None:
+    def __init__(
+        self, classes: Sequence[str], templates: Sequence[str], tokenizer: Tokenizer, *, retrieval: bool = True
+    ) -> None:
         self.classes = tuple(classes)
-        self.prompts = prompts(classes, templates)
-        self.tokenize = tokenize
+        self.templates = tuple(templates)
+        self.tokenizer = tokenizer
+        self.retrieval = retrieval
 
     def __call__(self, predict: Predict, sweep: Sweep, names: tuple[str, ...]) -> Measured:
         """Collective."""
@@ -38,21 +49,37 @@ class ImageTextEvaluation:
         by_class = self._class_embeddings(predict) if self.classes else None
         for name in names:
             found = collect(predict, sweep(name), ("image_embedding", "text_embedding", "labels", "text"))
-            if not len(found.get("image_embedding", ())):
-                continue
-            images = found["image_embedding"]
-            if by_class is not None and "labels" in found:
-                best = best_classes(images @ by_class.T)
-                own, own_details = classification_figures(best, found["labels"], self.classes, f"{name}/zeroshot_")
+            known = labelled(found)
+            if by_class is not None and known:
+                best = best_classes(known["image_embedding"].float() @ by_class.T)
+                own, own_details = classification_figures(best, known["labels"], self.classes, f"{name}/zeroshot_")
                 figures |= own
                 details |= own_details
-            if "text_embedding" in found:
-                groups = text_groups(found["text"])
-                figures |= retrieval_figures(images, found["text_embedding"], groups, f"{name}/")
+            if self.retrieval and "text_embedding" in found:
+                own, own_details = self._retrieve(found, name)
+                figures |= own
+                details |= own_details
         return Measured(figures, details)
 
+    def _retrieve(self, found: dict[str, Tensor], name: str) -> tuple[dict[str, float], dict[str, Any]]:
+        blank = self.tokenizer([""])[0]
+        captioned = (found["text"] != blank).any(1)
+        if int(captioned.sum()) == 0:
+            return {}, {}
+        rows = {key: value[captioned] for key, value in found.items()}
+        images, texts, groups = rows["image_embedding"], rows["text_embedding"], text_groups(rows["text"])
+        captions = dict(zip(rows["ids"].tolist(), rows["text"], strict=True))
+        worst = [
+            {**pair._asdict(), "caption": self._told(captions[pair.id]), "found": self._told(captions[pair.found_id])}
+            for pair in worst_pairs(images, texts, groups, rows["ids"])
+        ]
+        return retrieval_figures(images, texts, groups, f"{name}/"), {f"{name}/retrieval_worst": worst}
+
+    def _told(self, tokens: Tensor) -> str:
+        return self.tokenizer.decode(tokens)
+
     def _class_embeddings(self, predict: Predict) -> Tensor:
-        """All ranks embed all prompts: a forward under ZeRO-3 needs every rank."""
-        batches = prompt_batches(self.tokenize(self.prompts))
-        embedded = torch.cat([predict(batch)["text_embedding"].float().cpu() for batch in batches])
-        return class_embeddings(embedded, len(self.classes))
+        """Each rank embeds its share of the prompts; all get all classes."""
+        tokens = self.tokenizer(prompts(self.classes, self.templates))
+        embedded = collect(predict, prompt_batches(tokens), ("text_embedding",))["text_embedding"]
+        return class_embeddings(torch.as_tensor(embedded).float(), len(self.classes))

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from pipeline.evaluate.base import Measured, Predict, Sweep
 from pipeline.evaluate.classification import topk_accuracy
-from pipeline.evaluate.collect import collect
+from pipeline.evaluate.collect import collect, labelled
 
 CHUNK = 1024  # queries scored at a time
 
@@ -49,13 +49,13 @@ class KnnEvaluation:
         """Collective."""
         if not names:
             return Measured({})
-        train = collect(predict, sweep("train"), ("features", "labels"))
+        train = labelled(collect(predict, sweep("train"), ("features", "labels")))
         if not len(train.get("labels", ())):
             return Measured({})
         num_classes = int(train["labels"].max()) + 1
         figures = {}
         for name in names:
-            found = collect(predict, sweep(name), ("features", "labels"))
+            found = labelled(collect(predict, sweep(name), ("features", "labels")))
             if len(found.get("labels", ())):
                 scores = knn_scores(
                     found["features"],

@@ -5,6 +5,8 @@ Legend: B pairs, E width of an embedding, L tokens of a text.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -36,7 +38,9 @@ def ranks_of_right_answers(
 def retrieval_figures(
     images: Float[Tensor, "b e"], texts: Float[Tensor, "b e"], groups: Int[Tensor, " b"], prefix: str
 ) -> dict[str, float]:
-    """`<prefix>retrieval_{i2t,t2i}_r{1,5,10}`: share of queries with a right answer among the first 1, 5, 10."""
+    """`<prefix>retrieval_{i2t,t2i}_r{1,5,10}`: share of queries with a right answer among the first 1, 5, 10; and
+    `..._mean_rank`, `..._median_rank` of the best right answer, 1 = first.
+    """
     figures = {}
     for way, ranks in (
         ("i2t", ranks_of_right_answers(images, texts, groups)),
@@ -44,4 +48,36 @@ def retrieval_figures(
     ):
         for k in RECALLS:
             figures[f"{prefix}retrieval_{way}_r{k}"] = (ranks < k).double().mean().item()
+        figures[f"{prefix}retrieval_{way}_mean_rank"] = ranks.double().mean().item() + 1
+        figures[f"{prefix}retrieval_{way}_median_rank"] = ranks.double().quantile(0.5).floor().item() + 1
     return figures
+
+
+class WorstPair(NamedTuple):
+    """A caption whose own image is found late."""
+
+    id: int  # of the sample
+    rank: int  # of the best right image, 1 = first
+    found_id: int  # sample whose image is found first instead
+    cosine: float  # of the caption with its own image
+    found_cosine: float  # and with the one found
+
+
+def worst_pairs(
+    images: Float[Tensor, "b e"],
+    texts: Float[Tensor, "b e"],
+    groups: Int[Tensor, " b"],
+    ids: Int[Tensor, " b"],
+    most: int = 10,
+) -> list[WorstPair]:
+    """The captions with the greatest ranks of their images, the worst first; those found at once aren't listed."""
+    ranks = ranks_of_right_answers(texts, images, groups)
+    worst = ranks.argsort(descending=True, stable=True)[:most]
+    scores = texts[worst].float() @ images.float().T
+    best = scores.argmax(1)
+    own = scores.gather(1, worst.unsqueeze(1)).squeeze(1)
+    return [
+        WorstPair(int(ids[i]), int(ranks[i]) + 1, int(ids[b]), round(float(c), 4), round(float(s[b]), 4))
+        for i, b, c, s in zip(worst, best, own, scores, strict=True)
+        if ranks[i] > 0
+    ]

@@ -12,6 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
+from pipeline import ranks
 from pipeline.data.batch import Batch
 from pipeline.errors import ConfigError
 
@@ -32,11 +33,18 @@ def prompts(classes: Sequence[str], templates: Sequence[str]) -> list[str]:
 
 
 def prompt_batches(tokens: Int[Tensor, "n l"]) -> Iterator[Batch]:
-    """Batches of text alone, so that prompts take the same way through the model as samples do."""
-    for start in range(0, len(tokens), PROMPTS_PER_BATCH):
-        text = tokens[start : start + PROMPTS_PER_BATCH]
-        ids = torch.arange(start, start + len(text))
-        yield Batch(ids=ids, seeds=torch.zeros_like(ids), weight=torch.ones(len(text)), position=0, text=text)
+    """Batches of text alone for this rank, so that prompts take the same way through the model as samples do; all
+    ranks get equally many, with padding.
+    """
+    here = ranks.world()
+    for start in range(0, len(tokens), PROMPTS_PER_BATCH * here.size):
+        ids = torch.arange(start, min(start + PROMPTS_PER_BATCH * here.size, len(tokens)))
+        share = -(-len(ids) // here.size)
+        ids = ids[here.rank * share : (here.rank + 1) * share]
+        ids = torch.cat([ids, torch.full((share - len(ids),), -1)])
+        yield Batch(
+            ids=ids, seeds=torch.zeros_like(ids), weight=(ids >= 0).float(), position=0, text=tokens[ids.clamp(min=0)]
+        )
 
 
 def class_embeddings(embedded: Float[Tensor, "n e"], num_classes: int) -> Float[Tensor, "c e"]:

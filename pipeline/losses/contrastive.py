@@ -1,11 +1,17 @@
-"""Contrastive loss of image-text pairs over all ranks, with exact gradients.
+"""Contrastive losses of image-text pairs over all ranks: exact gradients, memory that doesn't grow with the ranks.
 
-Legend: B pairs of this rank, G pairs of all ranks, E width of an embedding.
+Every rank scores its own pairs against all ranks'. Embeddings go round the ranks in a ring, one rank's block at a time,
+and no score is kept: forward keeps two numbers a pair, backward scores again and sends those numbers round with the
+blocks. A rank thus computes the whole gradient of its own embeddings, nothing is reduced, and memory is
+O(local batch x (chunk + E)) for any number of ranks. There are no flags that could be combined wrongly.
+
+Legend: B pairs of this rank, C pairs scored at a time, E width of an embedding.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -13,71 +19,174 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
+from pipeline import ranks
+
+CHUNK = 4096
+"""Pairs scored at a time. With a local batch of 4096 the scores take 64 MiB."""
+
+Rule = Literal["clip", "siglip"]
+
 
 def clip_loss(
     images: Float[Tensor, "b e"],
     texts: Float[Tensor, "b e"],
     weight: Float[Tensor, " b"],
     scale: Float[Tensor, ""] | Float[Tensor, " 1"],
+    *,
+    chunk: int = CHUNK,
 ) -> Float[Tensor, " b"]:
     """CLIP's loss of each of this rank's pairs against all ranks' (Radford et al. 2021), not yet weighted.
 
-    Summed over ranks and divided by G it is open_clip's loss of the full batch, and its gradients are exact: every
-    rank scores its own rows and its own columns, and the backward pass of the gathering adds what other ranks' scores
-    say about this rank's embeddings. Collective; all ranks pass equally many pairs.
+    Summed over ranks and divided by the number of pairs it is open_clip's `ClipLoss` of the full batch. Collective,
+    backward too; all ranks pass equally many pairs.
 
     Args:
         images: normalised embeddings.
         texts: their texts' normalised embeddings.
         weight: pairs of weight 0 are absent: no pair's negatives. Their own loss is finite but means nothing.
         scale: the logits' factor.
+        chunk: pairs scored at a time.
     """
-    all_images, all_texts, present = _gather_pairs(images.float(), texts.float(), weight > 0)
-    own = torch.arange(len(images), device=images.device) + _rank() * len(images)
-    absent = ~present.unsqueeze(0).repeat(len(images), 1)
-    absent[torch.arange(len(images), device=images.device), own] = False
-    scale = scale.float()
-    by_image = (scale * images.float() @ all_texts.T).masked_fill(absent, float("-inf"))
-    by_text = (scale * texts.float() @ all_images.T).masked_fill(absent, float("-inf"))
-    return (F.cross_entropy(by_image, own, reduction="none") + F.cross_entropy(by_text, own, reduction="none")) / 2
+    bias = torch.zeros(1, device=images.device)
+    return _loss("clip", images, texts, weight, scale, bias, chunk)
 
 
-def gather_with_gradient(rows: Float[Tensor, "b e"]) -> Float[Tensor, "g e"]:
-    """All ranks' rows in rank order. Its backward pass sums what every rank's loss says about this rank's rows."""
-    if _world_size() == 1:
-        return rows
-    gathered: Tensor = _Gather.apply(rows)
-    return gathered
+def siglip_loss(
+    images: Float[Tensor, "b e"],
+    texts: Float[Tensor, "b e"],
+    weight: Float[Tensor, " b"],
+    scale: Float[Tensor, ""] | Float[Tensor, " 1"],
+    bias: Float[Tensor, ""] | Float[Tensor, " 1"],
+    *,
+    chunk: int = CHUNK,
+) -> Float[Tensor, " b"]:
+    """SigLIP's loss of each of this rank's images against all ranks' texts (Zhai et al. 2023), not yet weighted.
+
+    Summed over ranks and divided by the number of pairs it is open_clip's `SigLipLoss` of the full batch. Arguments as
+    of `clip_loss`; `bias` is added to the scaled cosines.
+    """
+    return _loss("siglip", images, texts, weight, scale, bias, chunk)
 
 
-def _gather_pairs(images: Tensor, texts: Tensor, present: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Images, texts and presence of all ranks; the embeddings travel as one message, so backward is one as well."""
-    both = gather_with_gradient(torch.cat([images, texts], dim=1))
-    all_images, all_texts = both.chunk(2, dim=1)
-    with torch.no_grad():
-        all_present = gather_with_gradient(present.float().unsqueeze(1)).squeeze(1) > 0
-    return all_images, all_texts, all_present
+def _loss(rule: Rule, images: Tensor, texts: Tensor, weight: Tensor, scale: Tensor, bias: Tensor, chunk: int) -> Tensor:
+    present = (weight > 0).float()
+    scale, bias = scale.float().reshape(1), bias.float().reshape(1)
+    loss: Tensor = _Pairs.apply(rule, images.float(), texts.float(), present, scale, bias, chunk)
+    return loss
 
 
-class _Gather(torch.autograd.Function):
+class _Side(NamedTuple):
+    """What backward must know of some pairs, each [n] but the embeddings."""
+
+    images: Tensor
+    texts: Tensor
+    present: Tensor
+    gradient: Tensor  # of the total with regard to the pair's loss
+    by_image: Tensor  # CLIP: log sum exp of the image's logits with all texts
+    by_text: Tensor  # and of the text's with all images
+
+    def packed(self) -> Tensor:
+        columns = torch.stack([self.present, self.gradient, self.by_image, self.by_text], dim=1)
+        return torch.cat([self.images, self.texts, columns], dim=1)
+
     @staticmethod
-    def forward(ctx: Any, rows: Tensor) -> Tensor:
-        ctx.num_rows = len(rows)
-        parts = [torch.empty_like(rows) for _ in range(_world_size())]
-        dist.all_gather(parts, rows.contiguous())
-        return torch.cat(parts)
+    def unpacked(block: Tensor) -> _Side:
+        width = (block.shape[1] - 4) // 2
+        return _Side(block[:, :width], block[:, width : 2 * width], *block[:, 2 * width :].unbind(1))
+
+
+class _Pairs(torch.autograd.Function):
+    """Both losses are `spread_i - z_ii` with logits z = scale x cosine + bias. CLIP's spread is the mean of two log sum
+    exps (of row and of column i), SigLIP's the sum of softplus over row i.
+    """
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        total = gradients[0].contiguous().clone()
-        dist.all_reduce(total)
-        start = _rank() * ctx.num_rows
-        return total[start : start + ctx.num_rows]
+    def forward(
+        ctx: Any, rule: Rule, images: Tensor, texts: Tensor, present: Tensor, scale: Tensor, bias: Tensor, chunk: int
+    ) -> Tensor:
+        own = scale * (images * texts).sum(1) + bias
+        # An absent pair counts nowhere but in its own loss, which stays finite that way.
+        start = torch.where(present > 0, float("-inf"), own) if rule == "clip" else torch.zeros_like(own)
+        by_image, by_text = start, start
+        for _, block in _around(torch.cat([images, texts, present.unsqueeze(1)], dim=1)):
+            width = images.shape[1]
+            for part in torch.split(block, chunk):
+                absent = part[:, -1] == 0
+                z = _logits(images, part[:, width : 2 * width], scale, bias)
+                if rule == "siglip":
+                    by_image = by_image + F.softplus(z).masked_fill_(absent, 0).sum(1)
+                    continue
+                by_image = torch.logaddexp(by_image, z.masked_fill_(absent, float("-inf")).logsumexp(1))
+                z = _logits(texts, part[:, :width], scale, bias).masked_fill_(absent, float("-inf"))
+                by_text = torch.logaddexp(by_text, z.logsumexp(1))
+        ctx.rule, ctx.chunk = rule, chunk
+        ctx.save_for_backward(images, texts, present, scale, bias, by_image, by_text)
+        return (by_image + by_text) / 2 - own if rule == "clip" else by_image - own
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        images, texts, present, scale, bias, by_image, by_text = ctx.saved_tensors
+        mine = _Side(images, texts, present, gradients[0].float() * present, by_image, by_text)
+        to_images, to_texts = torch.zeros_like(images), torch.zeros_like(texts)
+        to_scale, to_bias = torch.zeros_like(scale), torch.zeros_like(bias)
+        for source, block in _around(mine.packed()):
+            for number, part in enumerate(torch.split(block, ctx.chunk)):
+                theirs = _Side.unpacked(part)
+                diagonal = number * ctx.chunk if source == ranks.world().rank else None
+                cosines = images @ theirs.texts.T
+                to_z = _to_logits(ctx.rule, scale * cosines + bias, mine, theirs, diagonal)
+                to_images.addmm_(to_z, theirs.texts)
+                to_scale += (to_z * cosines).sum()
+                to_bias += to_z.sum()
+                z = _logits(theirs.images, texts, scale, bias)
+                to_z = _to_logits(ctx.rule, z, theirs, mine, None if diagonal is None else -diagonal)
+                to_texts.addmm_(to_z.T, theirs.images)
+        return None, scale * to_images, scale * to_texts, None, to_scale, to_bias, None
 
 
-def _world_size() -> int:
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+def _logits(images: Tensor, texts: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+    return (images @ texts.T).mul_(scale).add_(bias)
 
 
-def _rank() -> int:
-    return dist.get_rank() if _world_size() > 1 else 0
+def _to_logits(
+    rule: Rule, z: Float[Tensor, "m n"], rows: _Side, columns: _Side, diagonal: int | None
+) -> Float[Tensor, "m n"]:
+    """Gradient of the total with regard to the logits of images (rows) with texts (columns).
+
+    Args:
+        diagonal: the pairs' own logits are z[i, i - diagonal]; None when there are none among these.
+    """
+    if rule == "siglip":
+        to_z = torch.sigmoid(z) * rows.gradient.unsqueeze(1) * columns.present
+    else:
+        to_z = (z - rows.by_image.unsqueeze(1)).exp_() * (rows.gradient.unsqueeze(1) * columns.present / 2)
+        to_z += (z - columns.by_text).exp_() * (rows.present.unsqueeze(1) * columns.gradient / 2)
+    if diagonal is not None:
+        own = to_z.diagonal(-diagonal)
+        first = max(diagonal, 0)
+        own -= rows.gradient[first : first + len(own)]
+    return to_z
+
+
+def _around(block: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """Every rank's block with its rank, this rank's first; the next one travels while the caller works on one.
+
+    Exhaust it: every rank must send on what it received.
+    """
+    here = ranks.world()
+    block = block.contiguous()
+    for step in range(here.size):
+        pending: list[dist.Work] = []
+        incoming = block
+        if step < here.size - 1:
+            incoming = torch.empty_like(block)
+            pending = dist.batch_isend_irecv(
+                [
+                    dist.P2POp(dist.isend, block, (here.rank + 1) % here.size),
+                    dist.P2POp(dist.irecv, incoming, (here.rank - 1) % here.size),
+                ]
+            )
+        yield (here.rank - step) % here.size, block
+        for work in pending:
+            work.wait()
+        block = incoming

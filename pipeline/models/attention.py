@@ -23,19 +23,30 @@ as fast from T=65 on, and everywhere on a GPU. Beyond this length the T x T matr
 
 
 def attend(
-    q: Float[Tensor, "b h t e"], k: Float[Tensor, "b h s e"], v: Float[Tensor, "b h s e"]
+    q: Float[Tensor, "b h t e"],
+    k: Float[Tensor, "b h s e"],
+    v: Float[Tensor, "b h s e"],
+    mask: Float[Tensor, "..."] | None = None,
 ) -> Float[Tensor, "b h t e"]:
-    """Softmax attention with scale E^-0.5, by the faster of two equal computations (see `EXPLICIT_UP_TO`)."""
+    """Softmax attention with scale E^-0.5, by the faster of two equal computations (see `EXPLICIT_UP_TO`).
+
+    `mask` is added to the scores: 0 where a token may look, -inf where it may not; it broadcasts to [B,H,T,S].
+    """
     if q.device.type == "cpu" and q.dtype == torch.bfloat16 and k.shape[2] <= EXPLICIT_UP_TO:
-        return attend_explicitly(q, k, v)
-    return F.scaled_dot_product_attention(q, k, v)
+        return attend_explicitly(q, k, v, mask)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
 def attend_explicitly(
-    q: Float[Tensor, "b h t e"], k: Float[Tensor, "b h s e"], v: Float[Tensor, "b h s e"]
+    q: Float[Tensor, "b h t e"],
+    k: Float[Tensor, "b h s e"],
+    v: Float[Tensor, "b h s e"],
+    mask: Float[Tensor, "..."] | None = None,
 ) -> Float[Tensor, "b h t e"]:
     """Two batched matrix products and a softmax; the scale goes to q, the smaller factor."""
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
+    if mask is not None:
+        scores = scores + mask
     out: Tensor = scores.softmax(-1) @ v
     return out
 
@@ -67,9 +78,12 @@ class Attention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def forward(
-        self, x: Float[Tensor, "b t d"], source: Float[Tensor, "b s d"] | None = None
+        self,
+        x: Float[Tensor, "b t d"],
+        source: Float[Tensor, "b s d"] | None = None,
+        mask: Float[Tensor, "..."] | None = None,
     ) -> Float[Tensor, "b t d"]:
-        """Every token attends to every token of `source`, by default x itself."""
+        """Every token attends to every token of `source`, by default x itself; `mask` is `attend`'s."""
         b, t, d = x.shape
         shape = (self.heads, d // self.heads)
         if source is None:
@@ -78,7 +92,7 @@ class Attention(nn.Module):
             queries, both = self.qkv(x, source)
             q = queries.view(b, t, *shape).transpose(1, 2)
             k, v = both.view(b, -1, 2, *shape).permute(2, 0, 3, 1, 4).unbind(0)
-        out: Tensor = self.proj(attend(q, k, v).transpose(1, 2).reshape(b, t, d))
+        out: Tensor = self.proj(attend(q, k, v, mask).transpose(1, 2).reshape(b, t, d))
         return out
 
     def weights(self, x: Float[Tensor, "b t d"]) -> Float[Tensor, "b h t t"]:

@@ -1,18 +1,18 @@
-"""Contrastive pretraining of an image and a text tower with masked images (FLIP, Li et al. 2023, arXiv 2212.00794).
+"""Contrastive pretraining of an image and a text tower: FLIP (Li et al. 2023, arXiv 2212.00794), CLIP and SigLIP.
 
-With `mask_ratio: 0` it is CLIP, and FLIP's unmasked tuning.
+With `mask_ratio: 0` it is CLIP and FLIP's unmasked tuning, with `freeze: [trunk.]` LiT (Zhai et al. 2022).
 
-Legend: B pairs, D width, E width of the common embedding, L tokens.
+Legend: B pairs, D width of the trunk, E width of the common embedding, L tokens, K kept patches.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -22,38 +22,83 @@ from pipeline.data.batch import Batch, Transform
 from pipeline.errors import ConfigError
 from pipeline.evaluate.base import Evaluation, Predictions
 from pipeline.evaluate.image_text import ImageTextEvaluation
-from pipeline.losses.contrastive import clip_loss
+from pipeline.evaluate.knn import KnnEvaluation
+from pipeline.evaluate.logistic import LogisticEvaluation
+from pipeline.evaluate.prompts import class_names, templates
+from pipeline.losses.contrastive import clip_loss, siglip_loss
 from pipeline.models.masking import random_masking
 from pipeline.models.pixels import normalize
-from pipeline.models.pooling import pool
-from pipeline.models.text import ClipTokenizer, TextConfig, TextTower
+from pipeline.models.pooling import AttentionPool, pool
+from pipeline.models.text import TextConfig, TextMasking, TextTower
 from pipeline.models.vit import ViT
 from pipeline.stages.base import Answer, ContrastiveStage, DataFacts, Losses, Picture, Question
-from pipeline.stages.images import ImageOptions, image_transform, with_labels
+from pipeline.stages.images import ImageOptions, captioned_transform, with_labels
 
-LOGIT_SCALE_INIT = math.log(1 / 0.07)
 LOGIT_SCALE_MAX = math.log(100)
 NUM_PICTURES = 6
 NUM_FOUND = 4  # images shown for a caption
+
+Ratio = Annotated[float, Field(ge=0, lt=1)]
+Measure = Literal["zeroshot", "retrieval", "knn", "linear_probe"]
+
+
+class RatioFrom(Config):
+    """A mask ratio that holds from a number of samples on."""
+
+    from_samples: int = Field(ge=0)
+    ratio: Ratio
 
 
 class FlipOptions(ImageOptions):
     """Options of stage `flip`."""
 
     crop_scale: tuple[float, float] = (0.5, 1.0)
-    mask_ratio: float = Field(default=0.5, ge=0, lt=1)  # of patches, in training
-    pooling: Literal["cls", "avg"] = "avg"  # avg is over all tokens after the final norm, cls among them, as FLIP's
+    mask_ratio: Ratio | tuple[RatioFrom, ...] = 0.5  # of patches, in training; or by samples seen, the first from 0 on
+    pooling: Literal["cls", "avg", "avg_with_cls", "map"] = "avg_with_cls"  # after the final norm; FLIP's averages all
+    projection: bool = True  # of images, without bias; SigLIP has none
     embed_dim: int = Field(default=512, gt=0)
     text: TextConfig = TextConfig()
-    templates: tuple[str, ...] = ("a photo of a {}.", "a picture of a {}.", "an image of a {}.", "{}")
+    text_mask_ratio: Ratio = 0.0  # of a context's tokens, in training
+    text_masking: TextMasking = "padding_first"
+    loss: Literal["clip", "siglip"] = "clip"
+    init_scale: float | None = Field(default=None, ge=1, le=100)  # of the logits; None: 1/0.07 for clip, 10 for siglip
+    init_bias: float = -10.0  # of siglip's logits
+    freeze: tuple[str, ...] = ()  # parameters whose names begin so aren't trained
+    decay_positions: bool = True  # weight decay also for position tables and class tokens; the official FLIP: no
+    evaluate: tuple[Measure, ...] = ("zeroshot", "retrieval")
+    templates: str | tuple[str, ...] = "openai_imagenet"  # prompts, or the name of a list of open_clip's
+    class_names: str | tuple[str, ...] = ()  # for zero-shot: imagenet (open_clip's), a file; (): the data's own
 
     @model_validator(mode="after")
     def _possible(self) -> FlipOptions:
-        if self.model.num_kept(self.mask_ratio) < 1:
-            raise ValueError(f"mask_ratio {self.mask_ratio} keeps none of {self.model.num_patches} patches")
+        starts = [step.from_samples for step in self.mask_schedule]
+        if not starts or starts[0] != 0 or starts != sorted(set(starts)):
+            raise ValueError(f"mask_ratio must begin from_samples 0 and rise, found {starts}")
+        for step in self.mask_schedule:
+            if self.model.num_kept(step.ratio) < 1:
+                raise ValueError(f"mask_ratio {step.ratio} keeps none of {self.model.num_patches} patches")
+            if step.ratio > 0 and self.model.spatial:
+                raise ValueError("windows, conv_blocks and relative_positions need whole images: mask_ratio 0")
+        if int(self.text.context_length * (1 - self.text_mask_ratio)) < 1:
+            raise ValueError(f"text_mask_ratio {self.text_mask_ratio} keeps no token of {self.text.context_length}")
         if self.pooling == "cls" and not self.model.cls_token:
             raise ValueError("pooling cls needs model.cls_token")
+        if not self.projection and self.embed_dim != self.model.shape.width:
+            raise ValueError(f"without projection embed_dim must be the trunk's width, {self.model.shape.width}")
+        if self.text.projection == "none" and self.embed_dim != self.text.width:
+            raise ValueError(f"with text.projection none embed_dim must be text.width, {self.text.width}")
         return self
+
+    @property
+    def mask_schedule(self) -> tuple[RatioFrom, ...]:
+        """Mask ratios by samples seen."""
+        if isinstance(self.mask_ratio, tuple):
+            return self.mask_ratio
+        return (RatioFrom(from_samples=0, ratio=self.mask_ratio),)
+
+    def mask_ratio_at(self, samples: int) -> float:
+        """The mask ratio of a batch that comes after this many samples."""
+        return [step.ratio for step in self.mask_schedule if step.from_samples <= samples][-1]
 
 
 class FlipQuestion(Question):
@@ -73,68 +118,114 @@ class FlipStage(ContrastiveStage):
     def __init__(self, options: FlipOptions, data: DataFacts) -> None:
         super().__init__(options, data)
         self.config = options
+        self.tokenizer = options.text.build_tokenizer()
         self.trunk = ViT(options.model)
         width = self.trunk.width
-        self.image_projection = nn.Linear(width, options.embed_dim, bias=False)
-        nn.init.normal_(self.image_projection.weight, std=width**-0.5)
-        self.text = TextTower(options.text, options.embed_dim)
+        self.attn_pool = AttentionPool(options.model) if options.pooling == "map" else None
+        self.image_projection: nn.Linear | None = None
+        if options.projection:
+            self.image_projection = nn.Linear(width, options.embed_dim, bias=False)
+            nn.init.normal_(self.image_projection.weight, std=width**-0.5)
+        try:
+            self.text = TextTower(options.text, options.embed_dim, self.tokenizer.vocabulary)
+        except ValueError as error:
+            raise ConfigError(str(error), where="options.text", fix="give tokenizer and tower that match") from None
         # One element rather than none: DeepSpeed can't take parameters without a dimension.
-        self.logit_scale = nn.Parameter(torch.full((1,), LOGIT_SCALE_INIT))
-        self.tokenizer = ClipTokenizer(options.text.context_length)
+        scale = options.init_scale or (1 / 0.07 if options.loss == "clip" else 10.0)
+        self.logit_scale = nn.Parameter(torch.full((1,), math.log(scale)))
+        self.logit_bias: nn.Parameter | None = None
+        if options.loss == "siglip":
+            self.logit_bias = nn.Parameter(torch.full((1,), options.init_bias))
+        self.classes = class_names(options.class_names, data.classes)
+        self._check_freeze()
 
     def embed(self, batch: Batch) -> tuple[Tensor, ...]:
         """Normalised embeddings of masked images and of their captions, [B,E] each, fp32."""
         assert batch.images is not None
         assert batch.text is not None
-        keep = None
-        if self.config.mask_ratio > 0:
+        keep, text_keep = None, None
+        ratio = self.config.mask_ratio_at(batch.position)
+        if ratio > 0:
             num_patches = self.config.model.num_patches
-            keep = random_masking(batch.seeds, num_patches, self.config.model.num_kept(self.config.mask_ratio)).keep
-        return self.embed_images(batch.images, keep, batch.seeds), self.embed_texts(batch.text)
+            keep = random_masking(batch.seeds, num_patches, self.config.model.num_kept(ratio)).keep
+        if self.config.text_mask_ratio > 0:
+            how = self.config.text_masking
+            text_keep = self.text.text_masking(batch.text, batch.seeds, self.config.text_mask_ratio, how)
+        return self.embed_images(batch.images, keep, batch.seeds), self.embed_texts(batch.text, text_keep)
 
     def contrast(self, embedded: tuple[tuple[Tensor, ...], Float[Tensor, " b"]]) -> Losses:
-        """CLIP's loss against all ranks' pairs; `logit_scale` is logged as a part."""
+        """The loss against all ranks' pairs; `logit_scale` (and `logit_bias`) are logged as parts."""
         (images, texts), weight = embedded
         # The engine holds the master under the limit, but low-precision copies follow a step later.
         scale = self.logit_scale.float().clamp(*self.limits["logit_scale"]).exp()
-        total = (weight * clip_loss(images, texts, weight, scale)).sum()
-        logged = scale.detach().squeeze(0) * weight.sum()
-        return Losses(total, {"contrastive": total.detach(), "logit_scale": logged})
+        if self.logit_bias is None:
+            each = clip_loss(images, texts, weight, scale)
+        else:
+            each = siglip_loss(images, texts, weight, scale, self.logit_bias)
+        total = (weight * each).sum()
+        parts = {"contrastive": total.detach(), "logit_scale": scale.detach().squeeze(0) * weight.sum()}
+        if self.logit_bias is not None:
+            parts["logit_bias"] = self.logit_bias.detach().float().squeeze(0) * weight.sum()
+        return Losses(total, parts)
 
     def predict(self, batch: Batch) -> Predictions:
-        """`image_embedding` of whole images and `text_embedding` [B,E], for what the batch holds; `text`, `labels`."""
+        """`image_embedding` of whole images, their `features` before the projection, and `text_embedding` [B,E], for
+        what the batch holds; `text`, `labels`.
+        """
         predictions: dict[str, Tensor] = {}
         if batch.images is not None:
-            predictions["image_embedding"] = self.embed_images(batch.images)
+            features = self.image_features(batch.images)
+            predictions |= {"image_embedding": self._project(features), "features": features}
         if batch.text is not None:
             predictions |= {"text_embedding": self.embed_texts(batch.text), "text": batch.text}
         return with_labels(predictions, batch)
 
     def embed_images(
-        self, images: Tensor, keep: Tensor | None = None, seeds: Tensor | None = None
+        self, images: Tensor, keep: Int[Tensor, "b k"] | None = None, seeds: Tensor | None = None
     ) -> Float[Tensor, "b e"]:
         """Normalised embeddings of uint8 images [B,3,H,W], from the patches at `keep` or all of them."""
-        tokens = self.trunk(normalize(images, self.config.pixels), keep=keep, seeds=seeds)
-        pooled = pool(tokens, "cls" if self.config.pooling == "cls" else "avg_with_cls")
-        return F.normalize(self.image_projection(pooled).float(), dim=-1)
+        return self._project(self.image_features(images, keep, seeds))
 
-    def embed_texts(self, text: Tensor) -> Float[Tensor, "b e"]:
-        """Normalised embeddings of tokens [B,L]."""
-        return F.normalize(self.text(text).float(), dim=-1)
+    def image_features(
+        self, images: Tensor, keep: Int[Tensor, "b k"] | None = None, seeds: Tensor | None = None
+    ) -> Float[Tensor, "b d"]:
+        """Pooled tokens of uint8 images [B,3,H,W]."""
+        tokens = self.trunk(normalize(images, self.config.pixels), keep=keep, seeds=seeds)
+        if self.attn_pool is not None:
+            pooled: Tensor = self.attn_pool(tokens)
+            return pooled
+        assert self.config.pooling != "map"
+        return pool(tokens, self.config.pooling)
+
+    def embed_texts(self, text: Int[Tensor, "b l"], keep: Tensor | None = None) -> Float[Tensor, "b e"]:
+        """Normalised embeddings of tokens, of those at `keep` or all of them."""
+        return F.normalize(self.text(text, keep).float(), dim=-1)
 
     def transform(self, train: bool) -> Transform:
         """Images and tokens; labels where the data have any, for zero-shot classification."""
         labels = bool(self.data.classes) and not train
-        return image_transform(self.config, self.data, train=train, labels=labels, tokenizer=self.tokenizer)
+        return captioned_transform(self.config, self.data, train=train, labels=labels, tokenizer=self.tokenizer)
 
     def evaluations(self) -> Mapping[str, Evaluation]:
-        """Zero-shot classification with the data's class names, and retrieval both ways."""
-        return {"image_text": ImageTextEvaluation(self.data.classes, self.config.templates, self.tokenizer)}
+        """Zero-shot classification, retrieval both ways, nearest neighbours and a linear probe, as asked for."""
+        wanted = self.config.evaluate
+        found: dict[str, Evaluation] = {}
+        if "zeroshot" in wanted or "retrieval" in wanted:
+            classes = self.classes if "zeroshot" in wanted else ()
+            found["image_text"] = ImageTextEvaluation(
+                classes, templates(self.config.templates), self.tokenizer, retrieval="retrieval" in wanted
+            )
+        if "knn" in wanted and self.data.classes:
+            found["knn"] = KnnEvaluation()
+        if "linear_probe" in wanted and self.data.classes:
+            found["linear_probe"] = LogisticEvaluation(self.data.classes)
+        return found
 
     def pictures(self, batch: Batch, predictions: Predictions) -> list[Picture]:
         """For a few captions of the batch, the images of the batch that fit best."""
         assert batch.images is not None
-        assert batch.text is not None
+        if batch.text is None:
+            return []
         present = (batch.weight > 0).nonzero().flatten().cpu()
         texts, images = (predictions[name].float().cpu()[present] for name in ("text_embedding", "image_embedding"))
         best = (texts[:NUM_PICTURES] @ images.T).topk(min(NUM_FOUND, len(present)), dim=1).indices
@@ -146,7 +237,9 @@ class FlipStage(ContrastiveStage):
         return pictures
 
     def answer(self, batch: Batch, question: FlipQuestion) -> list[Answer]:
-        """How well each text asked for fits each image: cosine, and probability among the texts."""
+        """How well each text asked for fits each image: cosine, and probability (among the texts, or by SigLIP's
+        loss of each by itself).
+        """
         assert batch.images is not None
         if not question.texts and not question.embedding:
             fix = "ask what is in the images: --ask 'texts=[a cat, a dog]', or --ask embedding=true"
@@ -156,7 +249,8 @@ class FlipStage(ContrastiveStage):
         if not question.texts:
             return answers
         cosine = images @ self.embed_texts(self.tokenizer(list(question.texts)).to(images.device)).T
-        shares = (self.logit_scale.float().exp() * cosine).softmax(1)
+        logits = self.logit_scale.float().exp() * cosine
+        shares = logits.softmax(1) if self.logit_bias is None else (logits + self.logit_bias.float()).sigmoid()
         for i, answer in enumerate(answers):
             order = cosine[i].argsort(descending=True).tolist()
             answer.facts["texts"] = [
@@ -166,3 +260,25 @@ class FlipStage(ContrastiveStage):
             caption = f"{question.texts[order[0]]} ({shares[i, order[0]]:.0%})"
             answers[i] = answer._replace(pictures=(Picture(caption, ((caption, batch.images[i].cpu()),)),))
         return answers
+
+    def trainable(self, name: str) -> bool:
+        """All but what `freeze` names."""
+        return not name.startswith(self.config.freeze) if self.config.freeze else True
+
+    def weight_decay_exempt(self, name: str, parameter: Tensor) -> bool:
+        """Vectors and biases; position tables and class tokens too where `decay_positions` is off."""
+        is_position = name.rpartition(".")[2] in ("pos_embed", "cls_token", "reg_token")
+        return parameter.ndim <= 1 or (is_position and not self.config.decay_positions)
+
+    def _project(self, features: Float[Tensor, "b d"]) -> Float[Tensor, "b e"]:
+        projected = features if self.image_projection is None else self.image_projection(features)
+        return F.normalize(projected.float(), dim=-1)
+
+    def _check_freeze(self) -> None:
+        names = [name for name, _ in self.named_parameters()]
+        for prefix in self.config.freeze:
+            if not any(name.startswith(prefix) for name in names):
+                heads = ", ".join(dict.fromkeys(name.split(".")[0] + ("." if "." in name else "") for name in names))
+                raise ConfigError(
+                    f"no parameter's name begins with {prefix!r}", where="options.freeze", fix=f"names begin {heads}"
+                )

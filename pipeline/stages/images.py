@@ -13,12 +13,12 @@ from torch.nn import functional as F
 
 from pipeline.config import Config
 from pipeline.data.batch import Batch, Example, RawSample, Transform
-from pipeline.data.transforms import EvalImage, ImageExample, TrainImage
+from pipeline.data.images import UnreadableSample
+from pipeline.data.transforms import EvalImage, ImageExample, ImageTransform, Tokenize, TrainImage
 from pipeline.errors import ConfigError, DataError
 from pipeline.models.attention_maps import attention_weights, global_blocks, looks, rollout
 from pipeline.models.config import ModelConfig
 from pipeline.models.pixels import PixelStatistics, normalize
-from pipeline.models.text import ClipTokenizer
 from pipeline.models.vit import ViT
 from pipeline.stages.base import Answer, DataFacts, Picture
 
@@ -64,17 +64,56 @@ class LabelledExample(ImageExample):
         return example
 
 
+@dataclasses.dataclass(frozen=True)
+class CaptionedExample(ImageExample):
+    """An example with a caption that says something.
+
+    Raises (when called):
+        UnreadableSample: its caption is empty.
+    """
+
+    def __call__(self, sample: RawSample, seed: int) -> Example:
+        if not sample.members.get("txt", b"?").strip():
+            raise UnreadableSample("its caption is empty")
+        return super().__call__(sample, seed)
+
+
+@dataclasses.dataclass(frozen=True)
+class MeasuredExample:
+    """An example whose caption and label may be missing: the tokens of an empty caption and -1 stand for them.
+
+    Args:
+        image, text: as `ImageExample`'s.
+        num_classes: 0: labels aren't read.
+    """
+
+    image: ImageTransform
+    text: Tokenize
+    num_classes: int
+
+    def __call__(self, sample: RawSample, seed: int) -> Example:
+        members = {"txt": b"", **sample.members}
+        read: ImageExample = ImageExample(self.image, text=self.text)
+        if self.num_classes and "cls" in members:
+            read = LabelledExample(self.image, text=self.text, num_classes=self.num_classes)
+        example = read(sample._replace(members=members), seed)
+        return example._replace(label=-1) if self.num_classes and example.label is None else example
+
+    def blank(self) -> Example:
+        """A black image, an empty caption, and label 0 where there are classes."""
+        return ImageExample(self.image, label=self.num_classes > 0, text=self.text).blank()
+
+
 def image_transform(
     options: ImageOptions,
     data: DataFacts,
     *,
     train: bool,
     labels: bool,
-    tokenizer: ClipTokenizer | None = None,
     policy: str = "",
     erase: float = 0.0,
 ) -> Transform:
-    """Samples to uint8 images of the trunk's size, with their label and tokens where asked for.
+    """Samples to uint8 images of the trunk's size, with their label where asked for.
 
     `policy` and `erase` are `TrainImage`'s.
     """
@@ -83,8 +122,25 @@ def image_transform(
     if train:
         image = TrainImage(size=size, scale=options.crop_scale, flip=options.flip, policy=policy, erase=erase)
     if labels:
-        return LabelledExample(image=image, text=tokenizer, num_classes=len(data.classes))
-    return ImageExample(image=image, text=tokenizer)
+        return LabelledExample(image=image, num_classes=len(data.classes))
+    return ImageExample(image=image)
+
+
+def captioned_transform(
+    options: ImageOptions, data: DataFacts, *, train: bool, labels: bool, tokenizer: Tokenize
+) -> Transform:
+    """Samples to uint8 images and the tokens of their captions, with labels where asked for.
+
+    In training a pair without a caption, or with an empty one, is absent: it would teach that nothing looks like this
+    image. In evaluation it stays, with the tokens of an empty caption, and one without a label gets label -1: a set
+    may have either.
+    """
+    size = options.model.image_hw
+    if train:
+        image = TrainImage(size=size, scale=options.crop_scale, flip=options.flip)
+        return CaptionedExample(image=image, text=tokenizer)
+    num_classes = len(data.classes) if labels else 0
+    return MeasuredExample(image=EvalImage(size=size), text=tokenizer, num_classes=num_classes)
 
 
 def with_labels(predictions: Mapping[str, Tensor], batch: Batch) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ from pipeline.errors import ConfigError
 from pipeline.evaluate.classification import best_classes, classification_figures, confusion, topk_accuracy
 from pipeline.evaluate.knn import knn_scores
 from pipeline.evaluate.probe import choose_head
-from pipeline.evaluate.retrieval import ranks_of_right_answers, retrieval_figures, text_groups
+from pipeline.evaluate.retrieval import ranks_of_right_answers, retrieval_figures, text_groups, worst_pairs
 from pipeline.evaluate.zeroshot import class_embeddings, prompts
 
 
@@ -28,7 +28,7 @@ def test_topk_and_confusion_equal_sklearns() -> None:
 def test_figures_leave_out_top5_where_it_says_nothing() -> None:
     best = best_classes(torch.eye(3))
     figures, details = classification_figures(best, torch.arange(3), ("a", "b", "c"), "heldout/")
-    assert figures == {"heldout/top1": 1.0}
+    assert figures == {"heldout/top1": 1.0, "heldout/mean_per_class": 1.0}
     assert details["heldout/confusion"] == torch.eye(3).int().tolist()
     assert details["classes"] == ["a", "b", "c"]
 
@@ -59,7 +59,28 @@ def test_retrieval_ranks_equal_a_sort_of_the_scores() -> None:
     assert torch.equal(ranks_of_right_answers(images, texts, torch.arange(40)), expected)
     figures = retrieval_figures(images, texts, torch.arange(40), "v/")
     assert figures["v/retrieval_i2t_r5"] == pytest.approx((expected < 5).float().mean().item())
-    assert set(figures) == {f"v/retrieval_{way}_r{k}" for way in ("i2t", "t2i") for k in (1, 5, 10)}
+
+
+def test_retrieval_figures_are_those_of_open_clips_own_function() -> None:
+    from open_clip_train.train import get_clip_metrics
+
+    images, texts = torch.randn(2, 57, 6, generator=torch.Generator().manual_seed(1)).unbind(0)
+    theirs = get_clip_metrics(images, texts, torch.tensor(10.0))
+    ours = retrieval_figures(images, texts, torch.arange(57), "v/")
+    assert len(ours) == len(theirs) == 10
+    for way, name in (("i2t", "image_to_text"), ("t2i", "text_to_image")):
+        for k in (1, 5, 10):
+            assert ours[f"v/retrieval_{way}_r{k}"] == theirs[f"{name}_R@{k}"]
+        for rank in ("mean_rank", "median_rank"):
+            assert ours[f"v/retrieval_{way}_{rank}"] == pytest.approx(theirs[f"{name}_{rank}"])
+
+
+def test_the_worst_pairs_are_those_whose_image_is_found_last() -> None:
+    images = torch.eye(4)
+    texts = images[[0, 1, 3, 2]] + 0.1 * images
+    found = worst_pairs(images, texts, torch.arange(4), torch.tensor([7, 8, 9, 10]))
+    assert [(pair.id, pair.rank, pair.found_id) for pair in found] == [(9, 2, 10), (10, 2, 9)]
+    assert found[0].found_cosine > found[0].cosine
 
 
 def test_equal_captions_are_right_answers_for_one_another() -> None:

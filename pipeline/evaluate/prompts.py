@@ -1,0 +1,94 @@
+"""Class names and prompt templates of zero-shot classification, open_clip's among them."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pipeline import storage
+from pipeline.errors import ConfigError
+
+TEMPLATES = {"openai_imagenet": "OPENAI_IMAGENET_TEMPLATES", "simple_imagenet": "SIMPLE_IMAGENET_TEMPLATES"}
+IMAGENET = "imagenet"
+
+
+def templates(wanted: str | Sequence[str]) -> tuple[str, ...]:
+    """Templates as given, or open_clip's by name: `openai_imagenet` (80 of them), `simple_imagenet` (7).
+
+    Raises:
+        ConfigError: no list of that name.
+    """
+    if not isinstance(wanted, str):
+        return tuple(wanted)
+    if wanted not in TEMPLATES:
+        raise ConfigError(
+            f"no list of templates {wanted!r}",
+            where="options.templates",
+            fix=f"use one of {', '.join(TEMPLATES)}, or list the prompts, each with {{}} for the class",
+        )
+    return tuple(template("{}") for template in getattr(_metadata(), TEMPLATES[wanted]))
+
+
+def class_names(wanted: str | Sequence[str], labels: Sequence[str]) -> tuple[str, ...]:
+    """What classes are called in prompts, in the order of the labels.
+
+    Args:
+        wanted: names; `imagenet` for open_clip's 1000; a file, one name a line or a JSON list; empty for the data's.
+        labels: the data's own names; () when it has no labels.
+
+    Raises:
+        ConfigError: there are more or fewer names than classes, or no such file.
+    """
+    if not wanted or not labels:
+        return tuple(labels)
+    names, where = _names(wanted)
+    if len(names) != len(labels):
+        raise ConfigError(
+            f"{len(names)} names for the data's {len(labels)} classes",
+            where=f"options.class_names: {where}",
+            fix="give one name for each class, in the order of the labels",
+        )
+    return names
+
+
+def _names(wanted: str | Sequence[str]) -> tuple[tuple[str, ...], str]:
+    if not isinstance(wanted, str):
+        return tuple(wanted), "the list"
+    if wanted == IMAGENET:
+        return tuple(_metadata().IMAGENET_CLASSNAMES), IMAGENET
+    try:
+        content = storage.read(wanted).decode("utf-8")
+    except FileNotFoundError:
+        raise ConfigError(
+            "no such file", where=f"options.class_names: {wanted}", fix=f"check the path, or use {IMAGENET}"
+        ) from None
+    if not wanted.endswith(".json"):
+        return tuple(line.strip() for line in content.splitlines() if line.strip()), wanted
+    found = json.loads(content)
+    if not isinstance(found, list) or not all(isinstance(name, str) for name in found):
+        raise ConfigError("no list of names", where=f"options.class_names: {wanted}", fix='write ["cat", "dog", ...]')
+    return tuple(found), wanted
+
+
+@functools.cache
+def _metadata() -> Any:
+    """open_clip's `zero_shot_metadata`, loaded by itself where the package isn't: importing that costs seconds."""
+    if "open_clip" in sys.modules:
+        import open_clip.zero_shot_metadata
+
+        return open_clip.zero_shot_metadata
+    package = importlib.util.find_spec("open_clip")
+    assert package is not None
+    assert package.submodule_search_locations
+    path = Path(package.submodule_search_locations[0]) / "zero_shot_metadata.py"
+    spec = importlib.util.spec_from_file_location("pipeline.evaluate._open_clip_metadata", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
