@@ -145,7 +145,7 @@ class ClassifyStage(Stage):
         return class_answers(batch, self.scores(batch.images), self.data.classes)
 
     def weight_decay_exempt(self, name: str, parameter: Tensor) -> bool:
-        """Vectors and biases, and unless `decay_tokens`, tokens and positions, as MAE's fine-tuning; its pretraining and
-        pycls decay them.
+        """Vectors, biases and, unless `decay_tokens`, tokens and positions, as in MAE's fine-tuning; MAE's pretraining
+        and pycls decay tokens.
         """
         return parameter.ndim <= 1 or (name in TOKENS and not self.config.decay_tokens)
