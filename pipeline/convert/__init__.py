@@ -13,6 +13,7 @@ import difflib
 import logging
 from typing import Any, NamedTuple
 
+from pipeline.convert.detectron2 import Detectron2
 from pipeline.convert.files import read_source, write_target
 from pipeline.convert.huggingface import HuggingFaceVit, HuggingFaceVitMae
 from pipeline.convert.mae import Mae, MaeEncoder
@@ -25,7 +26,8 @@ from pipeline.stages.base import Stage
 log = logging.getLogger(__name__)
 
 FORMATS: dict[str, Format] = {
-    form.name: form for form in (Native(), Mae(), MaeEncoder(), TimmVit(), HuggingFaceVitMae(), HuggingFaceVit())
+    form.name: form
+    for form in (Native(), Mae(), MaeEncoder(), TimmVit(), HuggingFaceVitMae(), HuggingFaceVit(), Detectron2())
 }
 
 

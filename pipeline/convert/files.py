@@ -1,7 +1,7 @@
 """Weight files, read without executing anything in them.
 
-Pickles go through torch's restricted unpickler (`weights_only=True`), which builds tensors and plain containers and
-refuses everything else; safetensors and JSON hold no code to begin with.
+Pickles go through torch's restricted unpickler (`weights_only=True`), or for numpy arrays through our own, which build
+tensors and plain containers and refuse everything else; safetensors and JSON hold no code to begin with.
 """
 
 from __future__ import annotations
@@ -20,10 +20,12 @@ from torch import Tensor
 
 from pipeline import storage
 from pipeline.config import Document
+from pipeline.convert.arrays import ForbiddenObject, as_tensors, dump_arrays, load_arrays
 from pipeline.convert.weights import Format, Source, Written, listed
 from pipeline.errors import CheckpointError, ConfigError, StorageError
 
-PICKLES = (".pth", ".pt", ".bin", ".ckpt")
+ARRAYS = ".pkl"
+PICKLES = (".pth", ".pt", ".bin", ".ckpt", ARRAYS)
 SAFETENSORS = ".safetensors"
 WHOLE_FOLDER = ("model.safetensors", "pytorch_model.bin")
 INDEX = "model.safetensors.index.json"
@@ -66,13 +68,17 @@ def write_target(url: str, written: Written, form: Format) -> list[str]:
     if url.endswith(SAFETENSORS):
         storage.write(url, _safetensors(state, written.config))
         return [url]
-    if url.endswith(PICKLES) and form.pickles:
+    if url.endswith(ARRAYS) and form.arrays:
+        storage.write(url, dump_arrays(state, form.wrapped_in))
+        return [url]
+    if url.endswith(PICKLES) and not url.endswith(ARRAYS) and form.pickles:
         content = io.BytesIO()
         torch.save({form.wrapped_in: state} if form.wrapped_in else state, content)
         storage.write(url, content.getvalue())
         return [url]
     if form.config_file is None or ("." in url.rpartition("/")[2] and not url.endswith("/")):
-        kinds = ", ".join((SAFETENSORS, *(PICKLES if form.pickles else ())))
+        pickles = [end for end in PICKLES if (form.arrays if end == ARRAYS else form.pickles)]
+        kinds = ", ".join((SAFETENSORS, *pickles))
         raise ConfigError(
             f"its ending is of no kind of file that format {form.name!r} has",
             where=url,
@@ -100,6 +106,10 @@ def _read_file(url: str) -> tuple[dict[str, Tensor], Document]:
             return safetensors.torch.load(content), _metadata(content)
         except (safetensors.SafetensorError, ValueError, KeyError) as error:
             raise _damaged(url, "safetensors", error) from None
+    if url.endswith(ARRAYS):
+        with _explained(url):
+            arrays = as_tensors(load_arrays(content))
+        return _tensors(arrays, url)
     with _explained(url), torch.serialization.safe_globals([argparse.Namespace]):
         found = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     return _tensors(found, url)
@@ -123,7 +133,7 @@ def _explained(url: str) -> Iterator[None]:
 
 def _damaged(url: str, kind: str, error: Exception) -> CheckpointError:
     words = " ".join(str(error).split()) or type(error).__name__
-    if "Weights only load failed" in words or "Unsupported" in words:
+    if "Weights only load failed" in words or "Unsupported" in words or isinstance(error, ForbiddenObject):
         return CheckpointError(
             "it holds objects other than tensors, which could execute code when loaded",
             where=url,

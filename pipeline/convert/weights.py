@@ -78,6 +78,7 @@ class Format(abc.ABC):
     wrapped_in: ClassVar[str | None] = None  # key around the tensors in a pickle
     config_file: ClassVar[str | None] = None  # written beside the weights when the target is a folder
     pickles: ClassVar[bool] = True  # whether the format is also found in PyTorch's own files
+    arrays: ClassVar[bool] = False  # whether it is also found in pickles of numpy arrays (.pkl)
 
     @abc.abstractmethod
     def read(self, source: Source, known: Known) -> Weights:

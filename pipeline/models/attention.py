@@ -1,6 +1,7 @@
 """Multi-head attention.
 
-Legend: B samples, T tokens, S tokens that are attended to, H heads, E width of a head, D = H * E.
+Legend: B samples, T tokens, S tokens that are attended to, H heads, E width of a head, G width of a value (E but for
+relative positions), D = H * E.
 """
 
 from __future__ import annotations
@@ -25,26 +26,35 @@ as fast from T=65 on, and everywhere on a GPU. Beyond this length the T x T matr
 def attend(
     q: Float[Tensor, "b h t e"],
     k: Float[Tensor, "b h s e"],
-    v: Float[Tensor, "b h s e"],
+    v: Float[Tensor, "b h s g"],
     mask: Float[Tensor, "..."] | None = None,
-) -> Float[Tensor, "b h t e"]:
-    """Softmax attention with scale E^-0.5, by the faster of two equal computations (see `EXPLICIT_UP_TO`).
+    scale: float | None = None,
+) -> Float[Tensor, "b h t g"]:
+    """Softmax attention, by the faster of two equal computations (see `EXPLICIT_UP_TO`).
 
     `mask` is added to the scores: 0 where a token may look, -inf where it may not; it broadcasts to [B,H,T,S].
+    `scale` is E^-0.5 unless given. Values may be narrower than queries and keys: they are padded with zeros then,
+    since the fused kernels that need no T x S matrix take one width only.
     """
     if q.device.type == "cpu" and q.dtype == torch.bfloat16 and k.shape[2] <= EXPLICIT_UP_TO:
-        return attend_explicitly(q, k, v, mask)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return attend_explicitly(q, k, v, mask, scale)
+    width = v.shape[-1]
+    if width < q.shape[-1]:
+        v = F.pad(v, (0, q.shape[-1] - width))
+    out: Tensor = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+    return out if out.shape[-1] == width else out[..., :width]
 
 
 def attend_explicitly(
     q: Float[Tensor, "b h t e"],
     k: Float[Tensor, "b h s e"],
-    v: Float[Tensor, "b h s e"],
+    v: Float[Tensor, "b h s g"],
     mask: Float[Tensor, "..."] | None = None,
-) -> Float[Tensor, "b h t e"]:
+    scale: float | None = None,
+) -> Float[Tensor, "b h t g"]:
     """Two batched matrix products and a softmax; the scale goes to q, the smaller factor."""
-    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
+    factor = q.shape[-1] ** -0.5 if scale is None else scale
+    scores = (q if factor == 1 else q * factor) @ k.transpose(-2, -1)
     if mask is not None:
         scores = scores + mask
     out: Tensor = scores.softmax(-1) @ v

@@ -48,15 +48,29 @@ def relative_table(table: Float[Tensor, "n e"], side: int) -> Float[Tensor, "sid
     return table[place.unsqueeze(1) - place.unsqueeze(0) + side - 1]
 
 
-def relative_bias(
-    q: Float[Tensor, "b h t e"], rows: Float[Tensor, "n e"], columns: Float[Tensor, "m e"], grid: tuple[int, int]
-) -> Float[Tensor, "b h t t"]:
-    """What decomposed relative positions add to the scores; of the queries before they are scaled."""
+def fold_relative(
+    q: Float[Tensor, "b h t e"],
+    k: Float[Tensor, "b h t e"],
+    rows: Float[Tensor, "n e"],
+    columns: Float[Tensor, "m e"],
+    grid: tuple[int, int],
+) -> tuple[Float[Tensor, "b h t f"], Float[Tensor, "b h t f"]]:
+    """Queries and keys whose plain product is what decomposed relative positions make of the scores: F = E + R + C.
+
+    The score of a query at (r, c) and a key at (i, j) is q.k E^-0.5 + q.down[r, i] + q.across[c, j], of the queries
+    before they are scaled. A query takes its R + C products with the tables along, a key says by ones in which row and
+    column it is. So no T x T bias exists, and any fused attention kernel applies.
+    """
     b, h, t, e = q.shape
     placed = q.view(b, h, *grid, e)
     down = torch.einsum("bhrce,rke->bhrck", placed, relative_table(rows, grid[0]))
     across = torch.einsum("bhrce,cke->bhrck", placed, relative_table(columns, grid[1]))
-    return (down.unsqueeze(-1) + across.unsqueeze(-2)).reshape(b, h, t, t)
+    asking = torch.cat([placed * e**-0.5, down, across], dim=-1).view(b, h, t, -1)
+    place = torch.arange(t, device=q.device)
+    row = F.one_hot(place // grid[1], grid[0])
+    column = F.one_hot(place % grid[1], grid[1])
+    where = torch.cat([row, column], dim=-1).to(k.dtype).expand(b, h, -1, -1)
+    return asking, torch.cat([k, where], dim=-1)
 
 
 class SpatialAttention(Attention):
@@ -77,8 +91,8 @@ class SpatialAttention(Attention):
         if self.rel_pos_h is None or self.rel_pos_w is None:
             out = attend(q, k, v)
         else:
-            bias = relative_bias(q, self.rel_pos_h, self.rel_pos_w, (rows, columns))
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+            q, k = fold_relative(q, k, self.rel_pos_h, self.rel_pos_w, (rows, columns))
+            out = attend(q, k, v, scale=1.0)
         projected: Tensor = self.proj(out.transpose(1, 2).reshape(b, rows, columns, d))
         return projected
 
@@ -87,10 +101,11 @@ class SpatialAttention(Attention):
         b, rows, columns, d = x.shape
         t = rows * columns
         q, k, _ = self.qkv(x).view(b, t, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
-        scores = q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)
-        if self.rel_pos_h is not None and self.rel_pos_w is not None:
-            scores = scores + relative_bias(q, self.rel_pos_h, self.rel_pos_w, (rows, columns))
-        found: Tensor = scores.softmax(-1)
+        if self.rel_pos_h is None or self.rel_pos_w is None:
+            q = q * q.shape[-1] ** -0.5
+        else:
+            q, k = fold_relative(q, k, self.rel_pos_h, self.rel_pos_w, (rows, columns))
+        found: Tensor = (q @ k.transpose(-2, -1)).softmax(-1)
         return found
 
 

@@ -17,6 +17,7 @@ STAGES: dict[str, str] = {
     "flip": "pipeline.stages.flip:FlipStage",
     "classify": "pipeline.stages.classify:ClassifyStage",
     "probe": "pipeline.stages.probe:ProbeStage",
+    "vitdet": "pipeline.stages.vitdet:VitDetStage",
 }
 """Where each stage's class is; imported by `stage_class`, so that one stage's libraries don't slow another's start."""
 

@@ -53,16 +53,15 @@ class LabelledExample(ImageExample):
     label: bool = True
     num_classes: int = 0
 
-    def several(self, sample: RawSample, seeds: Sequence[int]) -> list[Example]:
-        examples = super().several(sample, seeds)
-        for example in examples:
-            if example.label is not None and example.label >= self.num_classes:
-                raise DataError(
-                    f"label {example.label}, but the training data name {self.num_classes} classes",
-                    where=f"sample {sample.key}",
-                    fix="prepare all sets of a run with the same list of classes",
-                )
-        return examples
+    def __call__(self, sample: RawSample, seed: int) -> Example:
+        example = super().__call__(sample, seed)
+        if example.label is not None and example.label >= self.num_classes:
+            raise DataError(
+                f"label {example.label}, but the training data name {self.num_classes} classes",
+                where=f"sample {sample.key}",
+                fix="prepare all sets of a run with the same list of classes",
+            )
+        return example
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,10 +72,10 @@ class CaptionedExample(ImageExample):
         UnreadableSample: its caption is empty.
     """
 
-    def several(self, sample: RawSample, seeds: Sequence[int]) -> list[Example]:
+    def __call__(self, sample: RawSample, seed: int) -> Example:
         if not sample.members.get("txt", b"?").strip():
             raise UnreadableSample("its caption is empty")
-        return super().several(sample, seeds)
+        return super().__call__(sample, seed)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,7 +18,10 @@ from torch import Tensor
 
 from pipeline import ranks
 from pipeline.config import validate
-from pipeline.data.batch import Batch
+from pipeline.data.batch import Batch, Instances
+from pipeline.data.instances import InstanceExample, decode_masks
+from pipeline.data.views import fitted
+from pipeline.models.rcnn_masks import encode_masks
 from pipeline.stages import STAGES, stage_class
 from pipeline.stages.base import DataFacts, Stage
 from pipeline.train.config import OptimConfig
@@ -27,6 +30,10 @@ from pipeline.train.engine_deepspeed import DeepSpeedEngine
 
 CLASSES = ("dark", "red", "green", "blue")
 MODEL = {"width": 32, "depth": 2, "heads": 2, "image_size": 32, "patch_size": 8}
+DENSE = {
+    "cls_token": False, "final_norm": False, "window": 3, "global_blocks": [1], "conv_blocks": [0],
+    "relative_positions": True, "drop_path": 0.1, "position_trained": True, "position_image_size": 16,
+}  # fmt: skip
 TINY: dict[str, dict[str, Any]] = {
     "mae": {"model": MODEL, "decoder": {"width": 16, "depth": 1, "heads": 2}, "evaluate": ["reconstruction", "knn"]},
     "mp3": {"model": MODEL | {"activation_checkpointing": True}, "context_ratio": 0.5},
@@ -37,7 +44,15 @@ TINY: dict[str, dict[str, Any]] = {
     },
     "classify": {"model": MODEL | {"drop_path": 0.2}, "head_init_std": 0.02, "mixup": 0.2, "cutmix": 1.0},
     "probe": {"model": MODEL | {"drop_path": 0.2}, "lr_multipliers": [0.5, 1.0]},
-}
+    "vitdet": {
+        "model": MODEL | DENSE,
+        "detector": {
+            "pyramid_channels": 16, "rpn_samples": 32, "train_proposals": [64, 32], "test_proposals": [64, 32],
+            "box_samples": 16, "box_convs": 1, "box_width": 32, "mask_convs": 1, "detections": 8,
+            "score_threshold": 0.01,
+        },
+    },
+}  # fmt: skip
 GLOBAL_BATCH = 12
 OPTIM = OptimConfig(lr=3e-3, weight_decay=0.01)
 
@@ -54,6 +69,10 @@ def batch_of(stage: Stage, step: int, *, share: bool = True) -> Batch:
     labels = ids % len(CLASSES)
     noise = torch.stack([torch.rand(3, 32, 32, generator=torch.Generator().manual_seed(int(i))) for i in ids])
     colour = torch.nn.functional.one_hot(labels, 4)[:, 1:].view(-1, 3, 1, 1)
+    objects = [rectangle(int(i), int(label)) for i, label in zip(ids, labels, strict=True)]
+    if hasattr(stage, "transform") and isinstance(stage.transform(train=True), InstanceExample):
+        shown = torch.stack([decode_masks(one.masks, (32, 32)).any(0) for one in objects])
+        colour = colour * shown.unsqueeze(1)
     images = (80 * noise + 150 * colour).to(torch.uint8)
     weight = torch.ones(GLOBAL_BATCH)
     weight[step % GLOBAL_BATCH] = 0
@@ -70,13 +89,31 @@ def batch_of(stage: Stage, step: int, *, share: bool = True) -> Batch:
         images=images[rows],
         text=None if text is None else text[rows],
         labels=labels[rows],
+        instances=tuple(objects[rows]),
+    )
+
+
+def rectangle(number: int, label: int) -> Instances:
+    """One object in an image of 32 x 32 pixels, or in every seventh image none, and in every fifth a crowd beside."""
+    left, top = 2 * (number % 5), 2 * (number % 4)
+    boxes = [(left, top, left + 18, top + 20), (20, 22, 30, 32)]
+    chosen = [] if number % 7 == 6 else boxes[: 2 if number % 5 == 4 else 1]
+    masks = torch.zeros(len(chosen), 32, 32, dtype=torch.bool)
+    for mask, (x0, y0, x1, y1) in zip(masks, chosen, strict=True):
+        mask[y0:y1, x0:x1] = True
+    return Instances(
+        boxes=torch.tensor(chosen, dtype=torch.float32).reshape(-1, 4),
+        labels=torch.full((len(chosen),), label),
+        masks=tuple(encode_masks(masks)),
+        crowd=torch.tensor([0, 1][: len(chosen)]),
+        view=fitted(32, 32, (32, 32)),
     )
 
 
 def cut(batch: Batch, rows: slice) -> Batch:
     """Some of a batch's samples."""
     parts = {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch)}
-    return Batch(**{name: part[rows] if isinstance(part, Tensor) else part for name, part in parts.items()})
+    return Batch(**{name: part[rows] if isinstance(part, Tensor | tuple) else part for name, part in parts.items()})
 
 
 def engine_of(stage: Stage, precision: str = "fp32") -> DeepSpeedEngine:
@@ -135,6 +172,7 @@ def trial(name: str) -> dict[str, Any]:
         "losses": losses,
         "parts": sorted(result.parts),
         "gradients": gradients,
+        "reached": [key for key, moment in whole(middle, "exp_avg").items() if moment.any()],
         "after": after,
     }
     report |= looked_at(stage, engine)

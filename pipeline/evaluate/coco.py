@@ -1,0 +1,170 @@
+"""COCO's average precision and recall of boxes and masks (Lin et al. 2014; pycocotools' `COCOeval`).
+
+Computed by faster-coco-eval, whose C++ gives pycocotools' numbers. Objects and detections are compared in pixels of
+the stored images, wherever the stage saw them. Legend: B images, D detections, M side of a predicted mask.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+
+from pipeline import ranks
+from pipeline.data.batch import Batch, Instances
+from pipeline.evaluate.base import Measured, Predict, Predictions, Sweep
+from pipeline.models.rcnn_masks import encode_masks, paste_masks
+
+MAX_DETECTIONS = (1, 10, 100)
+FIGURES = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large")
+RECALLS = ("ar1", "ar10", "ar100", "ar_small", "ar_medium", "ar_large")
+Kind = Literal["bbox", "segm"]
+Annotation = dict[str, Any]
+
+
+class Truth(NamedTuple):
+    """What an image shows."""
+
+    size: tuple[int, int]  # height and width of the stored image
+    objects: list[Annotation]
+
+
+class CocoEvaluation:
+    """`<set>/box_ap`, `box_ap50`, ... `box_ar100`, ... and `mask_*` alike, from a stage's detections.
+
+    Predictions needed, each with leading dimension B: `boxes` [B,D,4] in pixels of the image at hand, `scores` and
+    `classes` [B,D], `counts` [B] of those that are real, and for mask figures `masks` [B,D,M,M], probabilities.
+
+    Objects come from the batch's instances, in pixels of the stored image; crowd regions count as COCO counts them. A
+    figure that is undefined (no object of that size) is left out.
+    """
+
+    def __init__(self, classes: Sequence[str], *, masks: bool) -> None:
+        self.classes = tuple(classes)
+        self.kinds: tuple[Kind, ...] = ("bbox", "segm") if masks else ("bbox",)
+
+    def __call__(self, predict: Predict, sweep: Sweep, names: tuple[str, ...]) -> Measured:
+        """Collective: every rank's images are gathered, the first rank measures."""
+        figures: dict[str, float] = {}
+        details: dict[str, Any] = {}
+        for name in names:
+            truth, found = self._gathered(predict, sweep(name))
+            measured, per_class = ranks.from_first(lambda t=truth, f=found: self._measured(t, f))  # type: ignore[misc]
+            figures |= {f"{name}/{key}": value for key, value in measured.items()}
+            details[f"{name}/coco"] = {"classes": list(self.classes), **per_class}
+        return Measured(figures, details)
+
+    def _gathered(self, predict: Predict, batches: Iterable[Batch]) -> tuple[dict[int, Truth], list[Annotation]]:
+        """Objects by image and all detections, in order of the images' numbers."""
+        own: list[tuple[int, Truth, list[Annotation]]] = []
+        for batch in batches:
+            predictions = predict(batch)
+            for i, results in stored_detections(predictions, batch).items():
+                assert batch.instances is not None
+                number, there = int(batch.ids[i]), batch.instances[i]
+                size = (0, 0) if there.view is None else there.view.source
+                truth = Truth(size, annotations_of(there, number))
+                own.append((number, truth, [{"image_id": number, **one} for one in results]))
+        parts = ranks.gather(own)
+        images = sorted((image for part in parts for image in part), key=lambda image: image[0])
+        return {number: truth for number, truth, _ in images}, [d for _, _, found in images for d in found]
+
+    def _measured(
+        self, truth: Mapping[int, Truth], found: Sequence[Annotation]
+    ) -> tuple[dict[str, float], dict[str, Any]]:
+        figures: dict[str, float] = {}
+        per_class: dict[str, Any] = {}
+        for kind in self.kinds:
+            stats, of_classes = coco_figures(truth, found, len(self.classes), kind)
+            label = "box" if kind == "bbox" else "mask"
+            figures |= {f"{label}_{key}": value for key, value in stats.items()}
+            per_class[f"{label}_ap"] = of_classes
+        return figures, per_class
+
+
+def coco_figures(
+    truth: Mapping[int, Truth], found: Sequence[Annotation], num_classes: int, kind: Kind
+) -> tuple[dict[str, float], list[float | None]]:
+    """COCO's twelve figures, those defined, and each class's AP (None: undefined).
+
+    Args:
+        truth: objects of each image, as COCO's annotations; images without objects are there too.
+        found: detections, as COCO's results; those of one image best first, or ties may go another way.
+        num_classes: categories are numbered from 0.
+    """
+    from faster_coco_eval import COCO, COCOeval_faster
+
+    annotations = [
+        {**one, "id": i} for i, one in enumerate((one for image in truth.values() for one in image.objects), start=1)
+    ]
+    coco = COCO(
+        {
+            "images": [{"id": i, "height": t.size[0], "width": t.size[1]} for i, t in truth.items()],
+            "annotations": annotations,
+            "categories": [{"id": number, "name": str(number)} for number in range(num_classes)],
+        }
+    )
+    results = COCO({"images": coco.dataset["images"], "annotations": [], "categories": coco.dataset["categories"]})
+    if found:
+        results = coco.loadRes([dict(one) for one in found])
+    evaluation = COCOeval_faster(coco, results, kind, print_function=lambda *_: None)
+    evaluation.params.maxDets = list(MAX_DETECTIONS)
+    with contextlib.redirect_stdout(io.StringIO()):
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    stats = dict(zip((*FIGURES, *RECALLS), (float(v) for v in evaluation.stats[:12]), strict=True))
+    precision = torch.from_numpy(evaluation.eval["precision"][:, :, :, 0, -1])  # [thresholds, recalls, classes]
+    of_classes: list[float | None] = []
+    for number in range(num_classes):
+        defined = precision[:, :, number][precision[:, :, number] > -1]
+        of_classes.append(defined.mean().item() if len(defined) else None)
+    return {key: value for key, value in stats.items() if value > -1}, of_classes
+
+
+def stored_detections(predictions: Predictions, batch: Batch) -> dict[int, list[Annotation]]:
+    """What was found in each present image (by its place in the batch), as COCO's results without `image_id`.
+
+    Boxes are [x, y, width, height] and masks compressed run lengths, in pixels of the stored image.
+    """
+    assert batch.instances is not None
+    found: dict[int, list[Annotation]] = {}
+    for i in (batch.weight > 0).nonzero().flatten().tolist():
+        view = batch.instances[i].view
+        count = int(predictions["counts"][i])
+        boxes = predictions["boxes"][i, :count].float().cpu()
+        if view is not None:
+            boxes = view.stored(boxes)
+        corners = boxes.double()
+        sides = torch.cat([corners[:, :2], corners[:, 2:] - corners[:, :2]], dim=1).tolist()
+        scores = predictions["scores"][i, :count].double().tolist()
+        classes = predictions["classes"][i, :count].tolist()
+        results = [
+            {"category_id": c, "bbox": box, "score": s} for c, box, s in zip(classes, sides, scores, strict=True)
+        ]
+        if "masks" in predictions and count:
+            assert view is not None
+            pasted = paste_masks(predictions["masks"][i, :count].float().cpu(), boxes, view.source)
+            for one, mask in zip(results, encode_masks(pasted), strict=True):
+                one["segmentation"] = mask
+        found[i] = results
+    return found
+
+
+def annotations_of(instances: Instances, image_id: int) -> list[Annotation]:
+    """COCO annotations of an image's objects."""
+    from pycocotools import mask as coco_mask
+
+    corners = instances.boxes.double()
+    sides = torch.cat([corners[:, :2], corners[:, 2:] - corners[:, :2]], dim=1).tolist()
+    objects = []
+    for box, label, mask, crowd in zip(
+        sides, instances.labels.tolist(), instances.masks, instances.crowd.tolist(), strict=True
+    ):
+        area = float(coco_mask.area(dict(mask)))
+        one = {"image_id": image_id, "category_id": label, "bbox": box, "area": area, "iscrowd": crowd}
+        objects.append(one | {"segmentation": dict(mask)})
+    return objects

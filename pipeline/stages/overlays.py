@@ -1,0 +1,90 @@
+"""Pictures of detections and of what there is to detect, drawn over the images."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import UInt8
+from torch import Tensor
+from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
+
+from pipeline.data.batch import Batch, Instances
+from pipeline.data.instances import decode_masks, view_mask
+from pipeline.evaluate.base import Predictions
+from pipeline.models.rcnn_masks import paste_masks
+from pipeline.stages.base import Picture
+
+SHOWN_ABOVE = 0.5  # score of a detection that is drawn
+SMALLEST_SIDE = 256  # pixels; smaller images are enlarged, so that labels can be read
+PALETTE = ("#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#008080", "#f032e6", "#9a6324", "#800000", "#000075")
+
+
+def detection_pictures(
+    batch: Batch, predictions: Predictions, classes: Sequence[str], *, most: int, above: float = SHOWN_ABOVE
+) -> list[Picture]:
+    """The first present images of an evaluation batch, with their objects and with what was found."""
+    assert batch.images is not None
+    assert batch.instances is not None
+    pictures = []
+    for i in (batch.weight > 0).nonzero().flatten()[:most].tolist():
+        image = batch.images[i].cpu()
+        truth = batch.instances[i]
+        count = int(predictions["counts"][i])
+        shown = (predictions["scores"][i, :count] > above).cpu()
+        boxes = predictions["boxes"][i, :count].float().cpu()[shown]
+        labels = [
+            f"{classes[int(c)]} {s:.2f}"
+            for c, s in zip(
+                predictions["classes"][i, :count].cpu()[shown].tolist(),
+                predictions["scores"][i, :count].cpu()[shown].tolist(),
+                strict=True,
+            )
+        ]
+        masks = None
+        if "masks" in predictions:
+            masks = paste_masks(
+                predictions["masks"][i, :count].float().cpu()[shown], boxes, (image.shape[1], image.shape[2])
+            )
+        found = overlay(image, boxes, labels, masks)
+        panels = [("found", found)]
+        if len(truth.labels):
+            panels.insert(0, ("there is", _truth(image, truth, classes)))
+        pictures.append(Picture(f"sample {int(batch.ids[i])}", tuple(panels)))
+    return pictures
+
+
+def overlay(
+    image: UInt8[Tensor, "3 h w"], boxes: Tensor, labels: Sequence[str], masks: Tensor | None
+) -> UInt8[Tensor, "3 h2 w2"]:
+    """Boxes with labels, and masks where given, over an image, enlarged where it is small."""
+    factor = max(1, -(-SMALLEST_SIDE // min(image.shape[1], image.shape[2])))
+    image = image.repeat_interleave(factor, 1).repeat_interleave(factor, 2)
+    if len(boxes) == 0:
+        return image
+    colours = [PALETTE[i % len(PALETTE)] for i in range(len(boxes))]
+    if masks is not None:
+        large = masks.repeat_interleave(factor, 1).repeat_interleave(factor, 2)
+        image = draw_segmentation_masks(image, large, alpha=0.45, colors=colours)
+    boxes = boxes * factor
+    usable = (boxes[:, 2] >= boxes[:, 0]) & (boxes[:, 3] >= boxes[:, 1])
+    if not usable.all():
+        boxes, labels = boxes[usable], [label for label, good in zip(labels, usable.tolist(), strict=True) if good]
+        colours = colours[: len(boxes)]
+    drawn: Tensor = draw_bounding_boxes(image, boxes, labels=list(labels), colors=colours, width=2)
+    return drawn
+
+
+def _truth(image: Tensor, instances: Instances, classes: Sequence[str]) -> Tensor:
+    """The objects, put into view where they are those of the stored image."""
+    view = instances.view
+    labels = [
+        classes[label] + (" (crowd)" if crowd else "")
+        for label, crowd in zip(instances.labels.tolist(), instances.crowd.tolist(), strict=True)
+    ]
+    boxes, masks = instances.boxes, instances.masks
+    size = (image.shape[1], image.shape[2])
+    if view is not None and all(mask["size"] == list(view.source) for mask in masks):
+        boxes = view.shown(boxes)
+        masks = tuple(view_mask(mask, view) for mask in masks)
+    return overlay(image, boxes, labels, torch.as_tensor(decode_masks(masks, size)))

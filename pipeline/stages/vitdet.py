@@ -1,0 +1,213 @@
+"""Detection and instance segmentation from a plain trunk (ViTDet, Li et al. 2022, arXiv 2203.16527).
+
+Legend: B images, D detections of an image, M side of a predicted mask, K classes.
+
+Losses are sums over images of each image's own mean, as in detectron2 with one image on a GPU, and anchors and regions
+are sampled from the images' seeds: gradients are the same for any number of ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import ClassVar, Literal
+
+import torch
+from jaxtyping import Float
+from pydantic import model_validator
+from torch import Tensor, nn
+
+from pipeline.config import Config
+from pipeline.data.batch import Batch, Instances, Transform
+from pipeline.data.instances import Fitted, InstanceExample, LargeScaleJitter, decode_masks
+from pipeline.evaluate.base import Evaluation, Predictions
+from pipeline.evaluate.coco import CocoEvaluation
+from pipeline.models.patch_embed import StemNorm
+from pipeline.models.pixels import normalize
+from pipeline.models.proposals import DetectorConfig, ProposalNetwork, Targets
+from pipeline.models.pyramid import NUM_LEVELS, SimplePyramid, TappedPyramid, as_map, quarter_taps
+from pipeline.models.rcnn import BoxHeads, Detections, level_strides, pool
+from pipeline.models.rcnn_masks import POOLED_SIDE, MaskHead, mask_losses
+from pipeline.models.vit import ViT
+from pipeline.stages.base import DataFacts, Losses, Picture, Stage
+from pipeline.stages.images import ImageOptions, require_classes
+from pipeline.stages.overlays import detection_pictures
+
+MAX_PICTURES = 8
+
+
+class VitDetOptions(ImageOptions):
+    """Options of stage `vitdet`."""
+
+    detector: DetectorConfig = DetectorConfig()
+    pyramid: Literal["simple", "fpn"] = "simple"  # ViTDet's; FPN on four taps, as in Li et al. 2021
+    jitter: tuple[float, float] = (0.1, 2.0)  # range of large-scale jitter's factor, in training
+    decay_norms: bool = False  # weight decay for norms and the position table too, as ViTDet-H has it
+
+    @model_validator(mode="after")
+    def _detects(self) -> VitDetOptions:
+        check_dense_model(self, "vitdet")
+        height, width = self.model.image_hw
+        step = 4 * self.model.patch_size
+        if height % step or width % step:
+            raise ValueError(f"a pyramid needs image_size in multiples of 4 patches, {step} pixels")
+        if not 0 < self.jitter[0] <= self.jitter[1]:
+            raise ValueError(f"jitter must be 0 < low <= high, found {self.jitter}")
+        return self
+
+
+def check_dense_model(options: ImageOptions, stage: str) -> None:
+    """Raise ValueError for a trunk that isn't one for dense prediction."""
+    model = options.model
+    if model.cls_token or model.registers or model.final_norm:
+        raise ValueError(f"stage {stage} uses patches alone: set model.cls_token and model.final_norm to false")
+    if "crop_scale" in options.model_fields_set:
+        raise ValueError(f"crop_scale means nothing to stage {stage}, which shows whole images and scales by jitter")
+
+
+class VitDetStage(Stage):
+    """Trunk, pyramid, proposals, and heads for boxes and masks."""
+
+    options: ClassVar[type[Config]] = VitDetOptions
+
+    def __init__(self, options: VitDetOptions, data: DataFacts) -> None:
+        super().__init__(options, data)
+        require_classes(data, "vitdet")
+        self.config = options
+        detector, num_classes = options.detector, len(data.classes)
+        self.trunk = ViT(options.model)
+        channels = detector.pyramid_channels
+        self.taps = quarter_taps(len(self.trunk.blocks)) if options.pyramid == "fpn" else ()
+        self.pyramid = (
+            TappedPyramid(self.trunk.width, channels, detector.head_norm)
+            if options.pyramid == "fpn"
+            else SimplePyramid(self.trunk.width, channels)
+        )
+        strides = level_strides(options.model.patch_size, NUM_LEVELS)
+        self.strides = strides[:-1]
+        self.rpn = ProposalNetwork(detector, strides)
+        self.boxes = BoxHeads(detector, num_classes, self.strides)
+        self.masks = MaskHead(detector, num_classes) if detector.masks else None
+        self._exempt = frozenset(exempt_from_decay(self))
+
+    def loss(self, batch: Batch) -> Losses:
+        """Losses of proposals, classes, boxes and masks, each image's own mean."""
+        levels = self.levels(batch)
+        targets = [targets_of(one, levels[0].device) for one in _instances(batch)]
+        sizes = [self.config.model.image_hw] * len(batch)
+        found = self.rpn(levels)
+        parts = dict(zip(("rpn_class", "rpn_box"), self.rpn.losses(found, targets, batch.seeds), strict=True))
+        proposals = self.rpn.propose(found, sizes)
+        boxes = self.boxes.losses(levels[:-1], proposals, targets, sizes, batch.seeds)
+        parts |= {"class": boxes.classes, "box": boxes.boxes}
+        if self.masks is not None:
+            regions = pool(levels[:-1], [one.boxes for one in boxes.objects], self.strides, POOLED_SIDE)
+            truth = [decoded_masks(one, self.config.model.image_hw, levels[0].device) for one in _instances(batch)]
+            parts["mask"] = mask_losses(self.masks(regions), boxes.objects, truth)
+        summed = {name: (values * batch.weight).sum() for name, values in parts.items()}
+        return Losses(torch.stack(list(summed.values())).sum(), {name: v.detach() for name, v in summed.items()})
+
+    def predict(self, batch: Batch) -> Predictions:
+        """Detections, best first and padded to the most there may be: `boxes` [B,D,4] in pixels of the image at hand,
+        `scores` and `classes` [B,D], `counts` [B], and `masks` [B,D,M,M] as probabilities.
+        """
+        levels = self.levels(batch)
+        sizes = [content_size(one, self.config.model.image_hw) for one in _instances(batch)]
+        proposals = self.rpn.propose(self.rpn(levels), sizes)
+        found: list[Detections] = self.boxes(levels[:-1], proposals, sizes)
+        out = _padded(found, self.config.detector.detections)
+        if self.masks is not None:
+            logits = self.masks(pool(levels[:-1], [one.boxes for one in found], self.strides, POOLED_SIDE))
+            classes = torch.cat([one.classes for one in found])
+            own = logits[torch.arange(len(logits), device=logits.device), classes].sigmoid()
+            masks = own.new_zeros(*out["scores"].shape, *own.shape[1:])
+            start = 0
+            for i, one in enumerate(found):
+                masks[i, : len(one.scores)] = own[start : start + len(one.scores)]
+                start += len(one.scores)
+            out["masks"] = masks
+        return out
+
+    def levels(self, batch: Batch) -> tuple[Float[Tensor, "b f _ _"], ...]:
+        """The pyramid's maps of a batch, finest first."""
+        pixels = content_pixels(batch, self.config)
+        tokens = self.trunk(pixels, taps=self.taps, seeds=batch.seeds)
+        maps = tokens.taps or (tokens.patches,)
+        levels: tuple[Tensor, ...] = self.pyramid(tuple(as_map(x, tokens.grid) for x in maps))
+        return levels
+
+    def transform(self, train: bool) -> Transform:
+        canvas = self.config.model.image_hw
+        if train:
+            return InstanceExample(LargeScaleJitter(canvas, self.config.jitter, self.config.flip))
+        return InstanceExample(Fitted(canvas), objects="stored")
+
+    def evaluations(self) -> Mapping[str, Evaluation]:
+        return {"coco": CocoEvaluation(self.data.classes, masks=self.masks is not None)}
+
+    def pictures(self, batch: Batch, predictions: Predictions) -> list[Picture]:
+        return detection_pictures(batch, predictions, self.data.classes, most=MAX_PICTURES)
+
+    def weight_decay_exempt(self, name: str, parameter: Tensor) -> bool:
+        """As detectron2's ViTDet recipes: norms and the position table, but no biases and no channel norms."""
+        return not self.config.decay_norms and name in self._exempt
+
+
+def exempt_from_decay(stage: nn.Module) -> list[str]:
+    """Names of the parameters that detectron2 wouldn't decay: of norms by class, and the position table.
+
+    The norms between the convolutions of a `residual` are channel norms there, which it decays.
+    """
+    norms = (nn.LayerNorm, nn.GroupNorm, StemNorm)
+    found = [
+        f"{module}.{name}"
+        for module, part in stage.named_modules()
+        if isinstance(part, norms) and ".residual." not in module
+        for name, _ in part.named_parameters()
+    ]
+    return [*found, "trunk.pos_embed"]
+
+
+def content_pixels(batch: Batch, options: ImageOptions) -> Float[Tensor, "b 3 h w"]:
+    """Normalised images, zero outside of what each shows."""
+    assert batch.images is not None
+    pixels = normalize(batch.images, options.pixels)
+    for image, one in zip(pixels, _instances(batch), strict=True):
+        height, width = content_size(one, (image.shape[1], image.shape[2]))
+        image[:, height:] = 0
+        image[:, :, width:] = 0
+    return pixels
+
+
+def content_size(instances: Instances, canvas: tuple[int, int]) -> tuple[int, int]:
+    """Height and width of what an image shows, without padding."""
+    return canvas if instances.view is None else instances.view.size
+
+
+def targets_of(instances: Instances, device: torch.device) -> Targets:
+    """An image's objects; crowd regions are nobody's target."""
+    single = instances.crowd == 0
+    return Targets(instances.boxes[single].to(device), instances.labels[single].to(device))
+
+
+def decoded_masks(instances: Instances, size: tuple[int, int], device: torch.device) -> Tensor:
+    """Pixels of the objects' masks [N,H,W], numbered as in `targets_of`."""
+    single = [mask for mask, crowd in zip(instances.masks, instances.crowd.tolist(), strict=True) if not crowd]
+    return decode_masks(single, size).to(device)
+
+
+def _instances(batch: Batch) -> tuple[Instances, ...]:
+    assert batch.instances is not None
+    return batch.instances
+
+
+def _padded(found: Sequence[Detections], most: int) -> dict[str, Tensor]:
+    """Detections of equal shape for every image; absent ones have score 0."""
+    first = found[0]
+    boxes = first.boxes.new_zeros(len(found), most, 4)
+    scores = first.scores.new_zeros(len(found), most)
+    classes = first.classes.new_zeros(len(found), most)
+    for i, one in enumerate(found):
+        count = len(one.scores)
+        boxes[i, :count], scores[i, :count], classes[i, :count] = one.boxes, one.scores, one.classes
+    counts = torch.tensor([len(one.scores) for one in found], device=boxes.device)
+    return {"boxes": boxes, "scores": scores, "classes": classes, "counts": counts}

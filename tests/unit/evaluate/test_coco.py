@@ -1,0 +1,181 @@
+"""COCO figures equal pycocotools' own, and come out alike wherever detections were made."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from pycocotools import mask as coco_mask
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from pipeline.data.batch import Batch, Instances
+from pipeline.data.views import View, fitted
+from pipeline.evaluate.base import Predictions
+from pipeline.evaluate.coco import FIGURES, RECALLS, CocoEvaluation, Truth, coco_figures
+
+HEIGHT, WIDTH, NUM_CLASSES = 200, 260, 5
+Annotation = dict[str, Any]
+
+
+def rle(box: list[float], *, hole: bool = False) -> Annotation:
+    pixels = np.zeros((HEIGHT, WIDTH), np.uint8, order="F")
+    x, y, w, h = (round(v) for v in box)
+    pixels[max(y, 0) : y + h, max(x, 0) : x + w] = 1
+    if hole:
+        pixels[y + h // 3 : y + h // 2, x : x + w] = 0
+    return dict(coco_mask.encode(pixels))
+
+
+def scene(seed: int, num_images: int = 40) -> tuple[dict[int, Truth], list[Annotation]]:
+    """Objects of all sizes, crowds, empty images, images with over a hundred detections, many equal scores."""
+    draw = np.random.default_rng(seed)
+    truth: dict[int, Truth] = {}
+    found: list[Annotation] = []
+    for number in range(num_images):
+        objects, detections = [], []
+        for _ in range(0 if number % 7 == 0 else int(draw.integers(1, 9))):
+            w, h = np.exp(draw.uniform(np.log(6), np.log(180), 2))
+            box = [float(v) for v in (draw.uniform(0, WIDTH - w), draw.uniform(0, HEIGHT - h), w, h)]
+            label = int(draw.integers(NUM_CLASSES - 1))  # one class has no object
+            mask = rle(box, hole=draw.random() < 0.4)
+            objects.append(
+                {"image_id": number, "category_id": label, "bbox": box, "segmentation": mask,
+                 "area": float(coco_mask.area(mask)), "iscrowd": int(draw.random() < 0.15)}
+            )  # fmt: skip
+            for _ in range(int(draw.integers(0, 4))):
+                moved = [max(1.0, float(v + draw.normal(0, 3))) for v in box]
+                kind = label if draw.random() < 0.8 else int(draw.integers(NUM_CLASSES))
+                detections.append((kind, moved, round(float(draw.random()), 1)))
+        for _ in range(130 if number % 11 == 1 else 5):
+            box = [float(v) for v in (*draw.uniform(0, 150, 2), *draw.uniform(4, 80, 2))]
+            detections.append((int(draw.integers(NUM_CLASSES)), box, round(float(draw.random() * 0.6), 1)))
+        truth[number] = Truth((HEIGHT, WIDTH), objects)
+        found += [
+            {"image_id": number, "category_id": kind, "bbox": box, "score": score, "segmentation": rle(box)}
+            for kind, box, score in detections
+        ]
+    return truth, found
+
+
+def pycocotools(truth: dict[int, Truth], found: list[Annotation], kind: str) -> list[float]:
+    objects = [one for image in truth.values() for one in image.objects]
+    coco = COCO()
+    coco.dataset = {
+        "images": [{"id": number, "height": HEIGHT, "width": WIDTH} for number in truth],
+        "annotations": [{**one, "id": i} for i, one in enumerate(objects, start=1)],
+        "categories": [{"id": number} for number in range(NUM_CLASSES)],
+    }
+    with contextlib.redirect_stdout(io.StringIO()):
+        coco.createIndex()
+        results = [copy.deepcopy(one) for one in found]
+        if kind == "bbox":
+            results = [{k: v for k, v in one.items() if k != "segmentation"} for one in results]
+        evaluation = COCOeval(coco, coco.loadRes(results), kind)
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    return [float(value) for value in evaluation.stats]
+
+
+@pytest.mark.parametrize("kind", ["bbox", "segm"])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_the_twelve_figures_equal_pycocotools(kind: str, seed: int) -> None:
+    truth, found = scene(seed)
+    expected = pycocotools(truth, found, kind)
+    figures, per_class = coco_figures(truth, found, NUM_CLASSES, kind)
+    names = (*FIGURES, *RECALLS)
+    assert all(value > 0 for value in expected), "a figure that is 0 or undefined compares nothing"
+    for name, value in zip(names, expected, strict=True):
+        assert abs(figures[name] - value) <= 1e-6, name
+    defined = [value for value in per_class if value is not None]
+    assert per_class[-1] is None
+    assert np.mean(defined) == pytest.approx(figures["ap"], abs=1e-9)
+
+
+def test_sizes_without_objects_have_no_figure() -> None:
+    box = [10.0, 10.0, 50.0, 50.0]
+    one = {"image_id": 0, "category_id": 0, "bbox": box, "segmentation": rle(box), "area": 2500.0, "iscrowd": 0}
+    truth = {0: Truth((HEIGHT, WIDTH), [one]), 3: Truth((HEIGHT, WIDTH), [])}
+    figures, _ = coco_figures(truth, [{**one, "score": 0.5}], 1, "segm")
+    assert figures["ap"] == figures["ap_medium"] == pytest.approx(1.0)
+    assert not {"ap_small", "ap_large"} & figures.keys()
+
+
+def test_nothing_found_is_zero_and_nothing_there_no_figure() -> None:
+    box = [10.0, 10.0, 50.0, 50.0]
+    one = {"image_id": 0, "category_id": 0, "bbox": box, "segmentation": rle(box), "area": 2500.0, "iscrowd": 0}
+    figures, _ = coco_figures({0: Truth((HEIGHT, WIDTH), [one])}, [], 1, "bbox")
+    assert figures["ap"] == 0.0
+    figures, _ = coco_figures({0: Truth((HEIGHT, WIDTH), [])}, [{**one, "score": 0.5}], 1, "bbox")
+    assert figures == {}
+
+
+def shown(truth: dict[int, Truth], found: list[Annotation], view: View, size: int) -> tuple[list[Batch], list[Any]]:
+    """Batches of `size`, the last padded, and what a stage would predict, in pixels of what it sees."""
+    batches, predictions = [], []
+    for start in range(0, len(truth), size):
+        ids = [i if i in truth else -1 for i in range(start, start + size)]
+        instances, boxes, scores, classes, counts = [], [], [], [], []
+        for number in ids:
+            objects = truth[number].objects if number >= 0 else []
+            xywh = torch.tensor([one["bbox"] for one in objects], dtype=torch.float64).reshape(-1, 4)
+            instances.append(
+                Instances(
+                    torch.cat([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], dim=1).float(),
+                    torch.tensor([one["category_id"] for one in objects], dtype=torch.int64),
+                    tuple(one["segmentation"] for one in objects),
+                    torch.tensor([one["iscrowd"] for one in objects], dtype=torch.int64),
+                    view,
+                )
+            )
+            here = [one for one in found if one["image_id"] == number]
+            counts.append(len(here))
+            padded = here + [{"bbox": [0, 0, 0, 0], "score": 0, "category_id": 0}] * (150 - len(here))
+            corners = torch.tensor([one["bbox"] for one in padded], dtype=torch.float32)
+            corners[:, 2:] += corners[:, :2]
+            boxes.append(view.shown(corners))
+            scores.append(torch.tensor([float(one["score"]) for one in padded]))
+            classes.append(torch.tensor([one["category_id"] for one in padded]))
+        weight = torch.tensor([float(number >= 0) for number in ids])
+        batches.append(Batch(torch.tensor(ids), torch.zeros(size).long(), weight, 0, instances=tuple(instances)))
+        predictions.append(
+            {"boxes": torch.stack(boxes), "scores": torch.stack(scores), "classes": torch.stack(classes),
+             "counts": torch.tensor(counts)}
+        )  # fmt: skip
+    return batches, predictions
+
+
+def test_an_evaluation_over_batches_equals_pycocotools_on_the_stored_images() -> None:
+    """Detections come in pixels of enlarged, padded images."""
+    truth, found = scene(2, num_images=11)
+    found = [one for one in found if one["image_id"] != 1]
+    view = fitted(HEIGHT, WIDTH, (400, 400))
+    batches, predictions = shown(truth, found, view, 4)
+    answers = {id(batch): one for batch, one in zip(batches, predictions, strict=True)}
+
+    def predict(batch: Batch) -> Predictions:
+        answer: Predictions = answers[id(batch)]
+        return answer
+
+    def sweep(name: str) -> Iterable[Batch]:
+        return batches
+
+    evaluation = CocoEvaluation([str(i) for i in range(NUM_CLASSES)], masks=False)
+    measured = evaluation(predict, sweep, ("heldout",))
+    clipped = [
+        {**one, "bbox": [x, y, min(x + w, WIDTH) - x, min(y + h, HEIGHT) - y]}
+        for one in found
+        for x, y, w, h in [one["bbox"]]
+    ]
+    expected = dict(zip((*FIGURES, *RECALLS), pycocotools(truth, clipped, "bbox"), strict=True))
+    for name, value in expected.items():
+        # Boxes went to another size and back in fp32, which moves an overlap across a threshold now and then.
+        assert abs(measured[f"heldout/box_{name}"] - value) <= 1e-6, name
+    assert len(measured.details["heldout/coco"]["box_ap"]) == NUM_CLASSES
