@@ -94,7 +94,8 @@ def _classes(config: configs.Document, state: dict[str, Any]) -> tuple[str, ...]
     if not heads:
         return ()
     try:
-        classes = read_manifest(str(config["data"]["train"])).classes
+        train = config["data"]["train"]
+        classes = read_manifest(str(train if isinstance(train, str) else train[0]["url"])).classes
     except (UserError, OSError, KeyError):
         classes = ()
     return tuple(classes) if len(classes) == heads[0].shape[0] else numbered(heads[0].shape[0])

@@ -93,19 +93,20 @@ def _count_parameters(config: TrainConfig) -> tuple[tuple[int, int] | None, str]
     """(all, trained) parameters of the stage, built without memory; or why they can't be counted."""
     import torch
 
-    from pipeline.data.manifest import read_manifest
     from pipeline.stages import stage_class
     from pipeline.stages.base import DataFacts
+    from pipeline.train.data import read_sources
 
     cls = stage_class(config.stage)
     options = configs.validate(cls.options, config.options, where=config.name, prefix="options")
     try:
-        manifest = read_manifest(config.data.train)
+        sources = read_sources(config.data.sources)
     except (UserError, FileNotFoundError) as error:
         return None, f"the data can't be read: {error}"
     try:
         with torch.device("meta"):
-            stage = cls(options, DataFacts(manifest.classes, manifest.num_samples))
+            num_samples = sum(source.num_samples for source in sources)
+            stage = cls(options, DataFacts(sources[0].manifest.classes, num_samples))
     except (NotImplementedError, RuntimeError) as error:
         return None, f"{config.stage} can't be built without data: {error}"
     counts = [(name, parameter.numel()) for name, parameter in stage.named_parameters()]

@@ -35,6 +35,9 @@ from pipeline.errors import ConfigError, StorageError
 FREE_TO_CHANGE = (
     "data.workers",
     "data.evaluate_batch",
+    "data.takedown",
+    "data.cache",
+    "data.max_unreadable",
     "checkpoint.every_samples",
     "checkpoint.keep_last",
     "checkpoint.keep_every_samples",

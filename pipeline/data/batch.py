@@ -63,6 +63,15 @@ class Transform(Protocol):
         ...
 
 
+@runtime_checkable
+class SeveralTransform(Protocol):
+    """A transform that makes several examples of one sample at less than that many times the work."""
+
+    def several(self, sample: RawSample, seeds: Sequence[int]) -> Sequence[Example]:
+        """One example for each seed; together they are a function of the sample and all the seeds."""
+        ...
+
+
 @dataclasses.dataclass(frozen=True)
 class Batch:
     """A micro batch. A stage's forward is a function of (weights, batch), nothing else."""

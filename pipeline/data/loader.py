@@ -1,4 +1,4 @@
-"""The training loader: every global batch is a function of (manifest, seed, cursor) alone.
+"""The training loader: every global batch is a function of (data sets, seed, cursor) alone.
 
 Ranks take contiguous slots of a global batch and workers contiguous parts of a rank's, so the batch is the same for
 any number of either. The state is a `Cursor`, which moves on when the caller takes a step; reading ahead doesn't touch
@@ -7,31 +7,27 @@ it. A sample that can't be read keeps its slot with weight 0, is logged by name,
 
 from __future__ import annotations
 
-import logging
-import threading
+import dataclasses
 import time
-from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from types import TracebackType
-from typing import Generic, NamedTuple, TypeVar
+from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
+from pipeline.data.background import Background
 from pipeline.data.batch import Batch, Transform
-from pipeline.data.examples import Fault, Part, Plan, SweepPlan, TrainPlan, produce
-from pipeline.data.manifest import Manifest
+from pipeline.data.cache import RangeCache
+from pipeline.data.capacity import check_batch, check_data
+from pipeline.data.examples import Workshop
+from pipeline.data.faults import Tally
+from pipeline.data.mixture import Data, sources_of
 from pipeline.data.order import Cursor, advance
-from pipeline.data.worker import WorkerProcess
-from pipeline.errors import ConfigError, DataError
+from pipeline.data.takedown import Takedown
+from pipeline.data.tasks import SweepPlan, TrainPlan
+from pipeline.errors import DataError
 
-__all__ = ["Cursor", "Loader", "Step", "check_fills", "sweep"]
-
-_READY_STEPS = 2  # batches made and not yet taken
-_TALLY_FLOOR = 1000  # samples the share of unreadable ones is counted on at least
-
-logger = logging.getLogger(__name__)
-ItemT = TypeVar("ItemT")
+__all__ = ["Cursor", "Loader", "Step", "sweep"]
 
 
 class Step(NamedTuple):
@@ -46,7 +42,7 @@ class Loader:
     """Endless steps of training data.
 
     Args:
-        manifest: of the data set.
+        data: a data set, or several with their shares.
         transform: makes examples; runs in the workers.
         seed: of the run; with the epoch it fixes the order, with the epoch and the id a sample's own seed.
         global_batch: samples per step over all ranks.
@@ -57,16 +53,19 @@ class Loader:
         block: neighbouring samples kept together by the shuffle, and read as one range.
         lanes: streams a global batch is taken from; must divide `global_batch`.
         window: samples shuffled among each other within a lane; a lane's current window is held in memory, encoded.
+        copies: how often each drawn sample stands in the batch, with a seed of its own each time; decoded once.
         max_unreadable: share of unreadable samples beyond which the run ends.
+        takedown: samples that are left out, at weight 0.
+        cache: for remote shards.
 
     Raises:
-        ConfigError: numbers that don't divide.
-        DataError: the data set has fewer samples than a global batch.
+        ConfigError: numbers that don't divide, more workers than there is work for.
+        DataError: a data set has fewer samples than a global batch takes of it.
     """
 
     def __init__(
         self,
-        manifest: Manifest,
+        data: Data,
         transform: Transform,
         *,
         seed: int,
@@ -78,24 +77,36 @@ class Loader:
         block: int = 256,
         lanes: int = 16,
         window: int = 1024,
+        copies: int = 1,
         max_unreadable: float = 0.01,
+        takedown: Takedown | None = None,
+        cache: RangeCache | None = None,
     ) -> None:
-        _check_batch(global_batch, world_size, lanes)
+        check_batch(global_batch, world_size=world_size, workers=workers, lanes=lanes, copies=copies)
         if not 0 <= rank < world_size:
             raise ValueError(f"rank {rank} of {world_size}")
-        check_fills(manifest, global_batch)
-        self.manifest = manifest
-        self.num_samples = manifest.num_samples
-        self._transform = transform
-        self._seed = seed
-        self._global_batch = global_batch
-        self._order = (block, lanes, window)
+        check_data(data, global_batch, copies)
+        sources = sources_of(data)
         self._share = global_batch // world_size
-        self._first_slot = rank * self._share
+        self._plan = TrainPlan(
+            sources,
+            seed,
+            global_batch,
+            block,
+            lanes,
+            window,
+            copies,
+            Cursor(),
+            rank * self._share,
+            (rank + 1) * self._share,
+        )
+        self.epoch_length = copies * sum(source.num_samples for source in sources)  # what a cursor's epoch counts
+        self._workshop = Workshop(transform, takedown or Takedown(), cache)
         self._micro_batch = min(micro_batch or self._share, self._share)
-        self._workers = min(workers, self._share)
+        self._workers = workers
         self._max_unreadable = max_unreadable
-        self._run: _Run | None = None
+        self._where = ", ".join(source.manifest.url for source in sources)
+        self._run: Background | None = None
 
     def steps(self, start: Cursor) -> Iterator[Step]:
         """Steps from `start` on, without end. Reading begins at once; steps of an earlier call end.
@@ -105,23 +116,9 @@ class Loader:
             StorageError: it can't be read.
         """
         self.close()
-        start = advance(start, 0, self.num_samples)
-        block, lanes, window = self._order
-        plans = [
-            TrainPlan(
-                self.manifest,
-                self._seed,
-                self._global_batch,
-                block,
-                lanes,
-                window,
-                start,
-                self._first_slot + first,
-                self._first_slot + stop,
-            )
-            for first, stop in _parts(self._share, self._workers)
-        ]
-        self._run = _Run(plans, self._transform, processes=self._workers > 0)
+        start = advance(start, 0, self.epoch_length)
+        plan = dataclasses.replace(self._plan, start=start)
+        self._run = Background(plan, self._share, self._workers, self._workshop, unit=plan.copies)
         return self._take(self._run, start)
 
     def close(self) -> None:
@@ -138,8 +135,8 @@ class Loader:
     ) -> None:
         self.close()
 
-    def _take(self, run: _Run, cursor: Cursor) -> Iterator[Step]:
-        tally = _Tally(self.manifest, self._max_unreadable)
+    def _take(self, run: Background, cursor: Cursor) -> Iterator[Step]:
+        tally = Tally(self._where, self._max_unreadable)
         try:
             while True:
                 asked = time.perf_counter()
@@ -148,30 +145,14 @@ class Loader:
                     return
                 wait_s = time.perf_counter() - asked
                 tally.add(part)
-                cursor = advance(cursor, self._global_batch, self.num_samples)
+                cursor = advance(cursor, self._plan.global_batch, self.epoch_length)
                 yield Step(_cut(part.batch, self._micro_batch), cursor, wait_s)
         finally:
             run.close()
 
 
-def check_fills(manifest: Manifest, global_batch: int) -> None:
-    """Refuse a data set that doesn't fill one global batch.
-
-    Raises:
-        DataError: naming the batch that it would fill.
-    """
-    if manifest.num_samples < global_batch:
-        raise DataError(
-            f"{manifest.num_samples} samples don't fill a global batch of {global_batch}",
-            where=manifest.url,
-            fix=f"set data.global_batch to at most {manifest.num_samples}, or give more data"
-            if manifest.num_samples
-            else "give a data set that isn't empty",
-        )
-
-
 def sweep(
-    manifest: Manifest,
+    data: Data,
     transform: Transform,
     *,
     rank: int,
@@ -179,199 +160,43 @@ def sweep(
     batch: int,
     workers: int = 0,
     seed: int = 0,
+    block: int = 256,
+    takedown: Takedown | None = None,
+    cache: RangeCache | None = None,
 ) -> Iterator[Batch]:
-    """Each sample of a data set once over all ranks, ids rising.
+    """Each sample of a data set, or of several, once over all ranks, ids rising.
 
     All ranks get equally many batches of equal size, at most `batch`; what is left over is padding with id -1 and
-    weight 0. Unreadable samples have weight 0 and are logged.
+    weight 0. Unreadable samples have weight 0 and are logged. `block` decides what a subset consists of, as in
+    training.
 
     Raises:
         DataError: the data set is empty or damaged.
         StorageError: it can't be read.
     """
-    if manifest.num_samples == 0:
-        raise DataError("no samples", where=manifest.url, fix="give a data set that isn't empty")
+    sources = sources_of(data)
+    num_samples = sum(source.num_samples for source in sources)
+    where = ", ".join(source.manifest.url for source in sources)
+    if num_samples == 0:
+        raise DataError("no samples", where=where, fix="give a data set that isn't empty")
     if batch < 1 or not 0 <= rank < world_size:
         raise ValueError(f"batch {batch}, rank {rank} of {world_size}")
-    num_batches = -(-manifest.num_samples // (batch * world_size))
-    size = -(-manifest.num_samples // (num_batches * world_size))  # the least padding that many batches allow
-    workers = min(workers, size)
-    plans = [
-        SweepPlan(manifest, seed, rank, world_size, size, num_batches, first, stop)
-        for first, stop in _parts(size, workers)
-    ]
-    return _swept(plans, transform, manifest, processes=workers > 0)
+    num_batches = -(-num_samples // (batch * world_size))
+    size = -(-num_samples // (num_batches * world_size))  # the least padding that many batches allow
+    plan = SweepPlan(sources, seed, block, rank, world_size, size, num_batches)
+    workshop = Workshop(transform, takedown or Takedown(), cache)
+    return _swept(plan, size, min(workers, size), workshop, where)
 
 
-def _swept(plans: Sequence[Plan], transform: Transform, manifest: Manifest, *, processes: bool) -> Iterator[Batch]:
-    run = _Run(plans, transform, processes=processes)  # here, not above: a sweep never begun leaves nothing to end
-    tally = _Tally(manifest, 1.0)
+def _swept(plan: SweepPlan, size: int, workers: int, workshop: Workshop, where: str) -> Iterator[Batch]:
+    run = Background(plan, size, workers, workshop)  # here, not above: a sweep never begun leaves nothing to end
+    tally = Tally(where, 1.0)
     try:
         while (part := run.next()) is not None:
             tally.add(part)
             yield part.batch
     finally:
         run.close()
-
-
-class _Run:
-    """Parts made in the background by one thread here, or by processes whose parts a thread puts together."""
-
-    def __init__(self, plans: Sequence[Plan], transform: Transform, *, processes: bool) -> None:
-        self._stop = threading.Event()
-        self._ready: _Channel[Part] = _Channel(_READY_STEPS)
-        self._workers = [WorkerProcess(plan, transform) for plan in plans] if processes else []
-        source = self._gathered() if processes else produce(plans[0], transform, self._stop)
-        self._thread = threading.Thread(target=self._fill, args=(source,), name="loader", daemon=True)
-        self._thread.start()
-
-    def next(self) -> Part | None:
-        """The next part, None after the last or when closed."""
-        return self._ready.get()
-
-    def close(self) -> None:
-        """End thread and processes; waits for a read under way."""
-        self._stop.set()
-        self._ready.close()
-        for worker in self._workers:
-            worker.kill()
-        if self._thread is not threading.current_thread():
-            self._thread.join()
-        for worker in self._workers:
-            worker.close()
-
-    def _fill(self, source: Iterator[Part]) -> None:
-        try:
-            for part in source:
-                if not self._ready.put(part):
-                    break
-            else:
-                self._ready.end(None)
-        except BaseException as error:
-            self._ready.end(error)
-        finally:
-            source.close()  # type: ignore[attr-defined]  # a generator: its reads end here, in their thread
-
-    def _gathered(self) -> Iterator[Part]:
-        for worker in self._workers:
-            worker.start()
-        while True:
-            parts = [worker.receive() for worker in self._workers]
-            present = [part for part in parts if part is not None]
-            if not present:
-                return
-            yield _join(present)
-
-
-class _Channel(Generic[ItemT]):
-    """A bounded queue between two threads that either side can end."""
-
-    def __init__(self, size: int) -> None:
-        self._items: deque[ItemT] = deque()
-        self._size = size
-        self._changed = threading.Condition()
-        self._ended = False
-        self._closed = False
-        self._error: BaseException | None = None
-
-    def put(self, item: ItemT) -> bool:
-        """Wait for room and add the item; False when nobody wants it any more."""
-        with self._changed:
-            self._changed.wait_for(lambda: len(self._items) < self._size or self._closed)
-            if not self._closed:
-                self._items.append(item)
-                self._changed.notify_all()
-            return not self._closed
-
-    def end(self, error: BaseException | None) -> None:
-        """No more items come; `error` is raised to the taker once it has taken the others."""
-        with self._changed:
-            self._ended, self._error = True, error
-            self._changed.notify_all()
-
-    def get(self) -> ItemT | None:
-        """The next item, None after the last or when closed."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._items or self._ended or self._closed)
-            if self._closed:
-                return None
-            if self._items:
-                item = self._items.popleft()
-                self._changed.notify_all()
-                return item
-            if self._error is not None:
-                raise self._error
-            return None
-
-    def close(self) -> None:
-        """Nothing is wanted any more."""
-        with self._changed:
-            self._closed = True
-            self._items.clear()
-            self._changed.notify_all()
-
-
-class _Tally:
-    """Counts and names unreadable samples."""
-
-    def __init__(self, manifest: Manifest, limit: float) -> None:
-        self._manifest = manifest
-        self._limit = limit
-        self._num_seen = 0
-        self._num_faults = 0
-        self._named: set[int] = set()
-
-    def add(self, part: Part) -> None:
-        """Count a part's samples; DataError when too many were unreadable."""
-        self._num_seen += len(part.batch)
-        for fault in part.faults:
-            self._num_faults += 1
-            if fault.id not in self._named:
-                self._named.add(fault.id)
-                logger.warning("unreadable sample %s; its slot counts nothing", _name(fault, self._manifest))
-        if part.faults and self._num_faults > self._limit * max(self._num_seen, _TALLY_FLOOR):
-            raise DataError(
-                f"{self._num_faults} of {self._num_seen} samples are unreadable, over the limit of {self._limit:.2%}; "
-                f"the last: {_name(part.faults[-1], self._manifest)}",
-                where=self._manifest.url,
-                fix="find the damage with `vitrail verify`, rebuild, or raise data.max_unreadable",
-            )
-
-
-def _name(fault: Fault, manifest: Manifest) -> str:
-    key = repr(fault.key) if fault.key else f"number {manifest.locate(fault.id)[1]}"
-    return f"{key} of {fault.shard} (id {fault.id}): {fault.reason}"
-
-
-def _parts(size: int, workers: int) -> list[tuple[int, int]]:
-    """[start, stop) of each worker's part of `size` slots."""
-    count = max(1, workers)
-    return [(size * i // count, size * (i + 1) // count) for i in range(count)]
-
-
-def _join(parts: Sequence[Part]) -> Part:
-    """Parts of one batch, one after the other."""
-    if len(parts) == 1:
-        return parts[0]
-    batches = [part.batch for part in parts]
-
-    def cat(tensors: Sequence[Tensor | None]) -> Tensor | None:
-        present = [tensor for tensor in tensors if tensor is not None]
-        return torch.cat(present) if present else None
-
-    joined = Batch(
-        ids=torch.cat([b.ids for b in batches]),
-        seeds=torch.cat([b.seeds for b in batches]),
-        weight=torch.cat([b.weight for b in batches]),
-        position=batches[0].position,
-        images=cat([b.images for b in batches]),
-        text=cat([b.text for b in batches]),
-        labels=cat([b.labels for b in batches]),
-        instances=None
-        if batches[0].instances is None
-        else tuple(instances for b in batches for instances in b.instances or ()),
-    )
-    return Part(joined, tuple(fault for part in parts for fault in part.faults))
 
 
 def _cut(batch: Batch, size: int) -> tuple[Batch, ...]:
@@ -394,25 +219,3 @@ def _cut(batch: Batch, size: int) -> tuple[Batch, ...]:
         )
         for at in slices
     )
-
-
-def _check_batch(global_batch: int, world_size: int, lanes: int) -> None:
-    """ConfigError unless ranks and lanes divide the global batch."""
-    divisors = [n for n in range(1, global_batch + 1) if global_batch % n == 0]
-
-    def near(n: int) -> str:
-        below, above = [d for d in divisors if d < n][-3:], [d for d in divisors if d > n][:3]
-        return ", ".join(map(str, below + above))
-
-    if global_batch % world_size:
-        raise ConfigError(
-            f"{world_size} ranks don't divide a global batch of {global_batch}",
-            where="data.global_batch",
-            fix=f"run on {near(world_size)} ranks, or change the global batch",
-        )
-    if global_batch % lanes:
-        raise ConfigError(
-            f"{lanes} lanes don't divide a global batch of {global_batch}",
-            where="data.lanes",
-            fix=f"set data.lanes to {near(lanes)}",
-        )

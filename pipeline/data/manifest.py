@@ -172,30 +172,41 @@ def index_bytes(offsets: Int64[np.ndarray, " n_plus_1"]) -> bytes:
 
 
 def read_index(manifest: Manifest, shard: Shard) -> Int64[np.ndarray, " n_plus_1"]:
+    """Offsets of a shard's samples; see `read_index_at`."""
+    path = storage.join(manifest.url, shard.index_name)
+    return read_index_at(path, shard.index_sha256, shard.num_samples, shard.size_bytes)
+
+
+def read_index_at(path: str, sha256: str, num_samples: int, size_bytes: int) -> Int64[np.ndarray, " n_plus_1"]:
     """Offsets of a shard's samples: sample i is the range [index[i], index[i+1]) of its tar.
+
+    Args:
+        path: of the index.
+        sha256: of the index.
+        num_samples: of the shard.
+        size_bytes: of the shard's tar.
 
     Raises:
         DataError: there is no index, or it doesn't belong to the shard.
         StorageError: the place can't be read.
     """
-    path = storage.join(manifest.url, shard.index_name)
     try:
         data = storage.read(path)
     except FileNotFoundError as error:
         raise DataError("the shard's index is missing", where=path, fix=_REBUILD) from error
-    if hashlib.sha256(data).hexdigest() != shard.index_sha256:
+    if hashlib.sha256(data).hexdigest() != sha256:
         raise DataError("the index isn't the one the manifest knows (sha256 differs)", where=path, fix=_REBUILD)
     try:
         offsets: Int64[np.ndarray, " n_plus_1"] = np.load(io.BytesIO(data), allow_pickle=False)
     except (ValueError, EOFError, OSError) as error:
         raise DataError(f"no index of offsets ({error})", where=path, fix=_REBUILD) from error
-    if offsets.dtype != np.dtype("<i8") or offsets.shape != (shard.num_samples + 1,):
+    if offsets.dtype != np.dtype("<i8") or offsets.shape != (num_samples + 1,):
         raise DataError(
-            f"the index is {offsets.dtype} {list(offsets.shape)}, the manifest wants int64 [{shard.num_samples + 1}]",
+            f"the index is {offsets.dtype} {list(offsets.shape)}, the manifest wants int64 [{num_samples + 1}]",
             where=path,
             fix=_REBUILD,
         )
-    if offsets[0] < 0 or offsets[-1] > shard.size_bytes or bool((np.diff(offsets) <= 0).any()):
+    if offsets[0] < 0 or offsets[-1] > size_bytes or bool((np.diff(offsets) <= 0).any()):
         raise DataError("the index's offsets don't rise within the shard", where=path, fix=_REBUILD)
     return offsets
 

@@ -13,7 +13,10 @@ apart in the data. Epochs follow one another without a gap: a global batch may b
 Within a global batch, slots are arranged lane by lane, so a rank's contiguous slots come from few lanes, and it reads
 little of what other ranks read.
 
-Nothing is stored but the blocks' starts and their permutation: 24 bytes a block.
+A *subset* is an even share of every block: its first samples. So it is spread over the whole data set, however that is
+sorted, and is still read in runs.
+
+Nothing is stored but the blocks' starts and sizes and their permutation: about 24 bytes a block.
 
 Permutations are made by sorting raw 64-bit draws of Philox, a stream that numpy fixes for all versions (unlike that of
 its `permutation`).
@@ -72,19 +75,33 @@ class Order:
         block: samples per block, about; every shard has at least one block.
         lanes: number of lanes.
         window: positions permuted among each other.
+        subset: how many of the samples are drawn at all; None: all of them.
     """
 
-    def __init__(self, shard_sizes: Sequence[int], *, seed: int, block: int, lanes: int, window: int) -> None:
+    def __init__(
+        self, shard_sizes: Sequence[int], *, seed: int, block: int, lanes: int, window: int, subset: int | None = None
+    ) -> None:
         if block < 1 or lanes < 1 or window < 1:
             raise ValueError(f"block, lanes and window must be positive: {block}, {lanes}, {window}")
         sizes = np.asarray(shard_sizes, dtype=np.int64)
-        self.num_samples = int(sizes.sum())
+        num_all = int(sizes.sum())
+        if subset is not None and not 0 < subset <= num_all:
+            raise ValueError(f"a subset of {subset} of {num_all} samples")
+        self.num_samples = num_all if subset is None else subset
         self.seed = seed
         self.lanes = lanes
         self.window = window
-        self._block_starts = _block_starts(sizes, block)
+        self._blocks = _blocks(sizes, block, self.num_samples)
         self._epoch = functools.lru_cache(maxsize=2)(self._lay_out)
         self._permutation = functools.lru_cache(maxsize=_KEPT_WINDOWS)(self._permute_window)
+
+    def drawn(self) -> list[tuple[int, int]]:
+        """The samples that are drawn at all, as rising ranges [first id, last id + 1)."""
+        starts, sizes = self._blocks
+        ends = starts + sizes
+        first = np.append(True, starts[1:] != ends[:-1])
+        last = np.append(first[1:], True)
+        return list(zip(starts[first].tolist(), ends[last].tolist(), strict=True))
 
     def ids(self, epoch: int, stream: Int64[np.ndarray, " n"]) -> Int64[np.ndarray, " n"]:
         """Sample ids at indices of an epoch's stream."""
@@ -147,11 +164,13 @@ class Order:
 
     def _lay_out(self, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(block starts by number, permutation, place of each permuted block's first sample in the line)."""
-        num_blocks = len(self._block_starts) - 1
-        permutation = _permutation(num_blocks, derive_seed("blocks", self.seed, epoch))
-        line = np.zeros(num_blocks + 1, dtype=np.int64)
-        np.cumsum(np.diff(self._block_starts)[permutation], out=line[1:])
-        return self._block_starts, permutation, line
+        starts, sizes = self._blocks
+        permutation = _permutation(len(starts), derive_seed("blocks", self.seed, epoch))
+        if len(starts) < 2**31:
+            permutation = permutation.astype(np.int32)
+        line = np.zeros(len(starts) + 1, dtype=np.int64)
+        np.cumsum(sizes[permutation], out=line[1:])
+        return starts, permutation, line
 
     def _shift(self, lanes: Int64[np.ndarray, " n"]) -> Int64[np.ndarray, " n"]:
         """How far a lane's window borders are moved, evenly spread over the lanes."""
@@ -173,15 +192,26 @@ class Order:
         return _permutation(stop - start, derive_seed("window", self.seed, *window))
 
 
-def _block_starts(sizes: Int64[np.ndarray, " shards"], block: int) -> Int64[np.ndarray, " blocks_plus_1"]:
-    """First id of every block and the number of samples; a shard's blocks differ in size by one at most."""
+def _blocks(sizes: Int64[np.ndarray, " shards"], block: int, num_drawn: int) -> tuple[np.ndarray, np.ndarray]:
+    """First id of every block and how many of its samples are drawn; a shard's blocks differ in size by one at most."""
     sizes = sizes[sizes > 0]
     counts = np.maximum(1, (sizes + block // 2) // block)
     shard_starts = np.cumsum(sizes) - sizes
     shard = np.repeat(np.arange(len(sizes)), counts)
     number = np.arange(len(shard)) - np.repeat(np.cumsum(counts) - counts, counts)  # of the block within its shard
-    starts = shard_starts[shard] + number * sizes[shard] // counts[shard]
-    return np.append(starts, sizes.sum()).astype(np.int64)
+    starts = (shard_starts[shard] + number * sizes[shard] // counts[shard]).astype(np.int64)
+    num_all = int(sizes.sum())
+    ends = np.append(starts[1:], num_all)
+    if num_drawn == num_all:
+        return starts, (ends - starts).astype(np.int32)
+    drawn = np.floor(ends * (num_drawn / num_all)).astype(np.int64)  # up to and with each block
+    drawn[-1] = num_drawn
+    taken = np.minimum(np.diff(drawn, prepend=0), ends - starts)
+    missing = num_drawn - int(taken.sum())  # rounding, at most a few
+    if missing:
+        taken[np.flatnonzero(taken < ends - starts)[:missing]] += 1
+    present = taken > 0
+    return starts[present], taken[present].astype(np.int32)
 
 
 def _permutation(count: int, seed: int) -> np.ndarray:

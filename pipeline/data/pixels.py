@@ -5,6 +5,7 @@ Legend: H W pixels of the stored image, h w of the result.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
@@ -41,12 +42,30 @@ def show(
     Raises:
         UnreadableSample: the image is damaged.
     """
-    box, whole, size = view.box, view.source, view.size
+    return show_several(data, header, [view], interpolation, fill)[0]
+
+
+def show_several(
+    data: bytes, header: Header, views: Sequence[View], interpolation: Interpolation, fill: Colour = (0, 0, 0)
+) -> list[UInt8[Tensor, "3 h w"]]:
+    """What several views show of one image, which is decoded once, at the scale the most demanding of them needs."""
+    whole = (header.height, header.width)
     min_size = None
     if header.format == "jpeg":
-        scale = scale_for_crop((box.bottom - box.top, box.right - box.left), size)
+        scale = max(
+            scale_for_crop((view.box.bottom - view.box.top, view.box.right - view.box.left), view.size)
+            for view in views
+        )
         min_size = scaled_size(whole, scale) if scale < 1 else None
     pixels = decode(data, min_size)
+    return [_shown(pixels, view, interpolation, fill) for view in views]
+
+
+def _shown(
+    pixels: UInt8[np.ndarray, "H W 3"], view: View, interpolation: Interpolation, fill: Colour
+) -> UInt8[Tensor, "3 h w"]:
+    """A view of an image that may have been decoded at a smaller scale."""
+    box, whole, size = view.box, view.source, view.size
     if pixels.shape[:2] != whole:
         y, x = pixels.shape[0] / whole[0], pixels.shape[1] / whole[1]
         box = Box(box.left * x, box.top * y, box.right * x, box.bottom * y)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from pipeline.data.batch import RawSample
+import json
+
+from pipeline.data.batch import RawSample, derive_seed
 from pipeline.data.images import UnreadableSample
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
@@ -19,6 +21,28 @@ def image_member(sample: RawSample) -> bytes:
         if data is not None:
             return data
     raise UnreadableSample(f"no image among its members ({', '.join(sorted(sample.members)) or 'none'})")
+
+
+def drawn_caption(sample: RawSample, seed: int) -> str:
+    """One of the sample's captions, drawn evenly by its seed: of `captions`, a list in its `json` member, where it has
+    one, else the `txt` member.
+
+    Raises:
+        UnreadableSample: see `caption`; or `captions` is no list of texts.
+    """
+    data = sample.members.get("json")
+    if data is None or b'"captions"' not in data:
+        return caption(sample)
+    try:
+        found = json.loads(data).get("captions")
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise UnreadableSample("damaged json member") from error
+    if found is None:
+        return caption(sample)
+    if not isinstance(found, list) or not found or not all(isinstance(text, str) for text in found):
+        raise UnreadableSample("captions of the json member is no list of texts")
+    chosen: str = found[derive_seed("caption", seed) % len(found)]
+    return chosen
 
 
 def caption(sample: RawSample) -> str:

@@ -11,17 +11,19 @@ import functools
 import logging
 import threading
 import time
-from collections.abc import Callable, Hashable, Iterator, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Generic, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from jaxtyping import Int64
 
 from pipeline import storage
 from pipeline.data.batch import RawSample
+from pipeline.data.cache import RangeCache
 from pipeline.data.images import UnreadableSample
-from pipeline.data.manifest import Manifest, read_index
+from pipeline.data.manifest import read_index_at
+from pipeline.data.tasks import Place, Read, Spot
 
 EXTENSIONS = frozenset({"jpg", "jpeg", "png", "webp", "txt", "json", "cls"})
 BLOCK_BYTES = 512
@@ -111,20 +113,20 @@ def parse_sample(data: memoryview, sample_id: int) -> RawSample:
 class Bytes(NamedTuple):
     """What was read of a run of neighbouring samples of one shard."""
 
-    first_id: int
+    first: int  # number of the first sample within the shard
     data: memoryview
     offsets: Int64[np.ndarray, " n_plus_1"]  # of the samples in the shard
     fault: str = ""  # why there is nothing
 
-    def sample(self, sample_id: int) -> RawSample:
-        """One of the samples.
+    def sample(self, number: int, sample_id: int) -> RawSample:
+        """One of the samples, by its number within the shard.
 
         Raises:
             UnreadableSample: see `parse_sample`; or the shard is missing or too short.
         """
         if self.fault:
             raise UnreadableSample(self.fault)
-        i = sample_id - self.first_id
+        i = number - self.first
         start, stop = (int(offset - self.offsets[0]) for offset in self.offsets[i : i + 2])
         if stop > len(self.data):
             raise UnreadableSample("the shard ends before the sample does")
@@ -132,48 +134,49 @@ class Bytes(NamedTuple):
 
 
 class ShardReader:
-    """Reads runs of samples of a data set; may be used by several threads.
+    """Reads runs of samples; may be used by several threads.
 
     Args:
-        manifest: of the data set.
         stop: ends the waiting for a store that doesn't answer.
+        cache: keeps what is read of remote shards; None: nothing is kept.
     """
 
-    def __init__(self, manifest: Manifest, stop: threading.Event) -> None:
-        self.manifest = manifest
+    def __init__(self, stop: threading.Event, cache: RangeCache | None = None) -> None:
         self._stop = stop
+        self._cache = cache
         self._index = functools.lru_cache(maxsize=_KEPT_INDICES)(self._read_index)
 
-    def read(self, first_id: int, stop_id: int) -> Bytes:
-        """Samples [first_id, stop_id), all of one shard, in one ranged read.
+    def read(self, read: Read) -> Bytes:
+        """A run of samples, in one ranged read.
 
         Raises:
             DataError: the shard's index is missing or isn't the manifest's.
             StorageError: the place can't be read; one that is busy is waited for, up to `PATIENCE_S`.
         """
-        number, first = self.manifest.locate(first_id)
-        shard = self.manifest.shards[number]
-        if first + stop_id - first_id > shard.num_samples:
-            raise ValueError(f"samples [{first_id}, {stop_id}) lie in several shards")
-        offsets = self._index(number)[first : first + stop_id - first_id + 1]
-        url = storage.join(self.manifest.url, shard.name)
+        shard = read.shard
+        offsets = self._index(shard)[read.first : read.stop + 1]
         start, stop = int(offsets[0]), int(offsets[-1])
+
+        def fetch(start: int, stop: int) -> bytes:
+            return patiently(lambda: storage.read_range(shard.url, start, stop), self._stop)
+
         try:
-            data = patiently(lambda: storage.read_range(url, start, stop), self._stop)
+            data: bytes | memoryview
+            if self._cache is not None and storage.is_remote(shard.url):
+                data = self._cache.read(f"{shard.url} {shard.sha256}", start, stop, shard.size_bytes, fetch)
+            else:
+                data = fetch(start, stop)
         except FileNotFoundError:
-            return Bytes(first_id, memoryview(b""), offsets, "the shard is missing")
-        return Bytes(first_id, memoryview(data), offsets)
+            return Bytes(read.first, memoryview(b""), offsets, "the shard is missing")
+        return Bytes(read.first, memoryview(data), offsets)
 
-    def shard_name(self, sample_id: int) -> str:
-        """Name of the shard that holds a sample."""
-        return self.manifest.shards[self.manifest.locate(sample_id)[0]].name
-
-    def _read_index(self, number: int) -> Int64[np.ndarray, " n_plus_1"]:
-        return patiently(lambda: read_index(self.manifest, self.manifest.shards[number]), self._stop)
+    def _read_index(self, shard: Place) -> Int64[np.ndarray, " n_plus_1"]:
+        return patiently(
+            lambda: read_index_at(shard.index_url, shard.index_sha256, shard.num_samples, shard.size_bytes), self._stop
+        )
 
 
 ResultT = TypeVar("ResultT")
-KeyT = TypeVar("KeyT", bound=Hashable)
 
 
 def patiently(read: Callable[[], ResultT], stop: threading.Event) -> ResultT:
@@ -192,51 +195,42 @@ def patiently(read: Callable[[], ResultT], stop: threading.Event) -> ResultT:
             wait_s = min(2 * wait_s, 30.0)
 
 
-class ReadAhead(Generic[KeyT]):
-    """Groups of samples, each a list of id ranges, read by a few threads before they are needed.
+class ReadAhead:
+    """Groups of reads done by a few threads before they are needed."""
 
-    Args:
-        reader: where from.
-        ranges: the ranges [first id, stop id) of a group, each within one shard.
-    """
-
-    def __init__(self, reader: ShardReader, ranges: Callable[[KeyT], Sequence[tuple[int, int]]]) -> None:
+    def __init__(self, reader: ShardReader) -> None:
         self._reader = reader
-        self._ranges = ranges
         self._threads = ThreadPoolExecutor(READ_THREADS, thread_name_prefix="shards")
-        self._reads: dict[KeyT, list[tuple[int, int, Future[Bytes]]]] = {}
+        self._groups: dict[int, list[tuple[Place, Future[Bytes]]]] = {}
 
-    def want(self, keys: Sequence[KeyT]) -> None:
-        """Start reading groups that aren't at hand."""
-        for key in keys:
-            if key not in self._reads:
-                self._reads[key] = [
-                    (first, stop, self._threads.submit(self._reader.read, first, stop))
-                    for first, stop in self._ranges(key)
-                ]
+    def open(self, groups: Mapping[int, Sequence[Read]]) -> None:
+        """Start reading groups."""
+        for number, reads in groups.items():
+            self._groups[number] = [(read.shard, self._threads.submit(self._reader.read, read)) for read in reads]
 
-    def keep(self, keys: Set[KeyT]) -> None:
-        """Forget all groups but these."""
-        for key in [key for key in self._reads if key not in keys]:
-            for _, _, read in self._reads.pop(key):
-                read.cancel()
+    def forget(self, groups: Sequence[int]) -> None:
+        """Drop groups that aren't needed any more."""
+        for number in groups:
+            for _, data in self._groups.pop(number):
+                data.cancel()
 
-    def sample(self, key: KeyT, sample_id: int) -> RawSample:
-        """One sample of a group that was wanted, waiting for it.
+    def sample(self, spot: Spot, sample_id: int) -> RawSample:
+        """One sample of an open group, waiting for it.
 
         Raises:
             UnreadableSample: it can't be used.
             DataError, StorageError: the data set can't be read.
         """
-        for first, stop, read in self._reads[key]:
-            if first <= sample_id < stop:
-                return read.result().sample(sample_id)
-        raise KeyError(sample_id)
+        return self._groups[spot.group][spot.read][1].result().sample(spot.number, sample_id)
+
+    def shard(self, spot: Spot) -> Place:
+        """The shard a sample of an open group lies in."""
+        return self._groups[spot.group][spot.read][0]
 
     def close(self) -> None:
         """Drop everything; reads under way are waited for."""
         self._threads.shutdown(wait=True, cancel_futures=True)
-        self._reads.clear()
+        self._groups.clear()
 
 
 def _octal(field: bytes, what: str) -> int:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import random
+from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -18,9 +19,9 @@ from torch import Tensor
 
 from pipeline.data.augment import augment, erase
 from pipeline.data.batch import Example, RawSample
-from pipeline.data.images import read_header
-from pipeline.data.pixels import IMAGENET_MEAN, IMAGENET_STD, Interpolation, show
-from pipeline.data.samples import caption, image_member, label
+from pipeline.data.images import Header, read_header
+from pipeline.data.pixels import IMAGENET_MEAN, IMAGENET_STD, Interpolation, show, show_several
+from pipeline.data.samples import drawn_caption, image_member, label
 from pipeline.data.views import View, centre_crop, random_crop
 
 
@@ -32,6 +33,8 @@ class ImageTransform(Protocol):
     def size(self) -> tuple[int, int]: ...
 
     def __call__(self, data: bytes, seed: int) -> UInt8[Tensor, "3 h w"]: ...
+
+    def several(self, data: bytes, seeds: Sequence[int]) -> list[UInt8[Tensor, "3 h w"]]: ...
 
 
 @runtime_checkable
@@ -67,11 +70,21 @@ class TrainImage:
     erase: float = 0.0
 
     def __call__(self, data: bytes, seed: int) -> UInt8[Tensor, "3 h w"]:
-        draw = random.Random(seed)
+        return self.several(data, [seed])[0]
+
+    def several(self, data: bytes, seeds: Sequence[int]) -> list[UInt8[Tensor, "3 h w"]]:
+        """A crop for each seed, of an image decoded once, at the scale that serves the crop that needs most."""
         header = read_header(data)
+        views = [self._view(header, seed) for seed in seeds]
+        crops = show_several(data, header, views, self.interpolation)
+        return [self._augmented(crop, seed) for crop, seed in zip(crops, seeds, strict=True)]
+
+    def _view(self, header: Header, seed: int) -> View:
+        draw = random.Random(seed)
         box = random_crop(header.height, header.width, self.scale, self.ratio, draw)
-        view = View((header.height, header.width), box, self.size, mirror=self.flip and draw.random() < 0.5)
-        image = show(data, header, view, self.interpolation)
+        return View((header.height, header.width), box, self.size, mirror=self.flip and draw.random() < 0.5)
+
+    def _augmented(self, image: UInt8[Tensor, "3 h w"], seed: int) -> UInt8[Tensor, "3 h w"]:
         if self.policy:
             pixels = augment(image.permute(1, 2, 0).numpy(), self.policy, seed, mean=IMAGENET_MEAN)
             image = torch.from_numpy(pixels.transpose(2, 0, 1).copy())
@@ -99,6 +112,10 @@ class EvalImage:
         box = centre_crop(header.height, header.width, self.size, self.resize)
         return show(data, header, View((header.height, header.width), box, self.size), self.interpolation)
 
+    def several(self, data: bytes, seeds: Sequence[int]) -> list[UInt8[Tensor, "3 h w"]]:
+        """The same image for every seed."""
+        return [self(data, 0)] * len(seeds)
+
 
 @dataclasses.dataclass(frozen=True)
 class ImageExample:
@@ -107,7 +124,8 @@ class ImageExample:
     Args:
         image: what becomes of the image member (`jpg`, `jpeg`, `png` or `webp`).
         label: take the `cls` member, an integer in ASCII digits.
-        text: take the `txt` member, UTF-8, through this tokenizer.
+        text: take the caption through this tokenizer: one drawn by the sample's seed where it has several
+            (`pipeline.data.samples.drawn_caption`).
 
     Raises (when called):
         UnreadableSample: a member is missing or can't be read.
@@ -118,11 +136,16 @@ class ImageExample:
     text: Tokenize | None = None
 
     def __call__(self, sample: RawSample, seed: int) -> Example:
-        return Example(
-            image=self.image(image_member(sample), seed),
-            text=None if self.text is None else self.text([caption(sample)])[0],
-            label=label(sample) if self.label else None,
-        )
+        return self.several(sample, [seed])[0]
+
+    def several(self, sample: RawSample, seeds: Sequence[int]) -> list[Example]:
+        """An example for each seed, of an image that is decoded once."""
+        images = self.image.several(image_member(sample), seeds)
+        texts: list[Tensor | None] = [None] * len(seeds)
+        if self.text is not None:
+            texts = list(self.text([drawn_caption(sample, seed) for seed in seeds]))
+        number = label(sample) if self.label else None
+        return [Example(image=image, text=text, label=number) for image, text in zip(images, texts, strict=True)]
 
     def blank(self) -> Example:
         """A black image with label 0 and the tokens of an empty caption."""

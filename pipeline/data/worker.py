@@ -1,44 +1,63 @@
 """Loader workers as processes of their own.
 
 A worker is a fresh interpreter: nothing of the training process is forked (S3 clients and their threads would not
-survive it) and its main module isn't imported again. Its first message tells it what to do; from then on it sends
-parts, one ahead of what was taken. It ends when the other side of its connection closes, whatever ends that.
+survive it) and its main module isn't imported again. Its first message tells it how to make parts, each further one
+brings a task. It answers with parts in the tasks' order, one ahead of what was taken: a header, then the bytes of each
+array, which are received where they are wanted and copied by nobody else. It ends when the other side of its
+connection closes, whatever ends that.
 """
 
 from __future__ import annotations
 
 import os
 import pickle
+import queue
 import signal
 import subprocess
 import sys
 import threading
 import traceback
+from collections.abc import Callable
 from multiprocessing.connection import Connection, Pipe
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from torch import Tensor
 
-from pipeline.data.batch import Batch, Transform
-from pipeline.data.examples import Part, Plan, produce
+from pipeline.data.batch import Instances
+from pipeline.data.examples import Fault, Part, Workshop, produce
+from pipeline.data.tasks import Task
 
-_TENSORS = ("ids", "seeds", "weight", "images", "text", "labels")
+TENSORS = ("ids", "seeds", "weight", "images", "text", "labels")
+
+Allocate = Callable[[str, tuple[int, ...], torch.dtype], Tensor]
+"""(name of the field, shape of the worker's part, type) -> where to put it."""
 
 
 class WorkerDied(RuntimeError):  # noqa: N818
     """A loader's worker process ended without saying why."""
 
 
+class Received(NamedTuple):
+    """A part whose arrays were put where the receiver wanted them."""
+
+    fields: dict[str, Tensor]
+    position: int
+    instances: tuple[Instances, ...] | None
+    faults: tuple[Fault, ...]
+    num_withdrawn: int
+
+
 class WorkerProcess:
-    """One worker, working on `plan` from its construction on.
+    """One worker; it starts up from its construction on.
 
     Args:
-        plan: which samples.
-        transform: must pickle, and be importable by name from a module other than `__main__`.
+        workshop: must pickle; its transform must be importable by name from a module other than `__main__`.
     """
 
-    def __init__(self, plan: Plan, transform: Transform) -> None:
-        order = pickle.dumps((plan, transform), protocol=pickle.HIGHEST_PROTOCOL)
+    def __init__(self, workshop: Workshop) -> None:
+        self._setup: bytes | None = pickle.dumps(workshop, protocol=pickle.HIGHEST_PROTOCOL)
         self._connection, theirs = Pipe()
         # The interpreter's own path, so that whatever is importable here is there.
         path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
@@ -49,16 +68,23 @@ class WorkerProcess:
             stdin=subprocess.DEVNULL,
         )
         theirs.close()
-        self._order = order
 
-    def start(self) -> None:
-        """Tell the process what to do; waits for it to be up."""
+    @property
+    def pid(self) -> int:
+        """Of the process."""
+        return self._process.pid
+
+    def send(self, task: Task | None) -> None:
+        """Hand over a task, or the word that there are no more. The first call waits for the process to be up."""
         try:
-            self._connection.send_bytes(self._order)
+            if self._setup is not None:
+                self._connection.send_bytes(self._setup)
+                self._setup = None
+            self._connection.send_bytes(pickle.dumps(task, protocol=pickle.HIGHEST_PROTOCOL))
         except OSError as error:
             raise self._died() from error
 
-    def receive(self) -> Part | None:
+    def receive(self, allocate: Allocate) -> Received | None:
         """The next part, waiting for it; None after the last.
 
         Raises:
@@ -67,11 +93,20 @@ class WorkerProcess:
         """
         try:
             kind, content = pickle.loads(self._connection.recv_bytes())
+            if kind == "error":
+                raise content
+            if kind == "end":
+                return None
+            fields = {}
+            for name, shape, dtype in content["arrays"]:
+                fields[name] = allocate(name, shape, torch.from_numpy(np.empty(0, dtype)).dtype)
+                if fields[name].numel():
+                    self._connection.recv_bytes_into(_bytes(fields[name].numpy()))
         except (EOFError, OSError) as error:
             raise self._died() from error
-        if kind == "error":
-            raise content
-        return None if kind == "end" else _unpack(content)
+        return Received(
+            fields, content["position"], _tensors(content["instances"]), content["faults"], content["num_withdrawn"]
+        )
 
     def kill(self) -> None:
         """End the process, in whatever it is doing; it only reads. A `receive` under way returns."""
@@ -86,6 +121,33 @@ class WorkerProcess:
         return WorkerDied(f"a loader worker ended with status {self._process.wait()}")
 
 
+class _Inbox:
+    """Tasks as they come in, received by a thread that also notices when the training process is gone."""
+
+    def __init__(self, connection: Connection[Any, Any]) -> None:
+        self._connection = connection
+        self._tasks: queue.SimpleQueue[Task | None] = queue.SimpleQueue()
+        self._ended = False
+        threading.Thread(target=self._receive, daemon=True).start()
+
+    def get(self, *, wait: bool) -> Task | None:
+        if self._ended:
+            return None
+        try:
+            task = self._tasks.get(block=wait)
+        except queue.Empty:
+            return None
+        self._ended = task is None
+        return task
+
+    def _receive(self) -> None:
+        try:
+            while True:
+                self._tasks.put(pickle.loads(self._connection.recv_bytes()))
+        except (EOFError, OSError):
+            os._exit(0)  # nobody listens any more; reads under way would be waited for
+
+
 def main() -> None:
     """Entry of the worker process; its argument is the descriptor of its connection."""
     # Interrupts and terminations of the whole process group are the training process's to handle.
@@ -94,9 +156,8 @@ def main() -> None:
     torch.set_num_threads(1)
     connection: Connection[Any, Any] = Connection(int(sys.argv[1]))
     try:
-        order = connection.recv_bytes()
-        threading.Thread(target=_end_with, args=(connection,), daemon=True).start()
-        _send(connection, order)
+        setup = connection.recv_bytes()
+        _send(connection, setup)
     except (EOFError, BrokenPipeError, ConnectionResetError):
         pass  # nobody listens any more
     sys.stdout.flush()
@@ -104,11 +165,15 @@ def main() -> None:
     os._exit(0)  # reads under way would be waited for
 
 
-def _send(connection: Connection[Any, Any], order: bytes) -> None:
+def _send(connection: Connection[Any, Any], setup: bytes) -> None:
     try:
-        plan, transform = pickle.loads(order)
-        for part in produce(plan, transform, threading.Event()):
-            connection.send_bytes(pickle.dumps(("part", _pack(part)), protocol=pickle.HIGHEST_PROTOCOL))
+        workshop = pickle.loads(setup)
+        for part in produce(_Inbox(connection), workshop, threading.Event()):
+            header, arrays = _pack(part)
+            connection.send_bytes(pickle.dumps(("part", header), protocol=pickle.HIGHEST_PROTOCOL))
+            for array in arrays:
+                if array.size:
+                    connection.send_bytes(_bytes(array))
         message: tuple[str, object] = ("end", None)
     except (BrokenPipeError, ConnectionResetError):
         raise
@@ -117,12 +182,9 @@ def _send(connection: Connection[Any, Any], order: bytes) -> None:
     connection.send_bytes(pickle.dumps(message))
 
 
-def _end_with(connection: Connection[Any, Any]) -> None:
-    """Leave when the training process is gone: it sends nothing more, so any end of waiting means that."""
-    try:
-        connection.recv_bytes()
-    except (EOFError, OSError):
-        os._exit(0)
+def _bytes(array: np.ndarray) -> memoryview:
+    """The array's memory."""
+    return memoryview(array.reshape(-1).view(np.uint8))  # type: ignore[arg-type]  # an ndarray is a buffer
 
 
 def _portable(error: Exception) -> Exception:
@@ -136,26 +198,29 @@ def _portable(error: Exception) -> Exception:
     return portable if isinstance(portable, Exception) else RuntimeError(trace)
 
 
-def _pack(part: Part) -> dict[str, Any]:
-    """A part as arrays, which pickle by copying; tensors would be passed by descriptors."""
+def _pack(part: Part) -> tuple[dict[str, Any], list[np.ndarray]]:
+    """A part as a small header and its arrays."""
     batch = part.batch
-    arrays = {name: None if (t := getattr(batch, name)) is None else t.numpy() for name in _TENSORS}
+    present = [(name, tensor.contiguous().numpy()) for name in TENSORS if (tensor := getattr(batch, name)) is not None]
     instances = batch.instances and tuple(
         item._replace(boxes=item.boxes.numpy(), labels=item.labels.numpy(), crowd=item.crowd.numpy())  # type: ignore[arg-type]
         for item in batch.instances
     )
-    return {"arrays": arrays, "position": batch.position, "instances": instances, "faults": part.faults}
+    header = {
+        "arrays": [(name, array.shape, array.dtype.str) for name, array in present],
+        "position": batch.position,
+        "instances": instances,
+        "faults": part.faults,
+        "num_withdrawn": part.num_withdrawn,
+    }
+    return header, [array for _, array in present]
 
 
-def _unpack(content: dict[str, Any]) -> Part:
-    arrays: dict[str, Any] = content["arrays"]
-    tensors: dict[str, Any] = {name: None if a is None else torch.from_numpy(a) for name, a in arrays.items()}
-    packed: tuple[Any, ...] | None = content["instances"]
-    instances = packed and tuple(
+def _tensors(packed: tuple[Any, ...] | None) -> tuple[Instances, ...] | None:
+    return packed and tuple(
         item._replace(**{name: torch.from_numpy(getattr(item, name)) for name in ("boxes", "labels", "crowd")})
         for item in packed
     )
-    return Part(Batch(position=content["position"], instances=instances, **tensors), content["faults"])
 
 
 if __name__ == "__main__":

@@ -42,6 +42,7 @@ class ClassifyOptions(ImageOptions):
     cutmix: float = Field(default=0.0, ge=0)
     auto_augment: str = ""  # timm's name of a policy, such as rand-m9-mstd0.5-inc1 or original
     random_erase: float = Field(default=0.0, ge=0, le=1)  # share of the training images
+    decay_tokens: bool = False  # weight decay for cls token, registers and positions too
 
     @model_validator(mode="after")
     def _cls_exists(self) -> ClassifyOptions:
@@ -144,5 +145,7 @@ class ClassifyStage(Stage):
         return class_answers(batch, self.scores(batch.images), self.data.classes)
 
     def weight_decay_exempt(self, name: str, parameter: Tensor) -> bool:
-        """Vectors and biases, cls token and positions, as MAE's fine-tuning; its pretraining decays the tokens."""
-        return parameter.ndim <= 1 or name in TOKENS
+        """Vectors, biases and, unless `decay_tokens`, tokens and positions, as in MAE's fine-tuning; MAE's pretraining
+        and pycls decay tokens.
+        """
+        return parameter.ndim <= 1 or (name in TOKENS and not self.config.decay_tokens)

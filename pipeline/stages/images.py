@@ -53,15 +53,16 @@ class LabelledExample(ImageExample):
     label: bool = True
     num_classes: int = 0
 
-    def __call__(self, sample: RawSample, seed: int) -> Example:
-        example = super().__call__(sample, seed)
-        if example.label is not None and example.label >= self.num_classes:
-            raise DataError(
-                f"label {example.label}, but the training data name {self.num_classes} classes",
-                where=f"sample {sample.key}",
-                fix="prepare all sets of a run with the same list of classes",
-            )
-        return example
+    def several(self, sample: RawSample, seeds: Sequence[int]) -> list[Example]:
+        examples = super().several(sample, seeds)
+        for example in examples:
+            if example.label is not None and example.label >= self.num_classes:
+                raise DataError(
+                    f"label {example.label}, but the training data name {self.num_classes} classes",
+                    where=f"sample {sample.key}",
+                    fix="prepare all sets of a run with the same list of classes",
+                )
+        return examples
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,10 +73,10 @@ class CaptionedExample(ImageExample):
         UnreadableSample: its caption is empty.
     """
 
-    def __call__(self, sample: RawSample, seed: int) -> Example:
+    def several(self, sample: RawSample, seeds: Sequence[int]) -> list[Example]:
         if not sample.members.get("txt", b"?").strip():
             raise UnreadableSample("its caption is empty")
-        return super().__call__(sample, seed)
+        return super().several(sample, seeds)
 
 
 @dataclasses.dataclass(frozen=True)

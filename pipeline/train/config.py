@@ -13,10 +13,34 @@ from pydantic import Field, model_validator
 from pipeline.config import Config
 
 
+class SourceConfig(Config):
+    """One of the data sets a run trains on."""
+
+    url: str  # folder of a data set: a path or s3:// URL
+    weight: float | None = Field(default=None, gt=0)  # share of the samples, relative to the others'; all or none
+    repeat: int = Field(default=1, gt=0)  # without weights: how often each sample comes in an epoch of the mixture
+    subset: int | float | None = Field(default=None, gt=0)  # samples, or with a point a share, drawn at all
+
+    @model_validator(mode="after")
+    def _consistent(self) -> SourceConfig:
+        if self.weight is not None and self.repeat != 1:
+            raise ValueError("give weight or repeat, not both")
+        if isinstance(self.subset, float) and self.subset > 1:
+            raise ValueError(f"a subset is a share of at most 1.0 or a whole number of samples, found {self.subset}")
+        return self
+
+
+class CacheConfig(Config):
+    """Where what is read from S3 is kept on this machine."""
+
+    folder: str  # a local path, shared by all processes of a machine
+    limit_gb: float = Field(gt=0)  # gigabytes (1e9 bytes) it may take up
+
+
 class DataConfig(Config):
     """What is read, and how."""
 
-    train: str  # folder of a data set: a path or s3:// URL
+    train: str | tuple[SourceConfig, ...]  # folder of a data set: a path or s3:// URL; or several with their weights
     evaluate: dict[str, str] = {}  # name -> folder; evaluations see the names
     global_batch: int = Field(gt=0)
     workers: int = Field(default=1, ge=0)  # loader processes per rank; 0 reads in the training process
@@ -25,6 +49,22 @@ class DataConfig(Config):
     window: int = Field(default=1024, gt=0)  # samples shuffled among each other within a lane
     evaluate_batch: int = Field(default=256, gt=0)  # samples per rank and prediction
     max_unreadable: float = Field(default=0.01, ge=0, le=1)  # share of unreadable samples that stops the run
+    crops_per_image: int = Field(default=1, gt=0)  # repeated augmentation: how often an image, decoded once, is used
+    takedown: str | None = None  # a text file of keys, a line each, whose samples count nothing
+    cache: CacheConfig | None = None  # for data sets on S3
+
+    @property
+    def sources(self) -> tuple[SourceConfig, ...]:
+        """The training sets, one or several."""
+        return (SourceConfig(url=self.train),) if isinstance(self.train, str) else self.train
+
+    @model_validator(mode="after")
+    def _sources(self) -> DataConfig:
+        if not self.sources:
+            raise ValueError("train names no data set")
+        if len({source.weight is None for source in self.sources}) > 1:
+            raise ValueError("give every source of train a weight, or none")
+        return self
 
     @model_validator(mode="after")
     def _lanes_divide(self) -> DataConfig:

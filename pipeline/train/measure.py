@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from pipeline import ranks
 from pipeline.data.batch import Batch
-from pipeline.data.loader import sweep
-from pipeline.data.manifest import Manifest
 from pipeline.stages.base import Picture, Stage
 from pipeline.train.config import TrainConfig
+from pipeline.train.data import RunData
 from pipeline.train.engine import Engine
 from pipeline.train.state import State
 from pipeline.train.track import Tracker
@@ -24,8 +23,7 @@ class Measurement:
     """Runs every evaluation the stage offers and saves figures, details and pictures. Collective.
 
     Args:
-        train: the training set, which an evaluation sees as "train", without augmentation.
-        sets: the evaluation sets by name.
+        data: the evaluation sets, and the training data, which an evaluation sees as "train", without augmentation.
         tracker: rank 0's; None elsewhere.
     """
 
@@ -34,15 +32,14 @@ class Measurement:
         stage: Stage,
         engine: Engine,
         config: TrainConfig,
-        train: Manifest,
-        sets: Mapping[str, Manifest],
+        data: RunData,
         tracker: Tracker | None,
     ) -> None:
         self._stage = stage
         self._engine = engine
         self._config = config
-        self._manifests = {"train": train, **sets}
-        self._names = tuple(sets)
+        self._data = data
+        self._names = tuple(data.sets)
         self._tracker = tracker
         ema = config.ema
         self._kinds = ("raw",) if ema is None else ("ema", "raw") if ema.evaluate == "both" else (ema.evaluate,)
@@ -71,16 +68,8 @@ class Measurement:
         return iter(self._sweep(name, self._config.data.evaluate_batch, self._config.data.workers))
 
     def _sweep(self, name: str, batch: int, workers: int) -> Iterable[Batch]:
-        here = ranks.world()
-        return sweep(
-            self._manifests[name],
-            self._stage.transform(train=False),
-            rank=here.rank,
-            world_size=here.size,
-            batch=batch,
-            workers=workers,
-            seed=self._config.seed,
-        )
+        transform = self._stage.transform(train=False)
+        return self._data.sweep(name, transform, ranks.world(), seed=self._config.seed, batch=batch, workers=workers)
 
     def _pictures(self) -> list[Picture]:
         """Of the first samples of the first evaluation set (rank 0's share)."""

@@ -14,8 +14,6 @@ import torch
 from pipeline import config as configs
 from pipeline import ranks, storage
 from pipeline.convert.loading import check_same_trunk, load_initial
-from pipeline.data.loader import Loader, check_fills
-from pipeline.data.manifest import Manifest, read_manifest
 from pipeline.errors import DataError, UserError
 from pipeline.run_dir import RunDir, command_line
 from pipeline.stages import stage_class
@@ -24,6 +22,7 @@ from pipeline.train import commits as committed
 from pipeline.train.checkpoint import SavedWeights, load_newest, read_info, read_saved, read_weights, weights_digest
 from pipeline.train.commits import Attempt, Commit
 from pipeline.train.config import EmaConfig, TrainConfig
+from pipeline.train.data import RunData, describe, read_data
 from pipeline.train.ema import decay_after
 from pipeline.train.engine_deepspeed import DeepSpeedEngine, join_group
 from pipeline.train.loop import run_loop
@@ -71,14 +70,14 @@ def train(config: TrainConfig, *, stop: StopSignal, attempt_hint: str | None = N
     resolved = resolve(config, ranks.world(), ranks.device())
     cls = stage_class(config.stage)
     options = configs.validate(cls.options, config.options, where=config.name, prefix="options")
-    train_set, sets = ranks.from_first(lambda: _read_manifests(config))
-    for line in resolved.lines():
+    data = read_data(config.data, ranks.world().size)
+    for line in [*resolved.lines(), *describe(data)]:
         _say("%s", line)
     ranks.from_first(lambda: run.prepare(document, resolved.document(), command_line(), complete=_complete))
     try:
         seeded_init(config.seed)
-        stage = cls(options, DataFacts(train_set.classes, train_set.num_samples))
-        return _Run(config, run, resolved, stage, train_set, sets, attempt_hint).go(stop)
+        stage = cls(options, DataFacts(data.classes, data.num_samples))
+        return _Run(config, run, resolved, stage, data, attempt_hint).go(stop)
     except Exception as error:
         if ranks.world().rank == 0:
             with contextlib.suppress(Exception):
@@ -95,15 +94,13 @@ class _Run:
         run: RunDir,
         resolved: Resolved,
         stage: Stage,
-        train_set: Manifest,
-        sets: dict[str, Manifest],
+        data: RunData,
         attempt_hint: str | None,
     ) -> None:
         self.config = config
         self.run = run
         self.resolved = resolved
-        self.train_set = train_set
-        self.sets = sets
+        self.data = data
         self.hint = attempt_hint
         self.is_first = ranks.world().rank == 0
         self.checkpoints_url = config.checkpoint.url or run.checkpoints_url
@@ -135,21 +132,9 @@ class _Run:
             keep_every_samples=self.config.checkpoint.keep_every_samples,
             info=self._info(),
         )
-        data = self.config.data
-        here = ranks.world()
-        loader = Loader(
-            self.train_set,
-            self.stage.transform(train=True),
-            seed=self.config.seed,
-            global_batch=data.global_batch,
-            rank=here.rank,
-            world_size=here.size,
-            micro_batch=self.resolved.micro_batch,
-            workers=data.workers,
-            block=data.block,
-            lanes=data.lanes,
-            window=data.window,
-            max_unreadable=data.max_unreadable,
+        micro_batch = self.resolved.micro_batch
+        loader = self.data.loader(
+            self.stage.transform(train=True), ranks.world(), seed=self.config.seed, micro_batch=micro_batch
         )
         try:
             state, status = run_loop(
@@ -159,8 +144,8 @@ class _Run:
                 loader=loader,
                 schedule=partial(self._rate),
                 checkpoints=checkpoints,
-                measure=Measurement(self.stage, self.engine, self.config, self.train_set, self.sets, tracker),
-                meter=Meter(tracker, data.global_batch),
+                measure=Measurement(self.stage, self.engine, self.config, self.data, tracker),
+                meter=Meter(tracker, self.config.data.global_batch),
                 stop=stop,
             )
         finally:
@@ -226,7 +211,7 @@ class _Run:
         if before != self._info()["data"]:
             raise DataError(
                 "the training set isn't the one this run began with: its order of samples can't be continued",
-                where=self.train_set.url,
+                where=self.data.where,
                 fix="put the data back, or give the run a new name",
             )
 
@@ -238,10 +223,7 @@ class _Run:
             "zero_stage": self.resolved.zero_stage,
             "precision": self.resolved.precision,
             "ema": None if self.config.ema is None else self.config.ema.model_dump(mode="json"),
-            "data": {
-                "num_samples": self.train_set.num_samples,
-                "shards": [[s.num_samples, s.sha256] for s in self.train_set.shards][:1000],
-            },
+            "data": self.data.identity(),
         }
 
     def _status_at_start(self, attempt: Attempt, state: State) -> None:
@@ -304,12 +286,6 @@ def _complete(document: configs.Document) -> configs.Document:
         return configs.validate(TrainConfig, document, where="config.yaml").model_dump(mode="json")
     except UserError:
         return document
-
-
-def _read_manifests(config: TrainConfig) -> tuple[Manifest, dict[str, Manifest]]:
-    train_set = read_manifest(config.data.train)
-    check_fills(train_set, config.data.global_batch)
-    return train_set, {name: read_manifest(url) for name, url in config.data.evaluate.items()}
 
 
 def _set_threads() -> None:

@@ -103,3 +103,9 @@ def ninety(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
     damaged[offsets[5] + 130] ^= 1
     tar.write_bytes(bytes(damaged))
     return manifest
+
+
+@pytest.fixture(scope="session")
+def forty(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
+    """Another data set, of 40 samples in 2 shards."""
+    return write_data_set(str(tmp_path_factory.mktemp("forty")), numbered([25, 15]))

@@ -19,6 +19,7 @@ from pipeline.data import shards
 from pipeline.data.images import UnreadableSample
 from pipeline.data.manifest import Manifest
 from pipeline.data.shards import ReadAhead, ShardReader, parse_sample, patiently
+from pipeline.data.tasks import ManifestReads, Spot
 from pipeline.errors import StorageError
 
 
@@ -115,22 +116,26 @@ def test_runs_of_samples_are_one_read(data_set: Callable[..., Manifest], monkeyp
     calls = []
     whole = storage.read_range
     monkeypatch.setattr(storage, "read_range", lambda *args: calls.append(args) or whole(*args))
-    read = ShardReader(manifest, threading.Event()).read(12, 17)
-    assert [read.sample(i).members["txt"] for i in range(12, 17)] == [f"caption {i}".encode() for i in range(12, 17)]
+    reads = ManifestReads(manifest)
+    read = ShardReader(threading.Event()).read(reads.read(12, 17))
+    found = [read.sample(number, 10 + number).members["txt"] for number in range(2, 7)]
+    assert found == [f"caption {i}".encode() for i in range(12, 17)]
     assert len(calls) == 1
     with pytest.raises(ValueError, match="several shards"):
-        ShardReader(manifest, threading.Event()).read(8, 12)
+        reads.read(8, 12)
 
 
 def test_read_ahead_forgets_what_isnt_kept(data_set: Callable[..., Manifest]) -> None:
-    ahead = ReadAhead[int](ShardReader(data_set([10]), threading.Event()), lambda key: [(key, key + 2)])
+    reads = ManifestReads(data_set([10]))
+    ahead = ReadAhead(ShardReader(threading.Event()))
     try:
-        ahead.want([0, 4])
-        assert ahead.sample(4, 5).id == 5
-        ahead.keep({4})
-        assert ahead.sample(4, 4).id == 4
+        ahead.open({0: (reads.read(0, 2),), 1: (reads.read(4, 6), reads.read(8, 9))})
+        assert ahead.sample(Spot(1, 1, 8), 8).id == 8
+        ahead.forget([0])
+        assert ahead.sample(Spot(1, 0, 5), 5).key == "000005"
+        assert ahead.shard(Spot(1, 0, 5)).url.endswith("00000.tar")
         with pytest.raises(KeyError):
-            ahead.sample(0, 0)
+            ahead.sample(Spot(0, 0, 0), 0)
     finally:
         ahead.close()
 

@@ -1,0 +1,186 @@
+"""The data of a run: which sets there are, and the loader and sweeps over them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from fractions import Fraction
+from typing import Any, NamedTuple
+
+from pipeline import ranks
+from pipeline.data.batch import Batch, Transform
+from pipeline.data.cache import RangeCache
+from pipeline.data.capacity import advice, check_batch, check_data
+from pipeline.data.loader import Loader, sweep
+from pipeline.data.manifest import Manifest, read_manifest
+from pipeline.data.mixture import Source, shares_of, sources_of
+from pipeline.data.takedown import Takedown, read_takedown
+from pipeline.errors import ConfigError, DataError
+from pipeline.ranks import World
+from pipeline.train.config import DataConfig, SourceConfig
+
+log = logging.getLogger("vitrail")
+
+
+class RunData(NamedTuple):
+    """What a run reads. Rank 0 reads the manifests and lists, and broadcasts them: one reader, however many ranks."""
+
+    config: DataConfig
+    train: tuple[Source, ...]
+    sets: dict[str, Manifest]  # evaluation sets by name
+    takedown: Takedown
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the labels, the same in all training sets."""
+        return self.train[0].manifest.classes
+
+    @property
+    def num_samples(self) -> int:
+        """Samples of the training data, drawn ones only."""
+        return sum(source.num_samples for source in self.train)
+
+    @property
+    def where(self) -> str:
+        """The training data, for messages."""
+        return ", ".join(source.manifest.url for source in self.train)
+
+    def identity(self) -> dict[str, Any]:
+        """What a checkpoint remembers: with other data the order of samples can't be continued."""
+        found = [
+            {
+                "num_samples": source.manifest.num_samples,
+                "shards": [[shard.num_samples, shard.sha256] for shard in source.manifest.shards][:1000],
+                **({} if len(self.train) == 1 else {"share": source.share}),
+                **({} if source.subset is None else {"subset": source.subset}),
+            }
+            for source in self.train
+        ]
+        return found[0] if len(found) == 1 else {"sources": found}
+
+    def loader(self, transform: Transform, here: World, *, seed: int, micro_batch: int) -> Loader:
+        """The loader of a rank's training data."""
+        data = self.config
+        return Loader(
+            self.train,
+            transform,
+            seed=seed,
+            global_batch=data.global_batch,
+            rank=here.rank,
+            world_size=here.size,
+            micro_batch=micro_batch,
+            workers=data.workers,
+            block=data.block,
+            lanes=data.lanes,
+            window=data.window,
+            copies=data.crops_per_image,
+            max_unreadable=data.max_unreadable,
+            takedown=self.takedown,
+            cache=self._cache,
+        )
+
+    def sweep(
+        self, name: str, transform: Transform, here: World, *, seed: int, batch: int, workers: int
+    ) -> Iterator[Batch]:
+        """Once over a named evaluation set, or over the training data ("train"), this rank's share."""
+        return sweep(
+            self.train if name == "train" else sources_of(self.sets[name]),
+            transform,
+            rank=here.rank,
+            world_size=here.size,
+            batch=batch,
+            workers=workers,
+            seed=seed,
+            block=self.config.block,
+            takedown=self.takedown,
+            cache=self._cache,
+        )
+
+    @property
+    def _cache(self) -> RangeCache | None:
+        cache = self.config.cache
+        return None if cache is None else RangeCache(cache.folder, int(cache.limit_gb * 1e9))
+
+
+def read_data(config: DataConfig, world_size: int) -> RunData:
+    """Read the manifests and the takedown list of a run on rank 0, check that they can serve it, and broadcast them.
+
+    Raises:
+        ConfigError: ranks, workers, lanes and batch don't fit each other, or sources contradict one another.
+        DataError: a set is missing, damaged, or too small for the global batch.
+        StorageError: a place can't be read.
+    """
+
+    def read() -> RunData:
+        check_batch(
+            config.global_batch,
+            world_size=world_size,
+            workers=config.workers,
+            lanes=config.lanes,
+            copies=config.crops_per_image,
+        )
+        train = read_sources(config.sources)
+        check_data(train, config.global_batch, config.crops_per_image)
+        for line in advice(config.global_batch, world_size=world_size, workers=config.workers, lanes=config.lanes):
+            log.warning("%s", line)
+        sets = {name: read_manifest(url) for name, url in config.evaluate.items()}
+        takedown = Takedown() if config.takedown is None else read_takedown(config.takedown)
+        if len(takedown):
+            log.info("%d samples are withdrawn by %s", len(takedown), config.takedown)
+        return RunData(config, train, sets, takedown)
+
+    return ranks.from_first(read)
+
+
+def read_sources(configs: Sequence[SourceConfig]) -> tuple[Source, ...]:
+    """The training sets with their shares.
+
+    Raises:
+        ConfigError: a subset is larger than its set, or the sets' labels differ.
+        DataError, StorageError: a set can't be read.
+    """
+    manifests = [read_manifest(config.url) for config in configs]
+    for manifest in manifests[1:]:
+        if manifest.classes != manifests[0].classes:
+            raise ConfigError(
+                f"its labels aren't those of {manifests[0].url}: {_labels(manifest)}, not {_labels(manifests[0])}",
+                where=f"data.train: {manifest.url}",
+                fix="prepare all sets with the same list of classes",
+            )
+    subsets = [_subset(config, manifest) for config, manifest in zip(configs, manifests, strict=True)]
+    if configs[0].weight is not None:
+        shares = shares_of([config.weight or 0.0 for config in configs])
+    else:
+        sizes = [m.num_samples if n is None else n for m, n in zip(manifests, subsets, strict=True)]
+        shares = tuple(max(1, size * config.repeat) for size, config in zip(sizes, configs, strict=True))
+    if len(manifests) == 1:
+        shares = (1,)
+    return tuple(Source(*parts) for parts in zip(manifests, shares, subsets, strict=True))
+
+
+def _subset(config: SourceConfig, manifest: Manifest) -> int | None:
+    wanted, there = config.subset, manifest.num_samples
+    if wanted is None:
+        return None
+    count = max(1, round(Fraction(repr(wanted)) * there)) if isinstance(wanted, float) else wanted
+    if count > there:
+        raise DataError(
+            f"a subset of {count} samples of a set of {there}", where=manifest.url, fix=f"set subset to at most {there}"
+        )
+    return None if count == there else count
+
+
+def _labels(manifest: Manifest) -> str:
+    return f"{len(manifest.classes)} classes" if manifest.classes else "none"
+
+
+def describe(data: RunData) -> list[str]:
+    """The mixture, for the log: a line for each of several sources."""
+    if len(data.train) == 1 and data.train[0].subset is None:
+        return []
+    total = sum(source.share for source in data.train)
+    return [
+        f"{source.share / total:.2%} of the samples from {source.manifest.url}: "
+        f"{source.num_samples} of its {source.manifest.num_samples}"
+        for source in data.train
+    ]
