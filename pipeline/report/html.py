@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 from pipeline import storage
 from pipeline.report.curves import confusions, pictures, stage_curves
+from pipeline.report.grids import grids
 from pipeline.report.markup import Markup, element, join
 from pipeline.report.runs import Group, read_data_set, read_groups
 from pipeline.report.spec import ReportSpec
@@ -79,7 +80,7 @@ def _with_code(text: str) -> list[Markup | str]:
 
 def _sections(spec: ReportSpec, groups: tuple[Group, ...]) -> Iterator[tuple[str, str, Markup]]:
     """Title, anchor and content of each section; those without content aren't shown."""
-    yield "Results", "results", join([*headline(spec, groups), *all_figures(groups)])
+    yield "Results", "results", join([*headline(spec, groups), *grids(spec, groups), *all_figures(groups)])
     yield "Pictures", "pictures", join(pictures(groups))
     yield "Confusion", "confusion", join(confusions(groups))
     yield "Retrieval", "retrieval", join(retrieval(groups))

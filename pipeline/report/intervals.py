@@ -57,6 +57,19 @@ class Measure(NamedTuple):
         return None if interval is None else f"{100 * interval[0]:.1f} to {100 * interval[1]:.1f}%"
 
 
+def student_95(degrees: int) -> float:
+    """97.5% quantile of Student's t distribution.
+
+    Raises:
+        ValueError: fewer than one degree of freedom.
+    """
+    if degrees < 1:
+        raise ValueError(f"no interval with {degrees} degrees of freedom")
+    from scipy.special import stdtrit  # type: ignore[import-untyped]
+
+    return float(stdtrit(degrees, 0.975))
+
+
 def wilson(share: float, num_samples: int) -> tuple[float, float]:
     """Wilson's 95% score interval of a binomial proportion (Wilson 1927): sound near 0 and 1, and for small n.
 

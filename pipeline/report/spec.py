@@ -28,6 +28,14 @@ class Row(Config):
     note: str = ""  # a sentence shown below the title
 
 
+class Grid(Config):
+    """A table of one figure over two settings: rows and columns, each cell the runs under a label."""
+
+    title: str
+    figure: str
+    cells: dict[str, dict[str, str]] = Field(min_length=1)  # row -> column -> label; rows are compared with the first
+
+
 class ReportSpec(Config):
     """A report on one run or on many.
 
@@ -39,6 +47,7 @@ class ReportSpec(Config):
     about: str = ""  # a paragraph below the title
     runs: dict[str, str | tuple[str, ...]] = Field(min_length=1)  # label -> run directory, or those of several seeds
     rows: tuple[Row, ...] = ()
+    grids: tuple[Grid, ...] = ()
     datasets: dict[str, str] = {}  # label -> data set folder, whose counts are shown
     max_pictures: int = Field(default=6, ge=0)  # per run
 
@@ -49,6 +58,10 @@ class ReportSpec(Config):
             for label in named:
                 if label not in self.runs:
                     raise ValueError(f"rows.{number} names run {label!r}, but `runs` has {', '.join(self.runs)}")
+        for number, grid in enumerate(self.grids):
+            for label in (label for row in grid.cells.values() for label in row.values()):
+                if label not in self.runs:
+                    raise ValueError(f"grids.{number} names run {label!r}, but `runs` has {', '.join(self.runs)}")
         if empty := [label for label, urls in self.runs.items() if not urls]:
             raise ValueError(f"runs.{empty[0]} names no run directory")
         return self

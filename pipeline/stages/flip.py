@@ -139,6 +139,11 @@ class FlipStage(ContrastiveStage):
         self.classes = class_names(options.class_names, data.classes)
         self._check_freeze()
 
+    @property
+    def schedule_changes(self) -> tuple[int, ...]:
+        """Samples from which on another mask ratio holds."""
+        return tuple(step.from_samples for step in self.config.mask_schedule)
+
     def embed(self, batch: Batch) -> tuple[Tensor, ...]:
         """Normalised embeddings of masked images and of their captions, [B,E] each, fp32."""
         assert batch.images is not None
