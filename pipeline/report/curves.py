@@ -5,9 +5,10 @@ from __future__ import annotations
 import base64
 from collections.abc import Callable, Iterator, Sequence
 
+from pipeline.report.classes import class_accuracies
 from pipeline.report.figures import NUM_COLOURS, Line, confusion_matrix, line_chart, shorten, smooth
 from pipeline.report.intervals import count, is_proportion, number
-from pipeline.report.markup import Markup, element
+from pipeline.report.markup import Markup, element, join
 from pipeline.report.runs import Group, Run, RunPicture
 
 SMOOTH_FROM = 80  # points; shorter curves are shown as they are
@@ -63,7 +64,7 @@ def confusions(groups: Sequence[Group]) -> Iterator[Markup]:
             total = [[sum(cells) for cells in zip(*rows, strict=True)] for rows in zip(*matrices, strict=True)]
             if not total or len(total) != len(classes):
                 continue
-            block = _confusion(group, name, total, classes)
+            block = join([_confusion(group, name, total, classes), class_accuracies(total, classes)])
             title = f"{group.label}: {_confusion_title(name)}"
             if "zeroshot" in name:
                 yield element("h3", title)

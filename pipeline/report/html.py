@@ -9,6 +9,7 @@ import datetime
 from collections.abc import Iterator
 
 from pipeline import storage
+from pipeline.report.classes import worst_retrievals
 from pipeline.report.curves import confusions, pictures, stage_curves
 from pipeline.report.grids import grids
 from pipeline.report.markup import Markup, element, join
@@ -83,7 +84,7 @@ def _sections(spec: ReportSpec, groups: tuple[Group, ...]) -> Iterator[tuple[str
     yield "Results", "results", join([*headline(spec, groups), *grids(spec, groups), *all_figures(groups)])
     yield "Pictures", "pictures", join(pictures(groups))
     yield "Confusion", "confusion", join(confusions(groups))
-    yield "Retrieval", "retrieval", join(retrieval(groups))
+    yield "Retrieval", "retrieval", join([*retrieval(groups), *worst_retrievals(groups)])
     yield "Training", "training", join([overview(groups), *stage_curves(groups)])
     sets = {label: read_data_set(url) for label, url in spec.datasets.items()}
     yield "Data", "data", join(data_sets(sets)) if sets else Markup("")
