@@ -1,4 +1,8 @@
-"""Why an input doesn't become a sample, and the account of a whole build: inputs = written + failed, by reason."""
+"""Why an input doesn't become a sample, and the account of a whole build: inputs = written + filtered + failed.
+
+An input *fails* where it can't be used (it can't be fetched, is damaged, is no text); it is *filtered* where it could
+be, but the settings don't want it.
+"""
 
 from __future__ import annotations
 
@@ -8,27 +12,53 @@ from typing import Any, Literal, NamedTuple
 
 Status = Literal["success", "failed_to_download", "failed_to_resize"]
 
-# Reason -> the status img2dataset's readers know. The reason is the finer word and what `PrepReport` counts.
-REASONS: dict[str, Status] = {
-    "url_empty": "failed_to_download",
-    "unsupported_scheme": "failed_to_download",
-    "place_not_allowed": "failed_to_download",
-    "not_found": "failed_to_download",
-    "read_refused": "failed_to_download",
-    "too_many_bytes": "failed_to_download",
-    "changed_while_reading": "failed_to_download",
-    "empty_file": "failed_to_resize",
-    "not_an_image": "failed_to_resize",
-    "image_damaged": "failed_to_resize",
-    "image_too_large": "failed_to_resize",
-    "image_too_small": "failed_to_resize",
-    "image_too_elongated": "failed_to_resize",
-    "annotations_invalid": "failed_to_resize",
-    "caption_empty": "failed_to_resize",
-    "caption_too_short": "failed_to_resize",
-    "caption_too_long": "failed_to_resize",
-    "caption_not_text": "failed_to_resize",
-    "label_invalid": "failed_to_resize",
+
+class Meaning(NamedTuple):
+    """What a reason says about its input."""
+
+    status: Status  # the word img2dataset's readers know
+    filtered: bool  # usable, but not wanted
+
+
+_LOST = Meaning("failed_to_download", False)
+_BAD = Meaning("failed_to_resize", False)
+_UNWANTED = Meaning("failed_to_resize", True)
+
+REASONS: dict[str, Meaning] = {
+    "url_empty": _LOST,
+    "url_invalid": _LOST,
+    "unsupported_scheme": _LOST,
+    "place_not_allowed": _LOST,
+    "address_not_allowed": _LOST,
+    "not_found": _LOST,
+    "read_refused": _LOST,
+    "name_unknown": _LOST,
+    "connection_failed": _LOST,
+    "timeout": _LOST,
+    "server_busy": _LOST,
+    "server_error": _LOST,
+    "too_many_redirects": _LOST,
+    "too_many_bytes": _LOST,
+    "changed_while_reading": _LOST,
+    "opted_out": Meaning("failed_to_download", True),
+    "empty_file": _BAD,
+    "not_an_image": _BAD,
+    "image_damaged": _BAD,
+    "image_too_large": _BAD,
+    "annotations_invalid": _BAD,
+    "caption_empty": _BAD,
+    "caption_not_text": _BAD,
+    "label_invalid": _BAD,
+    "image_too_small": _UNWANTED,
+    "image_too_elongated": _UNWANTED,
+    "caption_too_short": _UNWANTED,
+    "caption_too_long": _UNWANTED,
+    "duplicate": _UNWANTED,
+    "near_duplicate": _UNWANTED,
+    "bridges_splits": _UNWANTED,
+    "in_evaluation_set": _UNWANTED,
+    "score_too_low": _UNWANTED,
+    "function_refused": _UNWANTED,
 }
 
 
@@ -52,12 +82,13 @@ class SplitCount(NamedTuple):
 
 
 class PrepReport(NamedTuple):
-    """The account of a finished build; `failed` and `splits` are in a fixed order."""
+    """The account of a finished build; counts and `splits` are in a fixed order."""
 
     name: str
     url: str
     inputs: int
     written: int
+    filtered: dict[str, int]
     failed: dict[str, int]
     splits: dict[str, SplitCount]
     fingerprint: str
@@ -70,6 +101,7 @@ class PrepReport(NamedTuple):
         return {
             "inputs": self.inputs,
             "written": self.written,
+            "filtered": self.filtered,
             "failed": self.failed,
             "splits": {name: count._asdict() for name, count in self.splits.items()},
             "fingerprint": self.fingerprint,
@@ -80,26 +112,51 @@ class PrepReport(NamedTuple):
 class Progress(NamedTuple):
     """Where a build stands; handed to the caller's callback after every partition."""
 
-    phase: Literal["plan", "scan", "write"]
+    phase: Literal["plan", "scan", "write", "publish"]
     done: int  # rows
     total: int | None  # rows, where known
     written: int
+    filtered: int
     failed: int
-    elapsed_s: float
+    elapsed_s: float  # of the phase
+    size_bytes: int = 0  # of the shards written in this phase
+    resumed: int = 0  # rows of `done` that earlier attempts did
 
     def __str__(self) -> str:
-        doing = {"plan": "planned", "scan": "digested", "write": "done"}[self.phase]
+        doing = {"plan": "planned", "scan": "looked at", "write": "done", "publish": "published"}[self.phase]
         of = f" of {self.total}" if self.total is not None else ""
-        account = f": {self.written} written, {self.failed} failed" if self.phase == "write" else ""
-        return f"{self.done}{of} inputs {doing}{account} ({self.done / max(self.elapsed_s, 1e-9):.0f}/s)"
+        rate = (self.done - self.resumed) / max(self.elapsed_s, 1e-9)
+        told = f"{self.done}{of} inputs {doing}"
+        if self.phase == "write":
+            told += f": {self.written} written, {self.filtered} filtered, {self.failed} failed"
+        speed = f"{rate:.0f}/s"
+        if self.size_bytes:
+            speed += f", {self.size_bytes / 2**20 / max(self.elapsed_s, 1e-9):.1f} MiB/s"
+        if self.total is not None and 0 < self.resumed + 1 <= self.done < self.total:
+            speed += f", {_duration((self.total - self.done) / max(rate, 1e-9))} left"
+        return f"{told} ({speed})"
 
 
-def by_reason(counts: Mapping[str, int]) -> dict[str, int]:
-    """The counts in the order of `REASONS`, zeros left out."""
-    return {reason: counts[reason] for reason in REASONS if counts.get(reason)}
+def by_reason(counts: Mapping[str, int], *, filtered: bool | None = None) -> dict[str, int]:
+    """The counts in the order of `REASONS`, zeros left out; only those of filtered, or of failed inputs, if asked."""
+    return {
+        reason: counts[reason]
+        for reason, meaning in REASONS.items()
+        if counts.get(reason) and filtered in (None, meaning.filtered)
+    }
 
 
-def describe(failed: Counter[str], examples: Mapping[str, str]) -> str:
+def total(counts: Mapping[str, int], *, filtered: bool) -> int:
+    """How many inputs were filtered, or failed."""
+    return sum(by_reason(counts, filtered=filtered).values())
+
+
+def describe(counts: Mapping[str, int], examples: Mapping[str, str]) -> str:
     """The commonest reasons with their numbers and an example, as a phrase."""
-    parts = [f"{count} {reason} (e.g. {examples[reason]})" for reason, count in failed.most_common(3)]
+    parts = [f"{count} {reason} (e.g. {examples[reason]})" for reason, count in Counter(counts).most_common(3)]
     return "; ".join(parts)
+
+
+def _duration(seconds: float) -> str:
+    minutes = seconds / 60
+    return f"{seconds:.0f} s" if minutes < 2 else f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.0f} h"

@@ -19,6 +19,7 @@ from PIL import Image
 from data_prep.account import Refused
 from data_prep.images import Geometry
 
+_PASSED_ON = ("id", "predicted_iou", "stability_score")  # SA-1B's judgement of its masks
 _FARTHEST = 100_000  # pixels; rasterising takes memory in proportion to a polygon's length
 
 
@@ -57,10 +58,11 @@ def follow_image(annotations: list[dict[str, Any]], geometry: Geometry) -> list[
 
 
 def _follow_one(item: dict[str, Any], geometry: Geometry) -> dict[str, Any] | None:
-    category = item["category_id"]
+    category = 0 if _PASSED_ON[1] in item else item["category_id"]  # SA-1B's objects have no category
     if isinstance(category, bool) or not isinstance(category, int):
         raise Refused("annotations_invalid", f"category_id {category!r} is no integer")
     kept: dict[str, Any] = {"category_id": category, "iscrowd": int(item.get("iscrowd", 0))}
+    kept |= {name: item[name] for name in _PASSED_ON if name in item}
     mask = _compressed(item["segmentation"], geometry.source) if item.get("segmentation") else None
     if geometry.unchanged:
         box = _numbers(item["bbox"])

@@ -1,33 +1,141 @@
-"""Reading source images: a size cap, retries, several reads at once, results in order.
+"""Reading source images: a size cap, retries, many reads at once, results as they come.
 
-A place that fails as a whole (an outage, credentials that ran out) stops the build, which a rerun then finishes;
-it is never booked as failed inputs.
+A store that fails as a whole (an outage, credentials that ran out) stops the build, which a rerun then finishes; it is
+never booked as failed inputs. Of web servers each stands for itself: see `data_prep.web`.
 """
 
 from __future__ import annotations
 
-from collections import deque
+import queue
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import NamedTuple
 
 from data_prep.account import Refused
 from data_prep.config import FetchConfig
-from data_prep.sources import Places
+from data_prep.sources import Input, Places
+from data_prep.web import WebReader, is_web
 from pipeline import storage
 from pipeline.errors import StorageError
 
+_MAX_SIDECAR_BYTES = 2**20
 
-def fetch(raw_url: bytes | None, places: Places, options: FetchConfig) -> bytes:
-    """The bytes a row's URL stands for.
+
+class Wanted(NamedTuple):
+    """What is to be read of one input; fields as in `sources.SCHEMA`."""
+
+    url: bytes | None
+    held: bytes | None = None
+    start: int | None = None
+    stop: int | None = None
+    sidecar: bytes | None = None
+
+    @classmethod
+    def of(cls, row: Input) -> Wanted:
+        """That of a row of `sources.SCHEMA`."""
+        return cls(row["url"], row["held"], row["start"], row["stop"], row["sidecar"])
+
+
+class Fetched(NamedTuple):
+    """What was read of one input."""
+
+    data: bytes
+    sidecar: bytes | None = None
+
+
+Result = Fetched | Refused
+
+
+def fetch_all(
+    wanted: Sequence[Wanted], places: Places, options: FetchConfig, *, tasks_at_once: int = 1
+) -> Iterator[tuple[int, Result]]:
+    """(index, what was read or why not) of each, in the order in which they arrive: one that hangs holds up no other.
+
+    Args:
+        tasks_at_once: among how many tasks like this one the limits per host are shared out.
+
+    Raises:
+        StorageError: a store can't be used at all.
+    """
+    done: queue.SimpleQueue[tuple[int, Future[Result] | Future[bytes | Refused]]] = queue.SimpleQueue()
+    next_up = iter(enumerate(wanted))
+    under_way = 0
+    exhausted = False
+    with (
+        ThreadPoolExecutor(min(options.concurrency, max(1, len(wanted))), thread_name_prefix="fetch") as pool,
+        WebReader(options, tasks_at_once) as web,
+    ):
+
+        def begin(index: int, item: Wanted) -> None:
+            if item.held is None and item.sidecar is None and is_web(item.url):
+                web.submit(item.url or b"").add_done_callback(lambda found: done.put((index, found)))
+            else:
+                future = pool.submit(_fetch_or_refuse, item, places, options, web)
+                future.add_done_callback(lambda found: done.put((index, found)))
+
+        try:
+            while True:
+                while not exhausted and under_way < options.concurrency:
+                    index, item = next(next_up, (-1, None))
+                    if item is None:
+                        exhausted = True
+                        break
+                    begin(index, item)
+                    under_way += 1
+                if not under_way:
+                    return
+                index, future = done.get()
+                under_way -= 1
+                found = future.result()
+                yield index, Fetched(found) if isinstance(found, bytes) else found
+        finally:
+            web.cancel()
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def fetch(item: Wanted, places: Places, options: FetchConfig) -> Fetched:
+    """What is wanted of one input.
 
     Raises:
         Refused: the row's own fault.
         StorageError: the place can't be used at all.
     """
-    url = places.resolve(raw_url)
+    for _, result in fetch_all([item], places, options):
+        if isinstance(result, Refused):
+            raise result
+        return result
+    raise AssertionError("unreachable")
+
+
+def _fetch_or_refuse(item: Wanted, places: Places, options: FetchConfig, web: WebReader) -> Result:
     try:
-        return storage.retrying(
-            lambda: _read_capped(url, options.max_bytes),
+        sidecar = None
+        if item.sidecar is not None:
+            sidecar = _read(places.resolve(item.sidecar), places, options, stop=_MAX_SIDECAR_BYTES)
+        if item.held is not None:
+            held = item.held.decode("utf-8", "surrogateescape")
+            return Fetched(_read(held, places, options, item.start or 0, item.stop), sidecar)
+        if is_web(item.url):
+            found = web.submit(item.url or b"").result()
+            return found if isinstance(found, Refused) else Fetched(found, sidecar)
+        return Fetched(_read(places.resolve(item.url), places, options), sidecar)
+    except Refused as refused:
+        return refused
+
+
+def _read(url: str, places: Places, options: FetchConfig, start: int = 0, stop: int | None = None) -> bytes:
+    """Bytes of an object in a store, at most `options.max_bytes` of them."""
+    size = options.max_bytes if stop is None else stop - start
+    if size > options.max_bytes:
+        raise Refused("too_many_bytes", f"{url}: {size} bytes, more than {options.max_bytes}")
+
+    def read() -> bytes:
+        # One byte more than allowed tells an object that is too large without reading the rest of it.
+        return storage.read_range(url, start, start + size + (stop is None))
+
+    try:
+        data = storage.retrying(
+            read,
             transient=lambda error: isinstance(error, storage.StorageUnavailable),
             attempts=options.retries + 1,
             first_wait_s=0.5,
@@ -37,45 +145,12 @@ def fetch(raw_url: bytes | None, places: Places, options: FetchConfig) -> bytes:
     except storage.StorageUnavailable:
         raise
     except StorageError as error:
-        # A refusal concerns this object alone as long as the same credentials still open the table itself.
+        # A refusal concerns this object alone as long as the same credentials still open the listing itself.
         if storage.is_remote(url):
             if places.witness is None:
                 raise
             storage.size_bytes(places.witness)
         raise Refused("read_refused", f"{url}: {error.what}") from error
-
-
-def fetch_all(raw_urls: Sequence[bytes | None], places: Places, options: FetchConfig) -> Iterator[bytes | Refused]:
-    """The bytes of each URL in order, or why not, `options.concurrency` reads running ahead.
-
-    Raises:
-        StorageError: a place can't be used at all.
-    """
-    with ThreadPoolExecutor(options.concurrency, thread_name_prefix="fetch") as pool:
-        ahead: deque[Future[bytes | Refused]] = deque()
-        urls = iter(raw_urls)
-        try:
-            for raw_url in urls:
-                ahead.append(pool.submit(_fetch_or_refuse, raw_url, places, options))
-                if len(ahead) > options.concurrency:
-                    yield ahead.popleft().result()
-            while ahead:
-                yield ahead.popleft().result()
-        finally:
-            for future in ahead:
-                future.cancel()
-
-
-def _fetch_or_refuse(raw_url: bytes | None, places: Places, options: FetchConfig) -> bytes | Refused:
-    try:
-        return fetch(raw_url, places, options)
-    except Refused as refused:
-        return refused
-
-
-def _read_capped(url: str, max_bytes: int) -> bytes:
-    # One byte more than allowed tells an object that is too large without reading the rest of it.
-    data = storage.read_range(url, 0, max_bytes + 1)
-    if len(data) > max_bytes:
-        raise Refused("too_many_bytes", f"{url} is larger than {max_bytes} bytes")
+    if stop is None and len(data) > options.max_bytes:
+        raise Refused("too_many_bytes", f"{url} is larger than {options.max_bytes} bytes")
     return data

@@ -1,165 +1,257 @@
-"""The end of a build: shards without gaps in their numbers, manifests, the account.
+"""The end of a segment: committed shards get their final names, then come the manifests and the account.
 
-Every step can be repeated: a build that is killed here goes on from the commit markers.
+Shards are numbered without gaps, partitions in order, those of which no input succeeded left out. The names follow
+from the markers alone, so every step can be repeated: a build that is killed here goes on from the markers.
 """
 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
-from collections import Counter
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet
 
 from data_prep.account import PrepReport, SplitCount, by_reason
 from data_prep.config import PrepConfig
-from data_prep.shards import Committed, json_bytes, marker_bytes, marker_url, read_marker, shard_stem
+from data_prep.segments import Segment, read_positions
+from data_prep.shards import (
+    STAGED,
+    Committed,
+    final_names,
+    json_bytes,
+    marker_bytes,
+    marker_url,
+    read_marker,
+    shard_stem,
+    sidecar_bytes,
+)
 from pipeline import storage
 from pipeline.data.manifest import MANIFEST_NAME, Manifest, Shard, manifest_bytes
 from pipeline.errors import ConfigError, DataError
 
 REPORT_NAME = "prep.json"
 SIZES_NAME = "sizes.json"
-REPORT_FORMAT_VERSION = 1
-_MARKERS_AT_ONCE = 16
+REPORT_FORMAT_VERSION = 2
+_AT_ONCE = 16
 
-Markers = dict[tuple[str, int], Committed]
+Markers = dict[tuple[int, str, int], Committed]
 
 
-def read_markers(url: str, fingerprint: str) -> Markers:
-    """The partitions that are committed so far, by split and number.
+class Named(NamedTuple):
+    """A committed partition with its final names."""
+
+    part: Committed
+    stem: str
+    sidecar: str
+
+    @property
+    def shard(self) -> Shard | None:
+        """The shard as the manifest lists it."""
+        if self.part.shard is None:
+            return None
+        archive, index, *_ = final_names(self.stem)
+        return self.part.shard._replace(name=archive, index_name=index)
+
+
+def read_markers(url: str, segments: Sequence[Segment]) -> Markers:
+    """The partitions that are committed so far.
 
     Raises:
         ConfigError: one belongs to another build.
     """
     found: Markers = {}
     places = [entry.url for entry in storage.entries(storage.join(url, "_prep", "partitions"))]
-    with ThreadPoolExecutor(_MARKERS_AT_ONCE) as pool:
+    fingerprints = {segment.number: segment.fingerprint for segment in segments}
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
         for place, data in zip(places, pool.map(storage.read, places), strict=True):
             committed = read_marker(data, place)
-            if committed.fingerprint != fingerprint:
+            if committed.fingerprint != fingerprints.get(committed.segment):
                 raise ConfigError(
                     "a partition of another build lies here", where=place, fix="choose another output for this build"
                 )
-            found[committed.split, committed.number] = committed
+            found[committed.place] = committed
     return found
 
 
-def finish(config: PrepConfig, committed: Markers, classes: tuple[str, ...], fingerprint: str) -> PrepReport:
-    """Write what makes the committed partitions a data set.
+def named(committed: Iterable[Committed]) -> dict[str, list[Named]]:
+    """Split -> its partitions in order with their final names."""
+    found: dict[str, list[Named]] = defaultdict(list)
+    full: Counter[str] = Counter()
+    empty: Counter[str] = Counter()
+    for part in sorted(committed, key=lambda part: part.place):
+        if part.shard is not None:
+            stem = shard_stem(full[part.split])
+            found[part.split].append(Named(part, stem, f"{stem}.parquet"))
+            full[part.split] += 1
+        else:
+            stem = f"failed-{shard_stem(empty[part.split])}"
+            found[part.split].append(Named(part, stem, f"{stem}.parquet"))
+            empty[part.split] += 1
+    return dict(sorted(found.items()))
+
+
+def finish(
+    config: PrepConfig,
+    committed: Markers,
+    segments: Sequence[Segment],
+    classes: tuple[str, ...],
+    tell: Callable[[int, int], None] = lambda done, total: None,
+) -> PrepReport:
+    """Publish what the segments committed, and write what makes it a data set.
 
     Raises:
-        DataError: a split holds no sample, or a committed shard has gone.
+        DataError: a split holds no sample, or a committed object has gone.
     """
     url = config.output
-    failed: Counter[str] = Counter()
-    examples: dict[str, str] = {}
-    splits: dict[str, SplitCount] = {}
-    manifests: dict[str, Manifest] = {}
-    for split in sorted({split for split, _ in committed}):
-        parts = [committed[key] for key in sorted(committed) if key[0] == split]
-        for part in parts:
-            failed.update(part.failed)
-            for reason, example in part.examples.items():
-                examples.setdefault(reason, example)
-        parts = close_gaps(url, parts)
-        manifests[split] = _manifest(url, split, parts, classes, fingerprint)
-        shards = manifests[split].shards
-        splits[split] = SplitCount(manifests[split].num_samples, len(shards), sum(shard.size_bytes for shard in shards))
+    last = segments[-1]
+    splits = named(committed.values())
+    for split, parts in splits.items():
+        if not any(part.shard for part in parts):
+            raise DataError(
+                f"no input of split {split!r} became a sample", where=url, fix="mend that split's inputs and build anew"
+            )
+    done = 0
+    total = sum(len(parts) for parts in splits.values())
+    for split, parts in splits.items():
+        for _ in _publish(url, split, parts):
+            done += 1
+            tell(done, total)
+    if last.kind == "retry":
+        splits = _take_over(url, splits, last)
+    manifests = {split: _manifest(url, split, parts, classes, last.fingerprint) for split, parts in splits.items()}
     for split, manifest in manifests.items():
         sizes = {shard.name: shard.num_samples for shard in manifest.shards}
         storage.write(storage.join(url, split, SIZES_NAME), json_bytes(sizes))
     for split, manifest in manifests.items():
         storage.write(storage.join(url, split, MANIFEST_NAME), manifest_bytes(manifest))
-    report = PrepReport(
-        name=config.name,
-        url=url,
-        inputs=sum(part.inputs for part in committed.values()),
-        written=sum(count.samples for count in splits.values()),
-        failed=by_reason(failed),
-        splits=splits,
-        fingerprint=fingerprint,
-        examples={reason: examples[reason] for reason in by_reason(failed)},
-    )
-    if report.inputs != report.written + sum(report.failed.values()):
-        raise RuntimeError(f"the account doesn't add up: {report}")
-    document = {"format": "vitrail.prep", "format_version": REPORT_FORMAT_VERSION} | report.document()
+    report = _report(config, splits, manifests, last)
+    document = {
+        "format": "vitrail.prep",
+        "format_version": REPORT_FORMAT_VERSION,
+        "segments": len(segments),
+        **report.document(),
+    }
     storage.write(storage.join(url, REPORT_NAME), json_bytes(document))
+    _clean_up(url)
     return report
 
 
-def finished_report(name: str, url: str, fingerprint: str) -> PrepReport | None:
-    """The account of a build that is complete; None of any other."""
+def finished_report(name: str, url: str) -> tuple[int, PrepReport] | None:
+    """How many segments are finished, and their account; None before the first."""
+    place = storage.join(url, REPORT_NAME)
     try:
-        document = json.loads(storage.read(storage.join(url, REPORT_NAME)))
+        document = json.loads(storage.read(place))
+        version = document["format_version"]
     except FileNotFoundError:
         return None
-    if document["fingerprint"] != fingerprint:
-        return None
-    return PrepReport(
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"no account of a build ({error})", where=place, fix="delete it and run again") from error
+    if version != REPORT_FORMAT_VERSION:
+        raise DataError(
+            f"format_version {version}, and this version writes {REPORT_FORMAT_VERSION}",
+            where=place,
+            fix="train on that data set as it is; to extend it, build anew into another output",
+        )
+    report = PrepReport(
         name=name,
         url=url,
         inputs=document["inputs"],
         written=document["written"],
+        filtered=by_reason(document["filtered"]),
         failed=by_reason(document["failed"]),
         splits={split: SplitCount(**count) for split, count in document["splits"].items()},
-        fingerprint=fingerprint,
+        fingerprint=document["fingerprint"],
         examples=document["examples"],
         resumed_partitions=sum(count["shards"] for count in document["splits"].values()),
     )
+    return document["segments"], report
 
 
-def close_gaps(url: str, parts: list[Committed]) -> list[Committed]:
-    """The partitions of a split, their shards numbered 0, 1, ...: loaders take brace ranges of shard names.
+def _publish(url: str, split: str, parts: Sequence[Named]) -> Iterable[None]:
+    """Move staged objects to their final names, many at once; what lies there already stays."""
+    folder = storage.join(url, split)
+    there = {entry.url.rpartition("/")[2]: entry.size_bytes for entry in storage.entries(folder)}
 
-    A partition without samples leaves a gap, which the split's last shard then fills. First its objects are copied,
-    then its marker names the copies, then the old ones go; repeating any of it does no harm.
-    """
-    full = [part for part in parts if part.shard is not None]
-    parts = list(parts)
-    taken = {_stem(part) for part in full}
-    gaps = [shard_stem(n) for n in range(len(full)) if shard_stem(n) not in taken]
-    surplus = [part for part in full if int(_stem(part)) >= len(full)]
-    for stem, part in zip(gaps, surplus, strict=True):
-        parts[parts.index(part)] = _rename(url, part, stem)
+    def move(part: Named) -> None:
+        stats = [] if part.part.shard is None else ["archive", "index", "stats"]
+        for ending, name in zip(STAGED, final_names(part.stem), strict=True):
+            if ending != "rows" and ending not in stats:
+                continue
+            target = part.sidecar if ending == "rows" else name
+            if target not in there:
+                _move(storage.join(url, f"{part.part.staged}.{ending}"), storage.join(folder, target))
+
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        for _ in pool.map(move, parts):
+            yield
+    _check_sizes(folder, parts)
+
+
+def _move(source: str, target: str) -> None:
+    try:
+        storage.move(source, target)
+    except FileNotFoundError as error:
+        if not storage.exists(target):
+            raise DataError(
+                "a committed object has gone",
+                where=source,
+                fix="delete the marker that names it, below _prep/partitions, and run the same command",
+            ) from error
+
+
+def _check_sizes(folder: str, parts: Sequence[Named]) -> None:
+    """What the markers name must lie there now, in one listing."""
+    found = {entry.url.rpartition("/")[2]: entry.size_bytes for entry in storage.entries(folder)}
     for part in parts:
-        if part.shard is not None and _stem(part) != shard_stem(part.number):
-            for name in _object_names(shard_stem(part.number)):
-                storage.delete(storage.join(url, part.split, name))
-    return parts
+        shard = part.shard
+        if shard is not None and (found.get(shard.name) != shard.size_bytes or shard.index_name not in found):
+            raise DataError(
+                f"{shard.name} was committed with {shard.size_bytes} bytes and now has {found.get(shard.name, 'none')}",
+                where=folder,
+                fix="restore it from a copy, or build anew",
+            )
 
 
-def _rename(url: str, part: Committed, stem: str) -> Committed:
-    assert part.shard is not None
-    folder = storage.join(url, part.split)
-    old_names, new_names = _object_names(_stem(part)), _object_names(stem)
-    for old, new in zip(old_names, new_names, strict=True):
-        storage.write(storage.join(folder, new), storage.read(storage.join(folder, old)))
-    shard = part.shard._replace(name=f"{stem}.tar", index_name=f"{stem}.index.npy")
-    renamed = part._replace(shard=shard, sidecar_name=f"{stem}.parquet")
-    storage.write(marker_url(url, part.split, part.number), marker_bytes(renamed))
-    return renamed
+def _take_over(url: str, splits: dict[str, list[Named]], retry: Segment) -> dict[str, list[Named]]:
+    """Take the inputs that a retry tried again out of the sidecars they stood in: each input has one row."""
+    positions = pa.array(read_positions(url, retry))
 
-
-def _stem(part: Committed) -> str:
-    assert part.shard is not None
-    return part.shard.name.removesuffix(".tar")
-
-
-def _object_names(stem: str) -> tuple[str, ...]:
-    return f"{stem}.tar", f"{stem}.index.npy", f"{stem}.parquet", f"{stem}_stats.json"
-
-
-def _manifest(url: str, split: str, parts: list[Committed], classes: tuple[str, ...], fingerprint: str) -> Manifest:
-    full = sorted((part for part in parts if part.shard is not None), key=lambda part: int(_stem(part)))
-    shards = tuple(part.shard for part in full if part.shard is not None)
-    if not shards:
-        raise DataError(
-            f"no input of split {split!r} became a sample", where=url, fix="mend that split's inputs and build anew"
+    def without(item: Named) -> Named:
+        part = item.part
+        if part.segment >= retry.number or part.retried >= retry.number or not set(part.refused) & set(retry.reasons):
+            return item
+        place = storage.join(url, part.split, item.sidecar)
+        table = pyarrow.parquet.read_table(io.BytesIO(storage.read(place)))
+        left = table.filter(pc.invert(pc.is_in(table.column("position"), positions)))
+        data = sidecar_bytes(left)
+        counts = Counter(reason for reason in left.column("reason").to_pylist() if reason)
+        part = part._replace(
+            inputs=left.num_rows,
+            refused=by_reason(counts),
+            examples={reason: example for reason, example in part.examples.items() if counts[reason]},
+            sidecar_sha256=hashlib.sha256(data).hexdigest(),
+            retried=retry.number,
         )
-    _check_sizes(url, split, shards)
-    failed: Counter[str] = Counter()
+        storage.write(place, data)
+        storage.write(marker_url(url, part.place), marker_bytes(part))
+        return item._replace(part=part)
+
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        return {split: list(pool.map(without, parts)) for split, parts in splits.items()}
+
+
+def _manifest(url: str, split: str, parts: list[Named], classes: tuple[str, ...], fingerprint: str) -> Manifest:
+    shards = tuple(shard for part in parts if (shard := part.shard) is not None)
+    refused: Counter[str] = Counter()
     for part in parts:
-        failed.update(part.failed)
+        refused.update(part.part.refused)
     return Manifest(
         url=storage.join(url, split),
         shards=shards,
@@ -168,21 +260,55 @@ def _manifest(url: str, split: str, parts: list[Committed], classes: tuple[str, 
         classes=classes,
         info={
             "split": split,
-            "inputs": sum(part.inputs for part in parts),
-            "failed": by_reason(failed),
-            "sidecars": {part.sidecar_name: part.sidecar_sha256 for part in parts},
+            "inputs": sum(part.part.inputs for part in parts),
+            "filtered": by_reason(refused, filtered=True),
+            "failed": by_reason(refused, filtered=False),
+            "sidecars": {part.sidecar: part.part.sidecar_sha256 for part in parts},
         },
     )
 
 
-def _check_sizes(url: str, split: str, shards: tuple[Shard, ...]) -> None:
-    """What the markers name must still lie there, in one listing."""
-    folder = storage.join(url, split)
-    found = {entry.url.rpartition("/")[2]: entry.size_bytes for entry in storage.entries(folder)}
-    for shard in shards:
-        if found.get(shard.name) != shard.size_bytes or shard.index_name not in found:
-            raise DataError(
-                f"{shard.name} was committed with {shard.size_bytes} bytes and now has {found.get(shard.name, 'none')}",
-                where=folder,
-                fix="delete the marker that names it, below _prep/partitions, and run the same command",
-            )
+def _report(
+    config: PrepConfig, splits: dict[str, list[Named]], manifests: dict[str, Manifest], last: Segment
+) -> PrepReport:
+    refused: Counter[str] = Counter()
+    examples: dict[str, str] = {}
+    inputs = 0
+    for parts in splits.values():
+        for part, _, _ in parts:
+            inputs += part.inputs
+            refused.update(part.refused)
+            for reason, example in part.examples.items():
+                examples.setdefault(reason, example)
+    counts = {
+        split: SplitCount(
+            manifest.num_samples, len(manifest.shards), sum(shard.size_bytes for shard in manifest.shards)
+        )
+        for split, manifest in manifests.items()
+    }
+    report = PrepReport(
+        name=config.name,
+        url=config.output,
+        inputs=inputs,
+        written=sum(count.samples for count in counts.values()),
+        filtered=by_reason(refused, filtered=True),
+        failed=by_reason(refused, filtered=False),
+        splits=counts,
+        fingerprint=last.fingerprint,
+        examples={reason: examples[reason] for reason in by_reason(refused) if reason in examples},
+    )
+    if report.inputs != report.written + sum(report.filtered.values()) + sum(report.failed.values()):
+        raise RuntimeError(f"the account doesn't add up: {report}")
+    if report.inputs != last.stop:
+        raise RuntimeError(f"{last.stop} inputs came in, and {report.inputs} are accounted for: {report}")
+    return report
+
+
+def _clean_up(url: str) -> None:
+    """Remove what only the segment's own work needed: staged leftovers of dead tasks, kept bytes of the web."""
+    leftovers = [entry.url for entry in storage.entries(storage.join(url, "_prep", "staged"))]
+    leftovers += [
+        entry.url for entry in storage.entries(storage.join(url, "_prep", "scan")) if entry.url.endswith(".bytes")
+    ]
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        list(pool.map(storage.delete, leftovers))

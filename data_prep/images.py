@@ -25,6 +25,7 @@ from pipeline.data.images import UnreadableSample, decode
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 _EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
 _MAGIC = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF8", b"II*\0", b"MM\0*")
+THUMBNAIL = 64  # pixels of each side that a perceptual hash wants
 _MAX_EXIF_CHARS = 200  # of a value
 # Transpositions that undo EXIF orientations 2 to 8 (CIPA DC-008, 4.6.4).
 _UPRIGHT = {
@@ -39,11 +40,11 @@ _UPRIGHT = {
 
 
 class Geometry(NamedTuple):
-    """How the upright source becomes the stored image: scaled to `scaled`, then cut to `width` x `height`."""
+    """How the upright source becomes the stored image: scaled to `scaled`, then cut or padded to `width` x `height`."""
 
     source: tuple[int, int]  # width, height in pixels, upright
     scaled: tuple[int, int]
-    left: int  # of the cut, in scaled pixels
+    left: int  # of the stored image, in scaled pixels; negative where it begins with a border
     top: int
     width: int
     height: int
@@ -63,42 +64,118 @@ class StoredImage(NamedTuple):
     exif: str  # JSON: name -> text
 
 
+class Header(NamedTuple):
+    """What the first bytes of a source tell."""
+
+    extension: str  # "" for formats that aren't stored as they are
+    size: tuple[int, int]  # width, height in pixels as they lie in the file
+    orientation: int  # EXIF's, 1 to 8
+    exif: str  # JSON: name -> text
+    plain: bool  # one image of 8-bit RGB or grey, without transparency: what may pass untouched
+    floating: bool
+
+    @property
+    def upright(self) -> tuple[int, int]:
+        """Width and height once the orientation is applied."""
+        return self.size[::-1] if self.orientation >= 5 else self.size
+
+
 def convert(data: bytes, options: ImageConfig) -> StoredImage:
     """Bring a source image into the form that is stored.
 
     Raises:
         Refused: it is no image, damaged, or outside the limits.
     """
+    header = check(data, options)
+    geometry = plan_geometry(header.upright, options)
+    extension = header.extension or "jpg" if options.format == "keep" else options.format
+    if extension == header.extension and header.orientation == 1 and geometry.unchanged and header.plain:
+        _decode(data, options)  # only a file that decodes to its end passes
+        return StoredImage(extension, data, geometry, header.exif)
+    pixels = _pixels(data, options, geometry, header.orientation)
+    return StoredImage(extension, _encode(pixels, extension, options.quality), geometry, header.exif)
+
+
+def check(data: bytes, options: ImageConfig) -> Header:
+    """Look at a source's header and judge it by the limits; nothing is decoded.
+
+    Raises:
+        Refused: it is no image, or outside the limits.
+    """
     if not data:
         raise Refused("empty_file", "zero bytes")
-    with _open(data) as image:
-        _check_limits(image.size, options)
-        exif, orientation = _exif(image)
-        upright = image.size[::-1] if orientation >= 5 else image.size
-        geometry = plan_geometry(upright, options)
-        source = _EXTENSIONS.get(image.format or "", "")
-        extension = source or "jpg" if options.format == "keep" else options.format
-        plain = image.mode in ("RGB", "L") and "transparency" not in image.info and getattr(image, "n_frames", 1) == 1
-        if extension == source and orientation == 1 and geometry.unchanged and plain:
-            _decode(data, options)  # only a file that decodes to its end passes
-            return StoredImage(extension, data, geometry, exif)
-        if image.mode == "F":
-            raise Refused("not_an_image", "floating-point pixels have no agreed range")
-    pixels = _pixels(data, options, geometry, orientation)
-    return StoredImage(extension, _encode(pixels, extension, options.quality), geometry, exif)
+    header = _jpeg_header(data) if data[:3] == b"\xff\xd8\xff" else _other_header(data)
+    _check_limits(header.size, options)
+    if header.floating:
+        raise Refused("not_an_image", "floating-point pixels have no agreed range")
+    return header
+
+
+def thumbnail(data: bytes, options: ImageConfig) -> UInt8[np.ndarray, "h w 3"]:
+    """Upright pixels at whatever scale decodes fastest, no smaller than `THUMBNAIL` where the image isn't.
+
+    Raises:
+        Refused: as `convert`.
+    """
+    header = check(data, options)
+    pixels = _decode(data, options, (THUMBNAIL, THUMBNAIL))
+    if header.orientation == 1:
+        return pixels
+    return np.asarray(Image.fromarray(pixels).transpose(_UPRIGHT[header.orientation]))
 
 
 def plan_geometry(size: tuple[int, int], options: ImageConfig) -> Geometry:
     """What is stored of an upright image of `size` (width, height) pixels."""
     width, height = size
-    shorter = min(size)
     if options.resize == "no":
         return Geometry(size, size, 0, 0, width, height)
-    target = min(options.size, shorter) if options.only_if_bigger else options.size
-    scaled = (max(target, round(width * target / shorter)), max(target, round(height * target / shorter)))
-    if options.resize == "keep_ratio":
+    by_longer = options.resize in ("keep_ratio_largest", "border")
+    side = max(size) if by_longer else min(size)
+    target = min(options.size, side) if options.only_if_bigger else options.size
+    scaled = (max(1, round(width * target / side)), max(1, round(height * target / side)))
+    if options.resize in ("keep_ratio", "keep_ratio_largest"):
         return Geometry(size, scaled, 0, 0, *scaled)
-    return Geometry(size, scaled, (scaled[0] - target) // 2, (scaled[1] - target) // 2, target, target)
+    # A border makes the square that was asked for, also around what was small already.
+    square = options.size if options.resize == "border" else target
+    return Geometry(size, scaled, (scaled[0] - square) // 2, (scaled[1] - square) // 2, square, square)
+
+
+def _jpeg_header(data: bytes) -> Header:
+    try:
+        height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
+    except ValueError as error:
+        raise Refused("image_damaged", f"begins like a JPEG, but can't be opened ({error})") from None
+    payload, single = _jpeg_metadata(data)
+    exif, orientation = _exif_of(payload) if payload else ("{}", 1)
+    return Header("jpg", (width, height), orientation, exif, single and colours not in ("CMYK", "YCCK"), False)
+
+
+def _jpeg_metadata(data: bytes) -> tuple[bytes, bool]:
+    """The EXIF segment before the pixels, and whether the file holds one image only (no MPF index, CIPA DC-007)."""
+    payload = b""
+    single = True
+    at = 2
+    while at + 4 <= len(data) and data[at] == 0xFF:
+        marker = data[at + 1]
+        if marker in (0xD9, 0xDA):
+            break
+        size = int.from_bytes(data[at + 2 : at + 4], "big")
+        if marker == 0xE1 and not payload and data[at + 4 : at + 10] == b"Exif\0\0":
+            payload = data[at + 4 : at + 2 + size]
+        elif marker == 0xE2 and data[at + 4 : at + 8] == b"MPF\0":
+            single = False
+        at += 2 + size
+    return payload, single
+
+
+def _other_header(data: bytes) -> Header:
+    with _open(data) as image:
+        exif, orientation = "{}", 1
+        with contextlib.suppress(Exception):  # damaged EXIF is as good as none
+            exif, orientation = _read_exif(image.getexif())
+        plain = image.mode in ("RGB", "L") and "transparency" not in image.info and getattr(image, "n_frames", 1) == 1
+        extension = _EXTENSIONS.get(image.format or "", "")
+        return Header(extension, image.size, orientation, exif, plain, image.mode == "F")
 
 
 def _open(data: bytes) -> Image.Image:
@@ -125,14 +202,18 @@ def _check_limits(size: tuple[int, int], options: ImageConfig) -> None:
         raise Refused("image_too_elongated", f"{width}x{height} pixels, aspect above {options.max_aspect:g}")
 
 
-def _exif(image: Image.Image) -> tuple[str, int]:
-    """EXIF tags as JSON, and the orientation (1 where it isn't given or makes no sense)."""
-    tags: dict[str, str] = {}
-    orientation = 1
+def _exif_of(payload: bytes) -> tuple[str, int]:
+    exif = Image.Exif()
     with contextlib.suppress(Exception):  # damaged EXIF is as good as none
-        exif = image.getexif()
-        orientation = exif.get(ExifTags.Base.Orientation, 1)
-        tags = {ExifTags.TAGS.get(tag, str(tag)): _text(value) for tag, value in sorted(exif.items())}
+        exif.load(payload)
+        return _read_exif(exif)
+    return "{}", 1
+
+
+def _read_exif(exif: Image.Exif) -> tuple[str, int]:
+    """EXIF tags as JSON, and the orientation (1 where it isn't given or makes no sense)."""
+    orientation = exif.get(ExifTags.Base.Orientation, 1)
+    tags = {ExifTags.TAGS.get(tag, str(tag)): _text(value) for tag, value in sorted(exif.items())}
     return json.dumps(tags), orientation if orientation in _UPRIGHT else 1
 
 
@@ -158,10 +239,14 @@ def _pixels(data: bytes, options: ImageConfig, geometry: Geometry, orientation: 
         image = image.transpose(_UPRIGHT[orientation])
     if image.size != geometry.scaled:
         image = image.resize(geometry.scaled, Image.Resampling.BICUBIC)
-    if geometry.scaled != (geometry.width, geometry.height):
-        left, top = geometry.left, geometry.top
-        image = image.crop((left, top, left + geometry.width, top + geometry.height))
-    return image
+    if geometry.scaled == (geometry.width, geometry.height):
+        return image
+    left, top = geometry.left, geometry.top
+    if left < 0 or top < 0:
+        square = Image.new("RGB", (geometry.width, geometry.height), "white")
+        square.paste(image, (-left, -top))
+        return square
+    return image.crop((left, top, left + geometry.width, top + geometry.height))
 
 
 def _encode(image: Image.Image, extension: str, quality: int) -> bytes:

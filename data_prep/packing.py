@@ -1,21 +1,25 @@
-"""What one task does: turn the inputs of a partition into a committed shard, or read images to digest them.
+"""What one task does: turn the inputs of a partition into a committed shard.
 
-A task is a function of its inputs and the settings, so a task that is run again, by whichever worker, does the same.
+A task is a function of its inputs and the settings, so a task that is run again, by whichever worker, does the same,
+unless a source answers differently; then what was committed first counts.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import time
-from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from data_prep import captions, images
+from data_prep import captions, filters, images
 from data_prep.account import REASONS, Refused
 from data_prep.annotations import follow_image, parse_annotations
-from data_prep.config import PrepConfig
-from data_prep.fetch import fetch_all
-from data_prep.planning import UNREAD, Partition
+from data_prep.archives import json_captions
+from data_prep.config import FolderConfig, PrepConfig
+from data_prep.fetch import Fetched, Wanted, fetch_all
+from data_prep.filters import Candidate, Scorers
+from data_prep.planning import Partition
 from data_prep.shards import (
     Committed,
     Row,
@@ -26,40 +30,43 @@ from data_prep.shards import (
     marker_url,
     read_marker,
     sample_key,
-    write_partition,
+    stage,
 )
-from data_prep.sources import Places
+from data_prep.sources import Input, Places
 from pipeline import storage
 from pipeline.errors import StorageError
 
-_DIGEST_BYTES = 32
-_NO_DIGEST = bytes(1 + _DIGEST_BYTES)
-Input = Mapping[str, Any]  # a row of sources.SCHEMA
-
 
 class Job(NamedTuple):
-    """What all tasks of one attempt at a build share."""
+    """What all tasks of one attempt at a segment share."""
 
     config: PrepConfig
     places: Places
     classes: tuple[str, ...]
-    fingerprint: str
+    segment: int
+    fingerprint: str  # of the segment
     attempt: int
+    tasks_at_once: int = 1
+    scorers: Scorers | None = None  # processes that hold the models of `config.filters`
 
 
 class Texts(NamedTuple):
     """What a row says beside its image."""
 
-    caption: str | None
+    captions: tuple[str, ...]
     label: int | None
     annotations: list[dict[str, Any]] | None
+    extra: dict[str, Any]
 
 
-class Chunk(NamedTuple):
-    """Inputs whose images are digested together."""
+class _Made(NamedTuple):
+    """A sample on its way into a shard."""
 
-    number: int
-    urls: list[bytes | None]
+    row: Row
+    extension: str
+    image: bytes
+    texts: Texts
+    annotations: list[dict[str, Any]] | None
 
 
 def pack(job: Job, partition: Partition) -> Committed:
@@ -69,72 +76,48 @@ def pack(job: Job, partition: Partition) -> Committed:
         StorageError: a place can't be used, or a newer attempt has taken over.
     """
     url = job.config.output
-    place = marker_url(url, partition.split, partition.number)
-    if storage.exists(place):
-        return read_marker(storage.read(place), place)
+    place = (job.segment, partition.split, partition.number)
+    marker = marker_url(url, place)
+    if storage.exists(marker):
+        return read_marker(storage.read(marker), marker)
     started = time.time()
     writer = ShardWriter()
     rows = pack_samples(job, partition.inputs.to_pylist(), writer)
     check_attempt(url, job.attempt)
-    written = write_partition(
-        url,
-        partition.split,
-        partition.number,
-        writer,
-        rows,
-        fingerprint=job.fingerprint,
-        times=(started, time.time()),
-    )
-    return commit(url, written)
+    staged = stage(url, place, writer, rows, fingerprint=job.fingerprint, times=(started, time.time()))
+    return commit(url, staged)
 
 
-def pack_samples(job: Job, inputs: list[Input], writer: ShardWriter) -> list[Row]:
+def pack_samples(job: Job, inputs: Sequence[Input], writer: ShardWriter) -> list[Row]:
     """Add the inputs' samples to `writer` in order; what became of each."""
-    texts = [_texts_or_refusal(job, item) for item in inputs]
-    wanted = [item["url"] for item, found in zip(inputs, texts, strict=True) if isinstance(found, Texts)]
-    fetched = fetch_all(wanted, job.places, job.config.fetch)
-    rows = []
-    for item, found in zip(inputs, texts, strict=True):
-        if isinstance(found, Refused):
-            rows.append(_failure(item, found, None))
-            continue
-        source = next(fetched)
-        if isinstance(source, Refused):
-            rows.append(_failure(item, source, None))
-            continue
-        digest = hashlib.sha256(source)
+    made: list[_Made | Row | None] = [None] * len(inputs)
+    texts: dict[int, Texts] = {}
+    wanted = []
+    for i, item in enumerate(inputs):
         try:
-            _check_digest(item, digest.digest())
-            row, sample = _sample(job, item, found, source, digest.hexdigest())
+            refuse_judged(item)
+            if item["sidecar"] is None:
+                texts[i] = read_texts(job, item)
+            wanted.append(i)
         except Refused as refused:
-            rows.append(_failure(item, refused, digest.hexdigest()))
+            made[i] = _failure(item, refused, None)
+    asked = [Wanted.of(inputs[i]) for i in wanted]
+    for number, found in fetch_all(asked, job.places, job.config.fetch, tasks_at_once=job.tasks_at_once):
+        i = wanted[number]
+        if isinstance(found, Refused):
+            made[i] = _failure(inputs[i], found, None)
         else:
-            rows.append(row._replace(tar_sha256=writer.add(sample)))
+            made[i] = _make(job, inputs[i], texts.get(i), found)
+    _apply_filters(job, inputs, made)
+    rows: list[Row] = []
+    for i, result in enumerate(made):
+        if isinstance(result, _Made):
+            rows.append(result.row._replace(tar_sha256=writer.add(_sample(result))))
+            made[i] = None  # two copies of a shard are enough
+        else:
+            assert result is not None
+            rows.append(result)
     return rows
-
-
-def scan_url(url: str, number: int) -> str:
-    """Where the digests of chunk `number` stand."""
-    return storage.join(url, "_prep", "scan", f"{number:06d}.bin")
-
-
-def scan(job: Job, chunk: Chunk) -> tuple[int, int]:
-    """Digest the images of a chunk into an object at `scan_url`; returns the chunk's number and its size."""
-    place = scan_url(job.config.output, chunk.number)
-    if not storage.exists(place):
-        records = []
-        for data in fetch_all(chunk.urls, job.places, job.config.fetch):
-            records.append(_NO_DIGEST if isinstance(data, Refused) else b"\1" + hashlib.sha256(data).digest())
-        check_attempt(job.config.output, job.attempt)
-        storage.write(place, b"".join(records))
-    return chunk.number, len(chunk.urls)
-
-
-def read_scan(url: str, number: int) -> list[bytes | None]:
-    """The digests of chunk `number`, one per input; None where the image couldn't be read."""
-    data = storage.read(scan_url(url, number))
-    size = 1 + _DIGEST_BYTES
-    return [data[i + 1 : i + size] if data[i] else None for i in range(0, len(data), size)]
 
 
 def check_attempt(url: str, attempt: int) -> None:
@@ -162,10 +145,10 @@ def attempt_number(url: str) -> int:
     return int(url.rpartition("/")[2].removesuffix(".json"))
 
 
-def convert_one(job: Job, item: Input) -> Refused | None:
-    """Try one input without writing anything; why it can't become a sample, if it can't."""
-    row = pack_samples(job, [item], ShardWriter())[0]
-    return Refused(row.reason, row.error_message or "") if row.reason else None
+def convert_some(job: Job, items: Sequence[Input]) -> list[Refused | None]:
+    """Try inputs without writing anything; why each can't become a sample, if it can't."""
+    rows = pack_samples(job, items, ShardWriter())
+    return [Refused(row.reason, row.error_message or "") if row.reason else None for row in rows]
 
 
 def parse_label(raw: bytes | None, classes: tuple[str, ...]) -> int:
@@ -187,33 +170,74 @@ def parse_label(raw: bytes | None, classes: tuple[str, ...]) -> int:
     return int(number)
 
 
-def _texts_or_refusal(job: Job, item: Input) -> Texts | Refused:
-    source = job.config.source
+def refuse_judged(item: Input) -> None:
+    """Raise the verdict on an input that was refused when all images were looked at."""
+    if item["verdict"] is not None:
+        reason, message = json.loads(item["verdict"])
+        raise Refused(reason, message)
+
+
+def read_texts(job: Job, item: Input, sidecar: bytes | None = None) -> Texts:
+    """An input's captions, label and annotations, checked.
+
+    Args:
+        sidecar: the object that holds its caption, where there is one.
+
+    Raises:
+        Refused: one of them can't be used.
+    """
+    config = job.config
+    return Texts(
+        captions=_captions(config, _with_sidecar(config, item, sidecar)) if config.has_captions else (),
+        label=parse_label(item["label"], job.classes) if config.has_labels else None,
+        annotations=parse_annotations(item["annotations"]),
+        extra=json.loads(item["extra"]) if item["extra"] is not None else {},
+    )
+
+
+def _with_sidecar(config: PrepConfig, item: Input, sidecar: bytes | None) -> Input:
+    if sidecar is None or not isinstance(config.source, FolderConfig):
+        return item
+    if config.source.captions == "txt":
+        return {**item, "caption": sidecar}
     try:
-        return Texts(
-            captions.clean(item["caption"], job.config.caption) if source.caption_column is not None else None,
-            parse_label(item["label"], job.classes) if source.label_column is not None else None,
-            parse_annotations(item["annotations"]),
-        )
+        facts = json.loads(sidecar)
+    except ValueError as error:
+        raise Refused("caption_not_text", f"the sidecar is no JSON ({error})") from None
+    value = facts.get(config.source.caption_field) if isinstance(facts, dict) else None
+    return {**item, **json_captions(value)}
+
+
+def _captions(config: PrepConfig, item: Input) -> tuple[str, ...]:
+    """All captions that can be used, the first of which stands in `txt`."""
+    if item["captions"] is None:
+        return (captions.clean(item["caption"], config.caption),)
+    found: dict[str, None] = {}
+    refused = Refused("caption_empty", "no caption")
+    for number, text in enumerate(json.loads(item["captions"])):
+        try:
+            found[captions.clean(text.encode("utf-8", "surrogatepass"), config.caption)] = None
+        except Refused as why:
+            refused = why if number == 0 else refused
+    if not found:
+        raise refused
+    return tuple(found)
+
+
+def _make(job: Job, item: Input, texts: Texts | None, found: Fetched) -> _Made | Row:
+    digest = hashlib.sha256(found.data)
+    try:
+        if item["sha256"] is not None and item["sha256"] != digest.digest():
+            raise Refused("changed_while_reading", "the image changed since all images were looked at")
+        texts = texts or read_texts(job, item, found.sidecar)
+        image = images.convert(found.data, job.config.image)
+        annotations = follow_image(texts.annotations, image.geometry) if texts.annotations is not None else None
     except Refused as refused:
-        return refused
-
-
-def _check_digest(item: Input, digest: bytes) -> None:
-    expected = item["sha256"]
-    if expected == UNREAD:
-        raise Refused("changed_while_reading", "couldn't be read when the splits were made, but can be now")
-    if expected is not None and expected != digest:
-        raise Refused("changed_while_reading", "the image changed since the splits were made")
-
-
-def _sample(job: Job, item: Input, texts: Texts, source: bytes, sha256: str) -> tuple[Row, Sample]:
-    image = images.convert(source, job.config.image)
-    key = sample_key(item["position"])
+        return _failure(item, refused, digest.hexdigest())
     row = Row(
         url=_shown(item["url"]),
-        caption=texts.caption,
-        key=key,
+        caption=texts.captions[0] if texts.captions else None,
+        key=sample_key(item["position"]),
         status="success",
         error_message=None,
         width=image.geometry.width,
@@ -221,22 +245,51 @@ def _sample(job: Job, item: Input, texts: Texts, source: bytes, sha256: str) -> 
         original_width=image.geometry.source[0],
         original_height=image.geometry.source[1],
         exif=image.exif,
-        sha256=sha256,
+        sha256=digest.hexdigest(),
         reason="",
         position=item["position"],
+        extra=json.dumps(texts.extra, ensure_ascii=False, sort_keys=True) if texts.extra else None,
     )
-    facts = row._asdict()
-    for ours in ("reason", "position", "tar_sha256"):
+    return _Made(row, image.extension, image.data, texts, annotations)
+
+
+def _apply_filters(job: Job, inputs: Sequence[Input], made: list[_Made | Row | None]) -> None:
+    """Turn samples that a filter refuses into failures, and note the scores of the others."""
+    if not job.config.filters:
+        return
+    kept = [i for i, result in enumerate(made) if isinstance(result, _Made)]
+    candidates = []
+    for i in kept:
+        sample = made[i]
+        assert isinstance(sample, _Made)
+        candidates.append(Candidate(sample.image, sample.row.caption or "", sample.row.url, sample.texts.extra))
+    for i, verdict in zip(kept, filters.judge(job.config.filters, candidates, job.scorers), strict=True):
+        sample = made[i]
+        assert isinstance(sample, _Made)
+        if isinstance(verdict, Refused):
+            made[i] = _failure(inputs[i], verdict, sample.row.sha256)
+        elif verdict:
+            extra = sample.texts.extra | verdict
+            shown = json.dumps(extra, ensure_ascii=False, sort_keys=True)
+            made[i] = sample._replace(row=sample.row._replace(extra=shown), texts=sample.texts._replace(extra=extra))
+
+
+def _sample(made: _Made) -> Sample:
+    facts = made.row._asdict()
+    for ours in ("reason", "position", "tar_sha256", "extra"):
         del facts[ours]
-    if texts.annotations is not None:
-        facts["annotations"] = follow_image(texts.annotations, image.geometry)
-    members = {image.extension: image.data}
-    if texts.caption is not None:
-        members["txt"] = texts.caption.encode()
+    facts = made.texts.extra | facts
+    if len(made.texts.captions) > 1:
+        facts["captions"] = list(made.texts.captions)
+    if made.annotations is not None:
+        facts["annotations"] = made.annotations
+    members = {made.extension: made.image}
+    if made.texts.captions:
+        members["txt"] = made.texts.captions[0].encode()
     members["json"] = json_bytes(facts)
-    if texts.label is not None:
-        members["cls"] = b"%d" % texts.label
-    return row, Sample(key, members)
+    if made.texts.label is not None:
+        members["cls"] = b"%d" % made.texts.label
+    return Sample(made.row.key, members)
 
 
 def _failure(item: Input, refused: Refused, sha256: str | None) -> Row:
@@ -244,7 +297,7 @@ def _failure(item: Input, refused: Refused, sha256: str | None) -> Row:
         url=_shown(item["url"]),
         caption=_shown(item["caption"]) if item["caption"] is not None else None,
         key=sample_key(item["position"]),
-        status=REASONS[refused.reason],
+        status=REASONS[refused.reason].status,
         error_message=refused.message.encode("utf-8", "replace").decode(),
         width=None,
         height=None,

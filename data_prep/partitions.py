@@ -7,16 +7,18 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import logging
 import os
 import secrets
 import signal
 import sys
 import threading
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
-from data_prep.config import RayConfig
+from data_prep.config import FunctionFilter, PrepConfig, RayConfig, ScoreFilter
+from data_prep.filters import Scorers
 from pipeline.errors import ResourceError, Stopped, UserError
 
 TaskT = TypeVar("TaskT")
@@ -88,6 +90,93 @@ def _run_on_ray(
         for reference in waiting:
             with contextlib.suppress(Exception):  # Ray itself may be what failed
                 ray.cancel(reference, force=True)
+
+
+def num_workers(options: RayConfig) -> int:
+    """How many tasks run at once."""
+    return 1 if options.workers == 0 else options.workers or _num_cpus()
+
+
+@contextlib.contextmanager
+def scorers(config: PrepConfig) -> Iterator[Scorers | None]:
+    """Processes that hold the models of `config.filters` for a while: Ray actors, on GPUs where there are some; with
+    `ray.workers` 0 this process. None where no filter has a model.
+
+    Raises:
+        UserError: a model can't be loaded.
+    """
+    numbers = [number for number, option in enumerate(config.filters) if isinstance(option, ScoreFilter)]
+    if not numbers:
+        yield None
+        return
+    if config.ray.workers == 0:
+        yield _LocalScorers(config.filters)
+        return
+    import ray
+
+    resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    gpus = resources.get("GPU", 0.0)
+    # On a GPU a scorer takes a whole one; on CPUs it shares the tasks' cores, which wait for it meanwhile.
+    actor: Any = ray.remote(num_cpus=0, num_gpus=1 if gpus else 0, max_restarts=3, max_task_retries=3)(_ScorerActor)
+    handles: dict[int, list[Any]] = {
+        number: [actor.remote(config.filters[number], number) for _ in range(config.ray.scorers)] for number in numbers
+    }
+    try:
+        for handle in itertools.chain.from_iterable(handles.values()):
+            error = ray.get(handle.ready.remote())
+            if error is not None:
+                raise error
+        yield _RayScorers(handles)
+    finally:
+        for handle in itertools.chain.from_iterable(handles.values()):
+            with contextlib.suppress(Exception):
+                ray.kill(handle)
+
+
+class _LocalScorers:
+    """Models in this process."""
+
+    def __init__(self, options: Sequence[ScoreFilter | FunctionFilter]) -> None:
+        self._models = {n: load_scorer(o, n) for n, o in enumerate(options) if isinstance(o, ScoreFilter)}
+
+    def scores(self, number: int, pairs: Sequence[tuple[bytes, str]]) -> list[float]:
+        return list(self._models[number].scores(pairs))
+
+
+class _RayScorers:
+    """Models in actors; each call goes to one of them by chance, so that none is asked more than another."""
+
+    def __init__(self, handles: dict[int, list[Any]]) -> None:
+        self._handles = handles
+
+    def scores(self, number: int, pairs: Sequence[tuple[bytes, str]]) -> list[float]:
+        import ray
+
+        handle = secrets.choice(self._handles[number])
+        found: list[float] = ray.get(handle.scores.remote(list(pairs)))
+        return found
+
+
+class _ScorerActor:
+    def __init__(self, option: ScoreFilter, number: int) -> None:
+        self._error: UserError | None = None
+        try:
+            self._scorer = load_scorer(option, number)
+        except UserError as error:  # told by `ready`: Ray would wrap it
+            self._error = error
+
+    def ready(self) -> UserError | None:
+        return self._error
+
+    def scores(self, pairs: list[tuple[bytes, str]]) -> list[float]:
+        return list(self._scorer.scores(pairs))
+
+
+def load_scorer(option: ScoreFilter, number: int) -> Any:
+    """The model of a filter; torch is imported only here."""
+    from data_prep.score import ClipScorer
+
+    return ClipScorer(option, where=f"filters.{number}")
 
 
 def _num_cpus() -> int:

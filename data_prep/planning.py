@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
-from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple
@@ -26,7 +26,6 @@ from data_prep.sources import SCHEMA
 from pipeline.errors import DataError
 
 MAX_SPLITS = 16
-UNREAD = b"unread"  # stands for the digest of an image that couldn't be read when splits were made
 _BUCKET_BYTES = 8 * 2**20  # of the listing per bucket; a table is a few times larger in memory than on disk
 _MAX_BUCKETS = 512
 
@@ -64,25 +63,47 @@ def assign(values: Iterable[bytes], shares: dict[str, float], seed: int) -> pa.A
 
 
 class Fingerprint:
-    """A digest of inputs, independent of how they were cut into batches."""
+    """A digest of inputs, independent of how they were cut into batches.
 
-    def __init__(self) -> None:
+    Args:
+        marks: rising numbers of rows at which the digest so far is noted.
+    """
+
+    def __init__(self, marks: Sequence[int] = ()) -> None:
         self._digests = {name: (hashlib.sha256(), hashlib.sha256()) for name in SCHEMA.names[1:]}
+        self._marks = deque(sorted(set(marks)))
         self.rows = 0
+        self.at: dict[int, str] = {}  # rows -> digest of those
 
     def update(self, batch: pa.RecordBatch) -> None:
+        """Take in the next rows."""
+        while self._marks and self._marks[0] <= self.rows + batch.num_rows:
+            mark = self._marks.popleft()
+            self._take(batch.slice(0, mark - self.rows))
+            batch = batch.slice(mark - self.rows)
+            self.rows = mark
+            self.at[mark] = self.hexdigest()
+        self._take(batch)
         self.rows += batch.num_rows
+
+    def _take(self, batch: pa.RecordBatch) -> None:
         for name, (lengths, data) in self._digests.items():
             column = batch.column(name)
-            sizes = pc.fill_null(pc.binary_length(column), -1)
-            lengths.update(sizes.to_numpy(zero_copy_only=False).astype("<i8").tobytes())
-            data.update(_joined(column.drop_null()))
+            if column.null_count == len(column):
+                lengths.update(b"\xff" * (8 * len(column)))  # as -1 below
+            elif pa.types.is_integer(column.type):
+                lengths.update(pc.fill_null(column, -1).to_numpy().astype("<i8").tobytes())
+            else:
+                sizes = pc.fill_null(pc.binary_length(column), -1)
+                lengths.update(sizes.to_numpy(zero_copy_only=False).astype("<i8").tobytes())
+                data.update(_joined(column.drop_null()))
 
     def hexdigest(self) -> str:
-        total = hashlib.sha256(b"%d" % self.rows)
+        """Of all rows so far."""
+        whole = hashlib.sha256(b"%d" % self.rows)
         for lengths, data in self._digests.values():
-            total.update(lengths.digest() + data.digest())
-        return total.hexdigest()
+            whole.update(lengths.digest() + data.digest())
+        return whole.hexdigest()
 
 
 class Plan:
@@ -117,10 +138,17 @@ class Plan:
             DataError: a split's name can't be a folder's, or there are implausibly many splits.
         """
         self._count(batch)
+        if not self._bits:
+            self._buckets.put(0, batch)
+            return
         order = mix(batch.column("position").to_numpy().astype(np.uint64), self._seed)
-        bucket = order >> np.uint64(64 - self._bits) if self._bits else np.zeros_like(order)
-        for number in np.unique(bucket):
-            self._buckets.put(int(number), batch.filter(pa.array(bucket == number)))
+        bucket = (order >> np.uint64(64 - self._bits)).astype(np.int64)
+        sorted_batch = batch.take(pa.array(np.argsort(bucket, kind="stable")))
+        counts = np.bincount(bucket, minlength=2**self._bits)
+        start = 0
+        for number in np.flatnonzero(counts).tolist():
+            self._buckets.put(number, sorted_batch.slice(start, counts[number]))
+            start += int(counts[number])
 
     def splits(self) -> list[str]:
         """Names of the splits, in order."""
@@ -229,21 +257,6 @@ def by_url(batch: pa.RecordBatch, shares: dict[str, float], seed: int) -> pa.Rec
     """The batch with splits by the hash of its URLs."""
     urls = (value or b"" for value in batch.column("url").to_pylist())
     return _with(batch, "split", assign(urls, shares, seed))
-
-
-def by_content(
-    batch: pa.RecordBatch, digests: list[bytes | None], shares: dict[str, float], seed: int
-) -> pa.RecordBatch:
-    """The batch with splits by the digests of its images' bytes, which are noted beside them.
-
-    Args:
-        digests: one per input; None where the image couldn't be read: it goes by its URL, since it will be booked as
-            failed in whichever split.
-    """
-    urls = batch.column("url").to_pylist()
-    values = [digest or url or b"" for digest, url in zip(digests, urls, strict=True)]
-    noted = _with(batch, "sha256", pa.array([digest or UNREAD for digest in digests], pa.binary()))
-    return _with(noted, "split", assign(values, shares, seed))
 
 
 def _with(batch: pa.RecordBatch, name: str, column: pa.Array) -> pa.RecordBatch:

@@ -1,9 +1,10 @@
 """Shards: deterministic WebDataset tars, their sidecars, and the commit of a partition.
 
-A partition is a fixed list of inputs; what succeeds becomes one shard. Its objects are written in this order: the
-whole tar, its index, the sidecar Parquet (one row per input), `_stats.json`, and last, create-only, the commit marker.
-Only what a marker names counts, so a worker that dies anywhere before leaves nothing that a reader takes for
-complete, and the rerun writes the same bytes to the same names.
+A partition is a fixed list of inputs; what succeeds becomes one shard. Its objects (the whole tar, its index, the
+sidecar Parquet with one row per input, `_stats.json`) are first staged under a name that this execution alone uses;
+last, create-only, comes the commit marker that names them. Only when all partitions of a segment are committed are
+they published: moved to their final names (`finish`). So a name in a split's folder never shows bytes other than the
+final ones, whatever dies when, and also where a source answers differently the second time.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import secrets
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -20,13 +22,13 @@ import pyarrow as pa
 import pyarrow.parquet
 from jaxtyping import Int64
 
-from data_prep.account import REASONS, Status
+from data_prep.account import Status, by_reason
 from pipeline import storage
 from pipeline.data.manifest import Shard, index_bytes
 from pipeline.errors import DataError
 
 BLOCK_BYTES = 512
-MARKER_FORMAT_VERSION = 1
+MARKER_FORMAT_VERSION = 2
 SIDECAR_SCHEMA = pa.schema(
     [
         # img2dataset's columns
@@ -45,6 +47,7 @@ SIDECAR_SCHEMA = pa.schema(
         ("reason", pa.string()),  # "" for successes
         ("position", pa.int64()),  # of the input in its source
         ("tar_sha256", pa.string()),  # of the sample's byte range in the tar
+        ("extra", pa.string()),  # JSON: columns passed on, scores of filters
     ]
 )
 
@@ -73,25 +76,33 @@ class Row(NamedTuple):
     reason: str
     position: int
     tar_sha256: str | None = None
+    extra: str | None = None
 
 
 class Committed(NamedTuple):
-    """What a commit marker says about a partition; everything in it is a function of the inputs and the settings."""
+    """What a commit marker says about a partition."""
 
+    segment: int
     split: str
     number: int
     inputs: int
-    failed: dict[str, int]
+    refused: dict[str, int]  # filtered or failed inputs by reason
     examples: dict[str, str]  # reason -> an input it struck
-    shard: Shard | None  # None: no input of the partition became a sample
-    sidecar_name: str
+    shard: Shard | None  # without its final name; None: no input of the partition became a sample
+    staged: str  # what the names of its staged objects begin with, relative to the data set
     sidecar_sha256: str
-    fingerprint: str  # of the build
+    fingerprint: str  # of the segment
+    retried: int = -1  # the last segment that took inputs over from this one
 
     @property
     def written(self) -> int:
         """Samples in the shard."""
         return self.shard.num_samples if self.shard else 0
+
+    @property
+    def place(self) -> tuple[int, str, int]:
+        """Which partition this is."""
+        return self.segment, self.split, self.number
 
 
 class ShardWriter:
@@ -162,10 +173,15 @@ def shard_stem(number: int) -> str:
     return f"{number:05d}"
 
 
-def sidecar_bytes(rows: Sequence[Row]) -> bytes:
+def sidecar_table(rows: Sequence[Row]) -> pa.Table:
+    """Rows as the table that a sidecar holds."""
+    columns = list(zip(*rows, strict=True)) or [()] * len(SIDECAR_SCHEMA)
+    arrays = [pa.array(column, field.type) for column, field in zip(columns, SIDECAR_SCHEMA, strict=True)]
+    return pa.table(arrays, schema=SIDECAR_SCHEMA)
+
+
+def sidecar_bytes(table: pa.Table) -> bytes:
     """The sidecar Parquet of a partition."""
-    columns = zip(*rows, strict=True)
-    table = pa.table([pa.array(c, f.type) for c, f in zip(columns, SIDECAR_SCHEMA, strict=True)], schema=SIDECAR_SCHEMA)
     buffer = io.BytesIO()
     pa.parquet.write_table(table, buffer, compression="zstd")
     return buffer.getvalue()
@@ -188,64 +204,67 @@ def stats_bytes(rows: Sequence[Row], start_time: float, end_time: float) -> byte
     return json_bytes(document)
 
 
-def write_partition(
+STAGED = ("archive", "index", "rows", "stats")  # endings of a partition's staged objects
+
+
+def final_names(stem: str) -> tuple[str, ...]:
+    """What the objects of `STAGED` are called once they are published."""
+    return f"{stem}.tar", f"{stem}.index.npy", f"{stem}.parquet", f"{stem}_stats.json"
+
+
+def stage(
     url: str,
-    split: str,
-    number: int,
+    place: tuple[int, str, int],
     writer: ShardWriter,
     rows: Sequence[Row],
     *,
     fingerprint: str,
     times: tuple[float, float],
 ) -> Committed:
-    """Write a partition's objects below data set folder `url`, all but its marker.
-
-    A partition without any sample gets no tar, and its sidecar a name of its own, so that shards can be numbered
-    without gaps in the end.
-    """
-    folder = storage.join(url, split)
-    stem = shard_stem(number)
+    """Write a partition's objects below data set folder `url`, under names that nothing else uses; not its marker."""
+    segment, split, number = place
+    staged = f"_prep/staged/{segment:06d}-{split}-{shard_stem(number)}-{secrets.token_hex(4)}"
+    prefix = storage.join(url, staged)
     shard = None
     if writer.num_samples:
         archive, offsets = writer.finish()
         index = index_bytes(offsets)
         shard = Shard(
-            name=f"{stem}.tar",
+            name="",
             num_samples=writer.num_samples,
             size_bytes=len(archive),
             sha256=hashlib.sha256(archive).hexdigest(),
-            index_name=f"{stem}.index.npy",
+            index_name="",
             index_sha256=hashlib.sha256(index).hexdigest(),
         )
-        storage.write(storage.join(folder, shard.name), archive)
-        storage.write(storage.join(folder, shard.index_name), index)
-    sidecar = sidecar_bytes(rows)
-    sidecar_name = f"{stem}.parquet" if shard else f"failed-{stem}.parquet"
-    storage.write(storage.join(folder, sidecar_name), sidecar)
-    if shard:
-        storage.write(storage.join(folder, f"{stem}_stats.json"), stats_bytes(rows, *times))
-    counted = Counter(row.reason for row in rows if row.reason)
+        storage.write(f"{prefix}.archive", archive)
+        storage.write(f"{prefix}.index", index)
+        storage.write(f"{prefix}.stats", stats_bytes(rows, *times))
+    sidecar = sidecar_bytes(sidecar_table(rows))
+    storage.write(f"{prefix}.rows", sidecar)
     return Committed(
+        segment=segment,
         split=split,
         number=number,
         inputs=len(rows),
-        failed={reason: counted[reason] for reason in REASONS if counted[reason]},
+        refused=by_reason(Counter(row.reason for row in rows if row.reason)),
         examples=_examples(rows),
         shard=shard,
-        sidecar_name=sidecar_name,
+        staged=staged,
         sidecar_sha256=hashlib.sha256(sidecar).hexdigest(),
         fingerprint=fingerprint,
     )
 
 
-def marker_url(url: str, split: str, number: int) -> str:
-    """Where the commit marker of a partition stands."""
-    return storage.join(url, "_prep", "partitions", split, f"{shard_stem(number)}.json")
+def marker_url(url: str, place: tuple[int, str, int]) -> str:
+    """Where the commit marker of a partition (segment, split, number) stands."""
+    segment, split, number = place
+    return storage.join(url, "_prep", "partitions", f"{segment:06d}", split, f"{shard_stem(number)}.json")
 
 
 def commit(url: str, committed: Committed) -> Committed:
     """Create the partition's marker; returns what is committed now, also where another attempt was first."""
-    place = marker_url(url, committed.split, committed.number)
+    place = marker_url(url, committed.place)
     if storage.create(place, marker_bytes(committed)):
         return committed
     return read_marker(storage.read(place), place)

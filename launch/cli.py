@@ -116,24 +116,30 @@ def run(
 def prep(
     config: Annotated[str, typer.Argument(help="The data set's YAML file.")],
     overrides: Overrides = None,
+    retry: Annotated[
+        list[str] | None,
+        typer.Option("--retry", metavar="REASON", help="Try inputs refused for this reason again (may be repeated)."),
+    ] = None,
     ray: Ray = None,
     as_json: AsJson = False,
 ) -> None:
-    """Build a data set of shards from a table of pairs; run again to resume."""
+    """Build a data set of shards; run again to resume, or to append what the source has gained."""
     from launch.node import run_prep
     from launch.stopping import StopRequest
     from pipeline.config import load
 
     _log_to_stderr()
     with StopRequest().on_signals() as stop:
-        summary = run_prep(load(config, overrides or []), where=config, ray_address=ray, stop=stop)
+        document = load(config, overrides or [])
+        summary = run_prep(document, where=config, retry=retry or [], ray_address=ray, stop=stop)
     lines = [
         f"{name}: {split['samples']} samples in {split['shards']} shards" for name, split in summary["splits"].items()
     ]
-    failed = ", ".join(f"{count} {reason}" for reason, count in summary["failed"].items())
-    lines.append(
-        f"{summary['written']} of {summary['inputs']} inputs written" + (f"; refused: {failed}" if failed else "")
-    )
+    account = f"{summary['written']} of {summary['inputs']} inputs written"
+    for kind in ("filtered", "failed"):
+        counts = ", ".join(f"{count} {reason}" for reason, count in summary[kind].items())
+        account += f"; {kind}: {counts}" if counts else ""
+    lines.append(account)
     _reply(summary, [*lines, f"data set: {summary['output']}"], as_json)
 
 

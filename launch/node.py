@@ -12,6 +12,8 @@ import json
 import logging
 import os
 import sys
+import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,9 +40,17 @@ def run_scenes(document: Document, *, where: str, output: str) -> dict[str, Any]
 
 
 def run_prep(
-    document: Document, *, where: str, ray_address: str | None = None, stop: StopRequest | None = None
+    document: Document,
+    *,
+    where: str,
+    retry: Sequence[str] = (),
+    ray_address: str | None = None,
+    stop: StopRequest | None = None,
 ) -> dict[str, Any]:
-    """Build a data set, or finish it; returns its account.
+    """Build a data set, finish it, or append to it; returns its account.
+
+    Args:
+        retry: reasons for which refused inputs are tried again.
 
     Raises:
         UserError: as `data_prep.build.build`.
@@ -55,14 +65,23 @@ def run_prep(
         cluster.connect(ray_address or config.ray.address)
     stop = stop or StopRequest()
     stop.take_signals()  # Ray put its own handlers in their place
-    report = build(config, progress=_tell_build, stop=stop.requested)
+    report = build(config, retry_reasons=retry, progress=_TellNowAndThen(), stop=stop.requested)
     return {"output": config.output, **report.document()}
 
 
-def _tell_build(progress: Progress) -> None:
-    total = f" of {progress.total}" if progress.total else ""
-    failed = f", {progress.failed} refused" if progress.failed else ""
-    log.info("%s: %d%s rows, %d written%s", progress.phase, progress.done, total, progress.written, failed)
+class _TellNowAndThen:
+    """Logs where a build stands: a phase's first and last word, and one every few seconds between."""
+
+    def __init__(self, every_s: float = 5.0) -> None:
+        self._every_s = every_s
+        self._phase = ""
+        self._told = 0.0
+
+    def __call__(self, progress: Progress) -> None:
+        now = time.monotonic()
+        if progress.phase != self._phase or progress.done == progress.total or now - self._told >= self._every_s:
+            self._phase, self._told = progress.phase, now
+            log.info("%s: %s", progress.phase, progress)
 
 
 def run_report(document: Document, *, where: str, output: str) -> dict[str, Any]:

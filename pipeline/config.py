@@ -14,6 +14,7 @@ import difflib
 import importlib
 import importlib.resources
 import re
+import typing
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -209,10 +210,11 @@ def _config_error(cls: type[Config], error: pydantic.ValidationError, where: str
     # A misspelt key that is required shows up twice: as unknown, which names the right one, and as missing.
     found = error.errors()
     first = next((item for item in found if item["type"] == "extra_forbidden"), found[0])
-    path = [str(part) for part in first["loc"]]
+    path, known = _spelt_out(cls, [str(part) for part in first["loc"]])
+    if first["type"] in ("union_tag_invalid", "union_tag_not_found"):
+        path.append(first["ctx"]["discriminator"].strip("'"))
     key = ".".join(([prefix] if prefix else []) + path)
     if first["type"] == "extra_forbidden":
-        known = _fields_at(cls, path[:-1])
         close = difflib.get_close_matches(path[-1], known, n=1, cutoff=0.5)
         fix = f"did you mean {close[0]!r}?" if close else f"remove it; known keys: {', '.join(known)}"
         return ConfigError(f"unknown key {path[-1]!r}", where=_spot(where, key), fix=fix)
@@ -225,15 +227,38 @@ def _config_error(cls: type[Config], error: pydantic.ValidationError, where: str
     return ConfigError(f"{message}, found {first['input']!r}", where=_spot(where, key), fix="correct the value")
 
 
-def _fields_at(cls: type[Config], path: Sequence[str]) -> list[str]:
-    """Field names of the nested options class at `path`; the outermost one's when it isn't a plain nesting."""
-    at: Any = cls
-    for part in path:
-        field = at.model_fields.get(part) if isinstance(at, type) and issubclass(at, Config) else None
-        at = field.annotation if field is not None else None
-    if isinstance(at, type) and issubclass(at, Config):
-        return list(at.model_fields)
-    return list(cls.model_fields)
+def _spelt_out(cls: type[Config], location: Sequence[str]) -> tuple[list[str], list[str]]:
+    """An error's location as a person writes it, and the field names of the options class that holds its last part.
+
+    Where a field takes one of several classes, pydantic puts the chosen one's tag into the location; nobody writes it.
+    The fields are the outermost class's where the location isn't one of plain nesting.
+    """
+    path: list[str] = []
+    at: type[Config] | None = cls
+    choices: dict[str, type[Config]] = {}
+    for i, part in enumerate(location):
+        if choices and part in choices:
+            at, choices = choices[part], {}
+            continue
+        path.append(part)
+        if i < len(location) - 1 and not part.isdigit():
+            field = at.model_fields.get(part) if at is not None else None
+            classes = _classes_in(field.annotation) if field is not None else []
+            choices = {tag: member for member in classes for tag in _tags(member)} if len(classes) > 1 else {}
+            at = classes[0] if len(classes) == 1 else None
+    return path, list((at or cls).model_fields)
+
+
+def _classes_in(annotation: Any) -> list[type[Config]]:
+    """The options classes that a field's type names."""
+    if isinstance(annotation, type) and issubclass(annotation, Config):
+        return [annotation]
+    return [cls for argument in typing.get_args(annotation) for cls in _classes_in(argument)]
+
+
+def _tags(cls: type[Config]) -> tuple[str, ...]:
+    field = cls.model_fields.get("type")
+    return typing.get_args(field.annotation) if field is not None else ()
 
 
 def _spot(where: str, key: str) -> str:

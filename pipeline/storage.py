@@ -33,6 +33,7 @@ Data: TypeAlias = bytes | memoryview
 CONNECT_TIMEOUT_S = 10
 READ_TIMEOUT_S = 60
 PART_SIZE_BYTES = 16 * 2**20  # objects of two parts and more are uploaded in parts
+_MAX_COPY_BYTES = 5 * 10**9  # the protocol's limit on a copy in one request
 MAX_PARTS = 9_000  # the protocol allows 10,000
 PARTIAL_SUFFIX = ".partial"  # local files being written; never listed
 # botocore doesn't ask again for a body that breaks off, so all of that falls to these: where a twentieth of all bodies
@@ -129,6 +130,25 @@ def entries(url: str) -> Iterator[Entry]:
 def delete(url: str) -> None:
     """Remove the object; no error when it isn't there."""
     _store(url).delete(url)
+
+
+def move(source: str, target: str) -> None:
+    """Rename an object within its store, replacing what is at `target`: whole at every moment, no bytes pass through.
+
+    On S3 this is a copy on the server, then a removal; a process that ends in between leaves both.
+    """
+    if is_remote(source) != is_remote(target):
+        raise ValueError(f"{source} and {target} lie in different stores")
+    _store(source).move(source, target)
+
+
+def abort_uploads(url: str) -> int:
+    """Give up multipart uploads below folder `url` that were begun and never finished; how many there were.
+
+    A process that is killed leaves its parts behind, which no listing shows and which cost space all the same. Uploads
+    under way end with an error, so this is for a place that nobody else writes to. Always 0 on a disk.
+    """
+    return _store(url).abort_uploads(url)
 
 
 def probe_conditional_writes(url: str) -> bool:
@@ -239,6 +259,16 @@ class _Local:
         with _local_errors(url):
             _path(url).unlink(missing_ok=True)
 
+    def move(self, source: str, target: str) -> None:
+        path = _path(target)
+        with _local_errors(source):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(_path(source), path)
+            _sync_folder(path.parent)
+
+    def abort_uploads(self, url: str) -> int:
+        return 0
+
 
 class _S3:
     """Objects of an S3 server, through one s3fs instance of this process."""
@@ -332,6 +362,31 @@ class _S3:
         bucket, key = _bucket_and_key(url)
         with contextlib.suppress(FileNotFoundError):
             self._call(url, lambda: self._fs.call_s3("delete_object", Bucket=bucket, Key=key))
+
+    def move(self, source: str, target: str) -> None:
+        from_bucket, from_key = _bucket_and_key(source)
+        bucket, key = _bucket_and_key(target)
+        origin = {"Bucket": from_bucket, "Key": from_key}
+        if (self.size_bytes(source) or 0) > _MAX_COPY_BYTES:
+            self._call(source, lambda: self._fs.cp_file(f"{from_bucket}/{from_key}", f"{bucket}/{key}"))
+        else:
+            copy = functools.partial(self._fs.call_s3, "copy_object", Bucket=bucket, Key=key, CopySource=origin)
+            self._call(source, copy)
+        self.delete(source)
+
+    def abort_uploads(self, url: str) -> int:
+        bucket, _, key = url.removeprefix("s3://").partition("/")
+        prefix = key.rstrip("/") + "/"
+        listed = functools.partial(self._fs.call_s3, "list_multipart_uploads", Bucket=bucket, Prefix=prefix)
+        try:
+            found = self._call(url, listed).get("Uploads", ())
+        except (StorageError, FileNotFoundError):
+            return 0  # not every store lists them
+        for upload in found:
+            abort = {"Bucket": bucket, "Key": upload["Key"], "UploadId": upload["UploadId"]}
+            with contextlib.suppress(FileNotFoundError, StorageError):  # finished or given up meanwhile
+                self._call(url, functools.partial(self._fs.call_s3, "abort_multipart_upload", **abort))
+        return len(found)
 
     def _put(self, url: str, data: Data, mode: str) -> None:
         bucket, key = _bucket_and_key(url)

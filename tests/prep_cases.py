@@ -57,7 +57,7 @@ def settings(table: Path | str, output: Path | str, **more: Any) -> PrepConfig:
         "shard": {"samples": 8},
         "ray": {"workers": 0},
         **more,
-        "source": {"url": str(table), **more.get("source", {})},
+        "source": {"type": "table", "url": str(table), **more.get("source", {})},
     }
     return validate(PrepConfig, document, where="test")
 
@@ -82,14 +82,15 @@ def sidecar(folder: Path | str) -> list[dict[str, Any]]:
 
 
 def hashes(output: Path | str) -> dict[str, str]:
-    """Name -> sha256 of everything a build left, but for what tells when it was made."""
+    """Name -> sha256 of everything a build made, but for what tells when and how."""
     return {
         str(path.relative_to(output)): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(Path(output).rglob("*"))
-        if path.is_file() and not path.name.endswith("_stats.json") and "attempts" not in path.parts
+        if path.is_file() and not path.name.endswith("_stats.json") and "_prep" not in path.parts
     }
 
 
 def reasons(output: Path | str) -> dict[str, int]:
-    """Failures by reason, as prep.json tells them."""
-    return dict(json.loads((Path(output) / "prep.json").read_text())["failed"])
+    """Refusals by reason, as prep.json tells them."""
+    document = json.loads((Path(output) / "prep.json").read_text())
+    return document["filtered"] | document["failed"]

@@ -210,15 +210,16 @@ def data_sets(sets: Mapping[str, DataSet]) -> Iterator[Markup]:
             )
     yield _table(head, body)
     for label, data_set in sets.items():
-        if data_set.account.get("failed"):
+        if data_set.account.get("failed") or data_set.account.get("filtered"):
             yield from _account(label, data_set.account)
 
 
 def _account(label: str, account: Mapping[str, Any]) -> Iterator[Markup]:
     """Where the inputs of a data set went, and one example of each reason."""
-    failed, examples = account.get("failed", {}), account.get("examples", {})
+    refused = {**account.get("filtered", {}), **account.get("failed", {})}
+    examples = account.get("examples", {})
     inputs = account.get("inputs", 0)
-    rows = [("written", account.get("written", 0), ""), *((r, n, examples.get(r, "")) for r, n in failed.items())]
+    rows = [("written", account.get("written", 0), ""), *((r, n, examples.get(r, "")) for r, n in refused.items())]
     head = [
         element("th", "Outcome", scope="col"),
         element("th", "Inputs", scope="col", class_="num"),

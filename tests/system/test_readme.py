@@ -109,12 +109,12 @@ def test_a_documented_command_exists_and_the_quick_ones_run(command: Command, gu
 def test_a_documented_configuration_is_accepted(kind: str, name: str, text: str, guide_files: Path) -> None:
     from data_prep.config import PrepConfig
     from launch.chain import load_chain
-    from pipeline.config import validate
+    from pipeline.config import load, validate
     from pipeline.report.spec import ReportSpec
     from pipeline.stages import stage_class
     from pipeline.train.config import TrainConfig
 
-    document = yaml.safe_load(text)
+    document = load(guide_files / name) if "base:" in text else yaml.safe_load(text)
     if kind == "prep":
         validate(PrepConfig, document, where=name)
     elif kind == "train":

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_prep.planning import Fingerprint, Plan, assign, by_content, by_url, mix
+from data_prep.planning import Fingerprint, Plan, assign, mix
 from data_prep.sources import SCHEMA
 from pipeline.errors import DataError
 
@@ -92,16 +92,6 @@ def test_splits_have_their_shares_and_equal_values_share_one() -> None:
         assert counts[name.encode()] / len(values) == pytest.approx(share, rel=0.1)
     assert assign(list(reversed(values)), shares, 0).to_pylist() == found[::-1]
     assert assign(values, shares, 1).to_pylist() != found
-
-
-def test_equal_images_share_a_split_whatever_their_urls() -> None:
-    shares = {"a": 0.5, "b": 0.5}
-    rows = batch(0, 200, None)
-    digests: list[bytes | None] = [b"%032d" % (i // 10) for i in range(200)]
-    splits = by_content(rows, digests, shares, 0).column("split").to_pylist()
-    assert all(len(set(splits[i : i + 10])) == 1 for i in range(0, 200, 10))
-    assert len(set(splits)) == 2
-    assert len({tuple(by_url(rows, shares, 0).column("split").to_pylist()[i : i + 10]) for i in range(0, 200, 10)}) > 2
 
 
 def test_the_fingerprint_knows_values_not_batches() -> None:

@@ -1,0 +1,154 @@
+"""Existing WebDataset tars as a source: what img2dataset, DataComp's tools and SA-1B leave, sharded anew.
+
+A tar's headers are walked once while planning, where the small members (texts, JSON, labels) are read too; the images'
+bytes are read by tasks, as ranges of the tar. Nothing is unpacked to disk, and only regular files are looked at.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from collections.abc import Iterator, Mapping
+from typing import IO, Any
+
+import pyarrow as pa
+
+from data_prep.config import TarsConfig
+from data_prep.sources import Places, RangedFile, batches_of, places_below, read_classes, refuse_if_empty
+from pipeline import storage
+from pipeline.errors import DataError
+
+_IMAGES = ("jpg", "jpeg", "png", "webp")
+_TEXTS = ("txt", "json", "cls")
+_MAX_TEXT_BYTES = 64 * 2**20  # SA-1B's JSONs hold a hundred masks and more
+_READ_AHEAD_BYTES = 2**20
+
+
+class TarsSource:
+    """The samples of tars, in the order of the tars' names and of their members. See `TarsConfig`."""
+
+    def __init__(self, options: TarsConfig) -> None:
+        self.options = options
+
+    def check(self) -> None:
+        if not self._tars():
+            raise DataError(
+                "no tars there", where=self.options.url, fix="point source.url at a tar or a folder of them"
+            )
+        self.classes()
+        refuse_if_empty(self, self.options.url, "the first tar")
+
+    def batches(self) -> Iterator[pa.RecordBatch]:
+        return batches_of(row for tar in self._tars() for row in self._samples(tar.url))
+
+    def size_bytes(self) -> int:
+        return sum(tar.size_bytes for tar in self._tars()) // 100  # texts are a small part of a tar
+
+    def places(self) -> Places:
+        return places_below(self.options.url.rstrip("/").rpartition("/")[0], self.options.allow, None)
+
+    def classes(self) -> tuple[str, ...]:
+        names = self.options.classes
+        return names if isinstance(names, tuple) else read_classes(names)
+
+    def _tars(self) -> tuple[storage.Entry, ...]:
+        url = self.options.url
+        if url.endswith(".tar"):
+            return (storage.Entry(url, storage.size_bytes(url)),)
+        return tuple(entry for entry in storage.entries(url) if entry.url.endswith(".tar"))
+
+    def _samples(self, url: str) -> Iterator[Mapping[str, Any]]:
+        key: str | None = None
+        members: dict[str, tuple[int, int]] = {}
+        texts: dict[str, bytes] = {}
+        for member, file in _members(url):
+            folder, slash, base = member.name.rpartition("/")
+            stem, _, extension = base.partition(".")
+            if f"{folder}{slash}{stem}" != key:
+                if key is not None:
+                    yield from self._row(url, key, members, texts)
+                key, members, texts = f"{folder}{slash}{stem}", {}, {}
+            extension = extension.lower()
+            members[extension] = (member.offset_data, member.offset_data + member.size)
+            if extension in _TEXTS and member.size <= _MAX_TEXT_BYTES:
+                file.seek(member.offset_data)
+                texts[extension] = file.read(member.size)
+        if key is not None:
+            yield from self._row(url, key, members, texts)
+
+    def _row(
+        self, url: str, key: str, members: Mapping[str, tuple[int, int]], texts: Mapping[str, bytes]
+    ) -> Iterator[Mapping[str, Any]]:
+        """The sample's row; none for what holds no image, such as a tar's notes."""
+        extension = next((extension for extension in _IMAGES if extension in members), None)
+        if extension is None:
+            return
+        options = self.options
+        facts: dict[str, Any] = {}
+        if "json" in texts and (options.captions == "json" or options.annotations or options.keep_fields):
+            facts = _facts(texts["json"])
+        start, stop = members[extension]
+        row: dict[str, Any] = {
+            "url": f"{url}/{key}.{extension}".encode("utf-8", "surrogateescape"),
+            "held": url.encode("utf-8", "surrogateescape"),
+            "start": start,
+            "stop": stop,
+        }
+        if options.captions == "txt":
+            row["caption"] = texts.get("txt")
+        elif options.captions == "json":
+            row |= json_captions(facts.get(options.caption_field))
+        if options.labels:
+            row["label"] = texts.get("cls")
+        if options.annotations:
+            row["annotations"] = json.dumps(facts.get("annotations") or []).encode()
+        if options.keep_fields:
+            row["extra"] = json.dumps({name: facts.get(name) for name in options.keep_fields}).encode()
+        yield row
+
+
+def json_captions(value: Any) -> dict[str, bytes]:
+    """A caption field's value, a text or a list of them, as columns of `sources.SCHEMA`."""
+    if isinstance(value, str):
+        return {"caption": value.encode("utf-8", "surrogatepass")}
+    if isinstance(value, list):
+        return {"captions": json.dumps([text for text in value if isinstance(text, str)]).encode()}
+    return {}
+
+
+def _facts(data: bytes) -> dict[str, Any]:
+    try:
+        found = json.loads(data)
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _members(url: str) -> Iterator[tuple[tarfile.TarInfo, IO[bytes]]]:
+    """The regular files of a tar.
+
+    Raises:
+        DataError: it is damaged, or ends before its last member does, as interrupted downloads and killed writers
+            leave them: passing over the rest would lose samples unseen.
+    """
+    damaged = DataError(
+        "no complete tar: it is damaged or ends early", where=url, fix="fetch it anew, or move it out of the folder"
+    )
+    size = storage.size_bytes(url)
+    with io.BufferedReader(RangedFile(url), _READ_AHEAD_BYTES) as file:
+        try:
+            with tarfile.open(fileobj=file, mode="r:") as tar:
+                end = 0
+                for member in tar:
+                    end = member.offset_data + -(-member.size // 512) * 512
+                    if end > size:
+                        raise damaged
+                    if member.isreg():
+                        yield member, file
+                    tar.members = []  # type: ignore[attr-defined]  # it keeps every header otherwise
+        except tarfile.TarError as error:
+            raise damaged from error
+        file.seek(end)
+        if file.read(512) != bytes(512):
+            raise damaged

@@ -1,0 +1,172 @@
+"""Which inputs are the same image as an earlier one, or one of an evaluation set, and which split each belongs to.
+
+Inputs are judged in a fixed order, each by the ones before it alone. So nothing that is appended later changes what
+was decided, and of a group of equal images exactly one stays. An input that was refused already counts for nobody.
+
+Without near duplicates being dropped, alike images can still be kept in one split: an input joins the split of its
+earlier neighbours, and is refused (`bridges_splits`) where these lie in different ones.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+from jaxtyping import Bool, Int8, Int64, UInt64
+
+from data_prep.config import DedupConfig
+from data_prep.planning import unit_interval
+from data_prep.signatures import near_any, near_pairs
+
+VERDICTS = ("", "duplicate", "near_duplicate", "in_evaluation_set", "bridges_splits")
+_KEPT, _DUPLICATE, _NEAR, _EVALUATION, _BRIDGE = range(len(VERDICTS))
+
+
+class Signatures(NamedTuple):
+    """Of n images, in the order in which they are judged."""
+
+    digests: UInt64[np.ndarray, "n 2"]  # the first 16 bytes of the sha256
+    hashes: UInt64[np.ndarray, " n"]  # perceptual; anything where they aren't needed
+    usable: Bool[np.ndarray, " n"]  # neither unread nor refused by a rule of its own
+
+
+class Decisions(NamedTuple):
+    """What becomes of n inputs."""
+
+    verdicts: Int8[np.ndarray, " n"]  # index into `VERDICTS`; 0 also for unusable ones
+    others: Int64[np.ndarray, " n"]  # the earlier input, or the evaluation image, that it is the same as; -1: none
+    splits: Int8[np.ndarray, " n"]  # index into the splits
+
+
+def digest_words(digests: pa.Array) -> UInt64[np.ndarray, "n 2"]:
+    """The first 16 bytes of sha256 digests as two words; nulls become zeros."""
+    filled = digests.fill_null(bytes(32))
+    joined = b"".join(value[:16] for value in filled.to_pylist())
+    return np.frombuffer(joined, dtype=">u8").astype(np.uint64).reshape(-1, 2)
+
+
+def decide(
+    found: Signatures, evaluation: Signatures, options: DedupConfig, shares: dict[str, float], seed: int
+) -> Decisions:
+    """Judge all inputs.
+
+    Args:
+        shares: of the splits; an image's split is drawn by its digest.
+    """
+    n = len(found.usable)
+    verdicts = np.zeros(n, dtype=np.int8)
+    others = np.full(n, -1, dtype=np.int64)
+    alive = found.usable.copy()
+
+    def strike(which: Int64[np.ndarray, " k"], verdict: int, by: Int64[np.ndarray, " k"]) -> None:
+        verdicts[which], others[which], alive[which] = verdict, by, False
+
+    if len(evaluation.usable):
+        seen = _seen_in(found, evaluation, options.near_distance)
+        struck = np.flatnonzero(alive & (seen >= 0))
+        strike(struck, _EVALUATION, seen[struck])
+    if options.drop != "none":
+        first = _first_equal(found.digests, alive)
+        struck = np.flatnonzero(alive & (first != np.arange(n)))
+        strike(struck, _DUPLICATE, first[struck])
+    if options.drop == "near":
+        struck, by = _followers(found.hashes, alive, options.near_distance)
+        strike(struck, _NEAR, by)
+        # The first of equal images may itself have gone as like another: that one is what stayed.
+        gone = np.flatnonzero((verdicts == _DUPLICATE) & (verdicts[others] == _NEAR))
+        others[gone] = others[others[gone]]
+    splits = _draw(found.digests, shares, seed)
+    if options.near_splits and options.drop != "near" and len(shares) > 1:
+        splits, struck = _neighbours_splits(found, alive, splits, options.near_distance)
+        strike(struck, _BRIDGE, np.full(len(struck), -1))
+    return Decisions(verdicts, others, splits)
+
+
+def _draw(digests: UInt64[np.ndarray, "n 2"], shares: dict[str, float], seed: int) -> Int8[np.ndarray, " n"]:
+    """Each image's split by its digest alone: equal images share one."""
+    if len(shares) == 1:
+        return np.zeros(len(digests), dtype=np.int8)
+    bounds = np.cumsum(list(shares.values()))[:-1]
+    words = digests.astype(">u8").tobytes()
+    draws = np.array([unit_interval(words[i : i + 16], seed) for i in range(0, len(words), 16)])
+    return np.searchsorted(bounds, draws, side="right").astype(np.int8)
+
+
+def _seen_in(found: Signatures, evaluation: Signatures, most: int) -> Int64[np.ndarray, " n"]:
+    """An evaluation image that each image is equal to or like; -1 where there is none."""
+    seen = near_any(found.hashes, evaluation.hashes, most)
+    known = {tuple(words): number for number, words in enumerate(evaluation.digests.tolist())}
+    equal = np.array([known.get(tuple(words), -1) for words in found.digests.tolist()], dtype=np.int64)
+    return np.where(equal >= 0, equal, seen)
+
+
+def _first_equal(digests: UInt64[np.ndarray, "n 2"], alive: Bool[np.ndarray, " n"]) -> Int64[np.ndarray, " n"]:
+    """The first living input with the same digest as each; itself for the dead."""
+    first = np.arange(len(alive))
+    living = np.flatnonzero(alive)
+    order = living[np.lexsort((living, digests[living, 1], digests[living, 0]))]
+    fresh = np.ones(len(order), dtype=bool)
+    fresh[1:] = (digests[order[1:]] != digests[order[:-1]]).any(axis=1)
+    heads = np.flatnonzero(fresh)
+    first[order] = order[heads[np.cumsum(fresh) - 1]] if len(order) else order
+    return first
+
+
+def _neighbourhoods(
+    hashes: UInt64[np.ndarray, " n"], alive: Bool[np.ndarray, " n"], most: int
+) -> tuple[dict[int, set[int]], UInt64[np.ndarray, " u"], Int64[np.ndarray, " n"]]:
+    """Hash values that living inputs have, numbered by first occurrence: value -> earlier values near it, the values,
+    and each input's value (-1 for the dead). Equal values are one, so that a million white images cost nothing.
+    """
+    living = np.flatnonzero(alive)
+    values, first, inverse = np.unique(hashes[living], return_index=True, return_inverse=True)
+    rank = np.empty(len(values), dtype=np.int64)
+    rank[np.argsort(first)] = np.arange(len(values))
+    value_of = np.full(len(hashes), -1, dtype=np.int64)
+    value_of[living] = rank[inverse]
+    ordered = values[np.argsort(first)]
+    earlier: dict[int, set[int]] = defaultdict(set)
+    for i, j in near_pairs(ordered, most):
+        for low, high in zip(np.minimum(i, j).tolist(), np.maximum(i, j).tolist(), strict=True):
+            earlier[high].add(low)
+    return earlier, ordered, value_of
+
+
+def _followers(
+    hashes: UInt64[np.ndarray, " n"], alive: Bool[np.ndarray, " n"], most: int
+) -> tuple[Int64[np.ndarray, " k"], Int64[np.ndarray, " k"]]:
+    """Living inputs that are near an earlier one which stays, and that one. Those that stay are mutually apart."""
+    earlier, values, value_of = _neighbourhoods(hashes, alive, most)
+    leader = np.arange(len(values))
+    for value in sorted(earlier):
+        leaders = [other for other in earlier[value] if leader[other] == other]
+        if leaders:
+            leader[value] = min(leaders)
+    living = np.flatnonzero(alive)
+    first_of = np.full(len(values), -1, dtype=np.int64)
+    reverse = living[::-1]
+    first_of[value_of[reverse]] = reverse  # the last assignment, that of the first input, stays
+    stays = first_of[leader[value_of[living]]]
+    struck = living[stays != living]
+    return struck, stays[stays != living]
+
+
+def _neighbours_splits(
+    found: Signatures, alive: Bool[np.ndarray, " n"], drawn: Int8[np.ndarray, " n"], most: int
+) -> tuple[Int8[np.ndarray, " n"], Int64[np.ndarray, " k"]]:
+    """Splits in which alike images lie together, and the inputs that would tie two splits together."""
+    earlier, values, value_of = _neighbourhoods(found.hashes, alive, most)
+    splits = drawn.copy()
+    of_value = np.full(len(values), -1, dtype=np.int8)  # -2: bridges
+    for i in np.flatnonzero(alive).tolist():
+        value = int(value_of[i])
+        if of_value[value] == -1:
+            around = {int(of_value[other]) for other in earlier.get(value, ()) if of_value[other] >= 0}
+            of_value[value] = around.pop() if len(around) == 1 else -2 if around else drawn[i]
+        if of_value[value] >= 0:
+            splits[i] = of_value[value]
+    bridges = alive & (value_of >= 0)
+    bridges[bridges] = of_value[value_of[bridges]] == -2
+    return splits, np.flatnonzero(bridges)

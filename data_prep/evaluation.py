@@ -1,0 +1,103 @@
+"""Signatures of evaluation sets, so that their images can be kept out of a training set (decontamination)."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import io
+import itertools
+import json
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+
+from data_prep import images, partitions, scanning
+from data_prep.account import Refused
+from data_prep.config import ImageConfig, PrepConfig
+from data_prep.dedup import Signatures
+from data_prep.folders import is_image
+from data_prep.signatures import perceptual_hash
+from pipeline import storage
+from pipeline.data.manifest import MANIFEST_NAME, read_index, read_manifest
+from pipeline.data.shards import parse_sample
+from pipeline.errors import DataError
+
+_IMAGES_A_TASK = 1024
+_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+_ANY_SIZE = ImageConfig(max_aspect=1e9, max_pixels=400_000_000)
+
+
+class _Task(NamedTuple):
+    """Images of an evaluation set: a shard's, or files."""
+
+    number: int
+    folder: str
+    shard: int | None
+    files: tuple[str, ...]
+
+
+def signatures(config: PrepConfig, url: str, stop: Callable[[], bool]) -> Signatures:
+    """Of all images of the evaluation sets that `config.dedup` names; kept below `url`, so computed once.
+
+    Raises:
+        DataError: a set can't be read, or holds no image.
+    """
+    found = []
+    for place in config.dedup.evaluation:
+        name = hashlib.sha256(place.encode()).hexdigest()[:16]
+        kept = storage.join(url, "_prep", "evaluation", f"{name}.npz")
+        if not storage.exists(kept):
+            run = partitions.run(functools.partial(_look), _tasks(place), config.ray, stop=stop)
+            parts = scanning.joined([part for _, part in sorted(run, key=lambda result: result[0])])
+            if not len(parts.usable):
+                raise DataError("holds no images", where=f"dedup.evaluation {place}", fix="mend the place")
+            buffer = io.BytesIO()
+            np.savez(buffer, digests=parts.digests, hashes=parts.hashes)
+            storage.create(kept, buffer.getvalue())
+        arrays = np.load(io.BytesIO(storage.read(kept)), allow_pickle=False)
+        found.append(Signatures(arrays["digests"], arrays["hashes"], np.ones(len(arrays["hashes"]), dtype=bool)))
+    return scanning.joined(found)
+
+
+def _tasks(place: str) -> list[_Task]:
+    if storage.exists(storage.join(place, MANIFEST_NAME)):
+        shards = range(len(read_manifest(place).shards))
+        return [_Task(number, place, number, ()) for number in shards]
+    files = [entry.url for entry in storage.entries(place) if is_image(entry.url)]
+    return [
+        _Task(number, place, None, tuple(files[start : start + _IMAGES_A_TASK]))
+        for number, start in enumerate(range(0, len(files), _IMAGES_A_TASK))
+    ]
+
+
+def _look(task: _Task) -> tuple[int, Signatures]:
+    digests, hashes = [], []
+    images_found = _of_shard(task.folder, task.shard) if task.shard is not None else _of_files(task.files)
+    for digest, data in images_found:
+        try:
+            hashes.append(perceptual_hash(images.thumbnail(data, _ANY_SIZE)))
+            digests.append(digest)
+        except Refused:
+            continue  # what can't be decoded can't be evaluated on either
+    words = np.frombuffer(b"".join(digest[:16] for digest in digests), dtype=">u8").astype(np.uint64).reshape(-1, 2)
+    return task.number, Signatures(words, np.array(hashes, dtype=np.uint64), np.ones(len(hashes), dtype=bool))
+
+
+def _of_files(files: tuple[str, ...]) -> list[tuple[bytes, bytes]]:
+    return [(hashlib.sha256(data).digest(), data) for data in map(storage.read, files)]
+
+
+def _of_shard(folder: str, number: int) -> list[tuple[bytes, bytes]]:
+    """(digest of the source, stored image) of each sample."""
+    manifest = read_manifest(folder)
+    shard = manifest.shards[number]
+    archive = memoryview(storage.read(storage.join(folder, shard.name)))
+    offsets = read_index(manifest, shard).tolist()
+    found = []
+    for start, stop in itertools.pairwise(offsets):
+        members = parse_sample(archive[start:stop], 0).members
+        data = next(members[extension] for extension in _EXTENSIONS if extension in members)
+        digest = json.loads(members.get("json", b"{}")).get("sha256")
+        found.append((bytes.fromhex(digest) if digest else hashlib.sha256(data).digest(), data))
+    return found

@@ -1,0 +1,115 @@
+"""Images that lie in folders, on a disk or below an s3:// prefix: with captions beside them, or a folder per class."""
+
+from __future__ import annotations
+
+import itertools
+import posixpath
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import pyarrow as pa
+
+from data_prep.config import ClassFoldersConfig, FolderConfig
+from data_prep.sources import Places, batches_of, places_below, refuse_if_empty
+from pipeline import storage
+from pipeline.errors import DataError
+
+IMAGE_ENDINGS = frozenset({"jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff"})
+_ROW_BYTES = 100  # of a listed image, for planning
+
+
+class FolderSource:
+    """Every image below a folder, with its text beside it. See `FolderConfig`.
+
+    Only names are listed here; tasks read the texts together with the images.
+    """
+
+    def __init__(self, options: FolderConfig) -> None:
+        self.options = options
+
+    def check(self) -> None:
+        refuse_if_empty(self, self.options.url, "the folder")
+
+    def batches(self) -> Iterator[pa.RecordBatch]:
+        return batches_of(self._rows())
+
+    def size_bytes(self) -> int:
+        return _ROW_BYTES * sum(1 for _ in storage.entries(self.options.url))
+
+    def places(self) -> Places:
+        return places_below(self.options.url.rstrip("/"), self.options.allow, None)
+
+    def classes(self) -> tuple[str, ...]:
+        return ()
+
+    def _rows(self) -> Iterator[Mapping[str, Any]]:
+        wanted = self.options.captions
+        # Names that are equal up to their first dot stand together in a listing, so no more than those are held.
+        for _, group in itertools.groupby(storage.entries(self.options.url), lambda entry: _up_to_dot(entry.url)):
+            urls = [entry.url for entry in group]
+            texts = {posixpath.splitext(url)[0]: url for url in urls if _ending(url) == wanted}
+            for url in urls:
+                if _ending(url) in IMAGE_ENDINGS:
+                    text = texts.get(posixpath.splitext(url)[0])
+                    yield {"url": _encoded(url), "sidecar": _encoded(text) if text else None}
+
+
+class ClassFoldersSource:
+    """One folder per class, as ImageNet lies on disks. See `ClassFoldersConfig`."""
+
+    def __init__(self, options: ClassFoldersConfig) -> None:
+        self.options = options
+        self._classes: tuple[str, ...] | None = None
+
+    def check(self) -> None:
+        if not self.classes():
+            raise DataError(
+                "no folder holds an image",
+                where=self.options.url,
+                fix="point source.url at the folder that holds the classes' folders",
+            )
+
+    def batches(self) -> Iterator[pa.RecordBatch]:
+        return batches_of(self._rows())
+
+    def size_bytes(self) -> int:
+        return _ROW_BYTES * sum(1 for _ in storage.entries(self.options.url))
+
+    def places(self) -> Places:
+        return places_below(self.options.url.rstrip("/"), self.options.allow, None)
+
+    def classes(self) -> tuple[str, ...]:
+        if self._classes is None:
+            self._classes = tuple(sorted({name for name, _ in self._images()}))
+        return self._classes
+
+    def _rows(self) -> Iterator[Mapping[str, Any]]:
+        numbers = {name: number for number, name in enumerate(self.classes())}
+        for name, url in self._images():
+            yield {"url": _encoded(url), "label": b"%d" % numbers[name]}
+
+    def _images(self) -> Iterator[tuple[str, str]]:
+        """(class, URL) of each image; images that lie in no folder belong to none."""
+        top = self.options.url.rstrip("/") + "/"
+        for entry in storage.entries(self.options.url):
+            folder, slash, _ = entry.url.removeprefix(top).partition("/")
+            if slash and _ending(entry.url) in IMAGE_ENDINGS:
+                yield folder, entry.url
+
+
+def is_image(url: str) -> bool:
+    """Whether a name ends like an image's."""
+    return _ending(url) in IMAGE_ENDINGS
+
+
+def _ending(url: str) -> str:
+    return posixpath.splitext(url)[1][1:].lower()
+
+
+def _up_to_dot(url: str) -> str:
+    folder, _, name = url.rpartition("/")
+    return f"{folder}/{name.partition('.')[0]}"
+
+
+def _encoded(url: str) -> bytes:
+    return url.encode("utf-8", "surrogateescape")
