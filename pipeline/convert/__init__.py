@@ -18,6 +18,7 @@ from pipeline.convert.files import read_source, write_target
 from pipeline.convert.huggingface import HuggingFaceVit, HuggingFaceVitMae
 from pipeline.convert.mae import Mae, MaeEncoder
 from pipeline.convert.native import Native
+from pipeline.convert.segment_anything import HuggingFaceSam, SegmentAnythingFormat
 from pipeline.convert.timm import TimmVit
 from pipeline.convert.weights import Format, Weights, build, known_for, load_table, of_stage
 from pipeline.errors import ConfigError
@@ -27,7 +28,17 @@ log = logging.getLogger(__name__)
 
 FORMATS: dict[str, Format] = {
     form.name: form
-    for form in (Native(), Mae(), MaeEncoder(), TimmVit(), HuggingFaceVitMae(), HuggingFaceVit(), Detectron2())
+    for form in (
+        Native(),
+        Mae(),
+        MaeEncoder(),
+        TimmVit(),
+        HuggingFaceVitMae(),
+        HuggingFaceVit(),
+        Detectron2(),
+        SegmentAnythingFormat(),
+        HuggingFaceSam(),
+    )
 }
 
 

@@ -69,6 +69,12 @@ class View(NamedTuple):
         ]
         return torch.stack(corners, dim=1)
 
+    def shown_points(self, points: Float[Tensor, "*n 2"]) -> Float[Tensor, "*n 2"]:
+        """Points (x, y) of the stored image, in pixels of the result; nothing is clipped."""
+        y, x = self._factors()
+        across, down = (points[..., 0] - self.box.left) * x, (points[..., 1] - self.box.top) * y
+        return torch.stack([self.size[1] - across if self.mirror else across, down], dim=-1)
+
     def _factors(self) -> tuple[float, float]:
         """Pixels of the result per pixel of the stored image, downwards and to the right."""
         box = self.box

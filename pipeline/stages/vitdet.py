@@ -22,13 +22,13 @@ from pipeline.data.instances import Fitted, InstanceExample, LargeScaleJitter, d
 from pipeline.evaluate.base import Evaluation, Predictions
 from pipeline.evaluate.coco import CocoEvaluation
 from pipeline.models.patch_embed import StemNorm
-from pipeline.models.pixels import normalize
 from pipeline.models.proposals import DetectorConfig, ProposalNetwork, Targets
 from pipeline.models.pyramid import NUM_LEVELS, SimplePyramid, TappedPyramid, as_map, quarter_taps
 from pipeline.models.rcnn import BoxHeads, Detections, level_strides, pool
 from pipeline.models.rcnn_masks import POOLED_SIDE, MaskHead, mask_losses
 from pipeline.models.vit import ViT
 from pipeline.stages.base import DataFacts, Losses, Picture, Stage
+from pipeline.stages.dense import check_dense_model, content_pixels, content_size, instances_of
 from pipeline.stages.images import ImageOptions, require_classes
 from pipeline.stages.overlays import detection_pictures
 
@@ -53,15 +53,6 @@ class VitDetOptions(ImageOptions):
         if not 0 < self.jitter[0] <= self.jitter[1]:
             raise ValueError(f"jitter must be 0 < low <= high, found {self.jitter}")
         return self
-
-
-def check_dense_model(options: ImageOptions, stage: str) -> None:
-    """Raise ValueError for a trunk that isn't one for dense prediction."""
-    model = options.model
-    if model.cls_token or model.registers or model.final_norm:
-        raise ValueError(f"stage {stage} uses patches alone: set model.cls_token and model.final_norm to false")
-    if "crop_scale" in options.model_fields_set:
-        raise ValueError(f"crop_scale means nothing to stage {stage}, which shows whole images and scales by jitter")
 
 
 class VitDetStage(Stage):
@@ -92,7 +83,7 @@ class VitDetStage(Stage):
     def loss(self, batch: Batch) -> Losses:
         """Losses of proposals, classes, boxes and masks, each image's own mean."""
         levels = self.levels(batch)
-        targets = [targets_of(one, levels[0].device) for one in _instances(batch)]
+        targets = [targets_of(one, levels[0].device) for one in instances_of(batch)]
         sizes = [self.config.model.image_hw] * len(batch)
         found = self.rpn(levels)
         parts = dict(zip(("rpn_class", "rpn_box"), self.rpn.losses(found, targets, batch.seeds), strict=True))
@@ -101,7 +92,7 @@ class VitDetStage(Stage):
         parts |= {"class": boxes.classes, "box": boxes.boxes}
         if self.masks is not None:
             regions = pool(levels[:-1], [one.boxes for one in boxes.objects], self.strides, POOLED_SIDE)
-            truth = [decoded_masks(one, self.config.model.image_hw, levels[0].device) for one in _instances(batch)]
+            truth = [decoded_masks(one, self.config.model.image_hw, levels[0].device) for one in instances_of(batch)]
             parts["mask"] = mask_losses(self.masks(regions), boxes.objects, truth)
         summed = {name: (values * batch.weight).sum() for name, values in parts.items()}
         return Losses(torch.stack(list(summed.values())).sum(), {name: v.detach() for name, v in summed.items()})
@@ -111,7 +102,7 @@ class VitDetStage(Stage):
         `scores` and `classes` [B,D], `counts` [B], and `masks` [B,D,M,M] as probabilities.
         """
         levels = self.levels(batch)
-        sizes = [content_size(one, self.config.model.image_hw) for one in _instances(batch)]
+        sizes = [content_size(one, self.config.model.image_hw) for one in instances_of(batch)]
         proposals = self.rpn.propose(self.rpn(levels), sizes)
         found: list[Detections] = self.boxes(levels[:-1], proposals, sizes)
         out = _padded(found, self.config.detector.detections)
@@ -167,22 +158,6 @@ def exempt_from_decay(stage: nn.Module) -> list[str]:
     return [*found, "trunk.pos_embed"]
 
 
-def content_pixels(batch: Batch, options: ImageOptions) -> Float[Tensor, "b 3 h w"]:
-    """Normalised images, zero outside of what each shows."""
-    assert batch.images is not None
-    pixels = normalize(batch.images, options.pixels)
-    for image, one in zip(pixels, _instances(batch), strict=True):
-        height, width = content_size(one, (image.shape[1], image.shape[2]))
-        image[:, height:] = 0
-        image[:, :, width:] = 0
-    return pixels
-
-
-def content_size(instances: Instances, canvas: tuple[int, int]) -> tuple[int, int]:
-    """Height and width of what an image shows, without padding."""
-    return canvas if instances.view is None else instances.view.size
-
-
 def targets_of(instances: Instances, device: torch.device) -> Targets:
     """An image's objects; crowd regions are nobody's target."""
     single = instances.crowd == 0
@@ -193,11 +168,6 @@ def decoded_masks(instances: Instances, size: tuple[int, int], device: torch.dev
     """Pixels of the objects' masks [N,H,W], numbered as in `targets_of`."""
     single = [mask for mask, crowd in zip(instances.masks, instances.crowd.tolist(), strict=True) if not crowd]
     return decode_masks(single, size).to(device)
-
-
-def _instances(batch: Batch) -> tuple[Instances, ...]:
-    assert batch.instances is not None
-    return batch.instances
 
 
 def _padded(found: Sequence[Detections], most: int) -> dict[str, Tensor]:

@@ -52,6 +52,11 @@ TINY: dict[str, dict[str, Any]] = {
             "score_threshold": 0.01,
         },
     },
+    "sam": {
+        "model": MODEL | DENSE,
+        "sam": {"channels": 32, "heads": 2, "mlp_width": 64, "iou_width": 16, "mask_channels": 4},
+        "clicks": 1, "max_objects": 2, "max_box_noise": 2.0,
+    },
 }  # fmt: skip
 GLOBAL_BATCH = 12
 OPTIM = OptimConfig(lr=3e-3, weight_decay=0.01)

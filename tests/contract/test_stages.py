@@ -104,17 +104,22 @@ def test_frozen_parameters_stay_as_they_are(trials: Trials) -> None:
 
 
 def test_the_gradient_is_the_same_on_one_rank_and_on_two(trials: Trials) -> None:
-    for name, alone in trials.alone["gradients"].items():
-        shared = trials.ranks[0]["gradients"][name]
-        assert (alone - shared).abs().max() <= 1e-5 * alone.abs().max(), name
+    alike(trials.alone["gradients"], trials.ranks[0]["gradients"])
 
 
 def test_accumulation_is_exact(trials: Trials, request: pytest.FixtureRequest) -> None:
     if "probe" in request.node.name:
         pytest.skip("its features are standardised over what all ranks have at hand, a micro batch (see FeatureNorm)")
-    for name, expected in trials.ranks[0]["gradients"].items():
-        accumulated = trials.ranks[0]["gradients_accumulated"][name]
-        assert (accumulated - expected).abs().max() <= 1e-5 * expected.abs().max(), name
+    alike(trials.ranks[0]["gradients"], trials.ranks[0]["gradients_accumulated"])
+
+
+def alike(expected: dict[str, torch.Tensor], found: dict[str, torch.Tensor]) -> None:
+    """Gradients up to rounding: of each parameter's greatest, and fp32's own of the greatest of all, since those of
+    biases of keys, to which a softmax is blind, are nothing but rounding.
+    """
+    greatest = max(gradient.abs().max() for gradient in expected.values())
+    for name, gradient in expected.items():
+        assert (found[name] - gradient).abs().max() <= 1e-5 * gradient.abs().max() + 1e-7 * greatest, name
 
 
 def test_losses_and_figures_are_the_same_on_one_rank_and_on_two(trials: Trials) -> None:

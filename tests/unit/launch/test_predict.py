@@ -248,3 +248,25 @@ def test_the_command_writes_replies_and_exits_as_it_should(images: Path, tmp_pat
     assert {p.name for p in (tmp_path / "seen").iterdir()} == {
         "a.png", "a.1.png", "b.png", "b.1.png", "a-2.png", "a-2.1.png", "predictions.json"
     }  # fmt: skip
+
+
+def test_sam_segments_what_points_and_boxes_ask_for_in_pixels_of_each_image(images: Path, tmp_path: Path) -> None:
+    from tests.unit.stages.sam_batches import tiny_stage
+
+    stage = tiny_stage().eval()
+    told, good = predicted(stage, [str(images)], tmp_path, questions=["points=[[50, 30], [3, 4, 0]]"])
+    assert good
+    for one in told:
+        (found,) = one["objects"]
+        (mask,) = found["masks"]
+        assert mask["segmentation"]["size"] == [40, 56]
+        assert isinstance(mask["segmentation"]["counts"], str)
+        with Image.open(tmp_path / "out" / one["pictures"][0]) as drawn:
+            assert drawn.width > 2 * 56
+    told, _ = predicted(stage, [str(images)], tmp_path, questions=["boxes=[[1, 2, 20, 30], [4, 4, 50, 39]]"])
+    assert [len(found["masks"]) for found in told[0]["objects"]] == [3, 3]
+    assert len(told[0]["pictures"]) == 2
+    with pytest.raises(ConfigError, match="outside of an image of 56x40"):
+        predicted(stage, [str(images)], tmp_path, questions=["points=[[60, 30]]"])
+    with pytest.raises(ConfigError, match="nothing is asked"):
+        predicted(stage, [str(images)], tmp_path)

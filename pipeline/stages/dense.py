@@ -1,0 +1,61 @@
+"""What stages share that predict something of every place of an image: whole images on a canvas, with their objects."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from pipeline.data.batch import Batch, Example, Instances, RawSample
+from pipeline.data.images import read_header
+from pipeline.data.instances import InstanceExample
+from pipeline.data.pixels import show
+from pipeline.data.samples import image_member
+from pipeline.models.pixels import normalize
+from pipeline.stages.images import ImageOptions
+
+
+def check_dense_model(options: ImageOptions, stage: str) -> None:
+    """Raise ValueError for a trunk that isn't one for dense prediction."""
+    model = options.model
+    if model.cls_token or model.registers or model.final_norm:
+        raise ValueError(f"stage {stage} uses patches alone: set model.cls_token and model.final_norm to false")
+    if options.crop_scale != ImageOptions.model_fields["crop_scale"].default:  # a file of ours writes defaults out
+        raise ValueError(f"crop_scale means nothing to stage {stage}, which shows whole images and scales by jitter")
+
+
+def content_pixels(batch: Batch, options: ImageOptions) -> Float[Tensor, "b 3 h w"]:
+    """Normalised images, zero outside of what each shows."""
+    assert batch.images is not None
+    pixels = normalize(batch.images, options.pixels)
+    for image, one in zip(pixels, instances_of(batch), strict=True):
+        height, width = content_size(one, (image.shape[1], image.shape[2]))
+        image[:, height:] = 0
+        image[:, :, width:] = 0
+    return pixels
+
+
+def content_size(instances: Instances, canvas: tuple[int, int]) -> tuple[int, int]:
+    """Height and width of what an image shows, without padding."""
+    return canvas if instances.view is None else instances.view.size
+
+
+def instances_of(batch: Batch) -> tuple[Instances, ...]:
+    """The batch's annotations, which must be there."""
+    assert batch.instances is not None
+    return batch.instances
+
+
+@dataclasses.dataclass(frozen=True)
+class PlacedExample(InstanceExample):
+    """An image alone, without annotations; `instances.view` tells how it lies on the canvas."""
+
+    def __call__(self, sample: RawSample, seed: int) -> Example:
+        data = image_member(sample)
+        header = read_header(data)
+        view = self.placement(header, seed)
+        nothing = Instances(torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64), (), torch.zeros(0, dtype=torch.int64))
+        image = show(data, header, view, self.interpolation, self.fill)
+        return Example(image, instances=nothing._replace(view=view))

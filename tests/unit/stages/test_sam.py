@@ -1,0 +1,164 @@
+"""Stage `sam`: its loop, its gradients, and what it is measured by."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from pipeline.errors import ConfigError
+from pipeline.models.sam_prompts import ABSENT, Prompts
+from pipeline.stages.sam import SamStage
+from tests.unit.stages.sam_batches import SIDE, batch, objects, tiny_stage
+
+THREE = (objects((2, 3, 12, 14), (15, 1, 30, 20)), objects(), objects((0, 0, 9, 30)))
+
+
+def gradients(stage: SamStage, given: object) -> dict[str, Tensor | None]:
+    stage.zero_grad()
+    stage.loss(given).total.backward()  # type: ignore[arg-type]
+    return {name: parameter.grad for name, parameter in stage.named_parameters()}
+
+
+def test_the_loop_asks_eleven_times_and_brings_eight_new_points(monkeypatch: pytest.MonkeyPatch) -> None:
+    stage = tiny_stage()
+    asked: list[Prompts] = []
+    ask = SamStage.ask
+
+    def watched(self: SamStage, embedded: object, prompts: Prompts, *rest: object, **how: object) -> object:
+        asked.append(prompts)
+        return ask(self, embedded, prompts, *rest, **how)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(SamStage, "ask", watched)
+    stage.loss(batch(*THREE))
+    assert len(asked) == 11
+    assert asked[0].masks is None
+    assert all(prompts.masks is not None for prompts in asked[1:])
+    points = torch.stack([(prompts.labels > ABSENT).sum(1) for prompts in asked])
+    assert (points[0] == 2).all(), "a point and its companion, or a box's corners"
+    assert (points[-1] == 2 + 8).all()
+    new = points.diff(dim=0)
+    assert (new.sum(0) == 8).all()
+    assert (new[-1] == 0).all(), "the last round brings none"
+    assert (new[:-1] == 0).sum(0).tolist() == [1, 1, 1], "and one other doesn't"
+
+
+def test_every_parameter_gets_a_gradient_even_where_no_image_has_an_object() -> None:
+    """Ranks would wait for one another for ever otherwise."""
+    stage = tiny_stage()
+    for given in (batch(*THREE), batch(objects(), objects((3, 3, 9, 9), crowd=1))):
+        assert [name for name, gradient in gradients(stage, given).items() if gradient is None] == []
+    assert all(not gradient.any() for gradient in gradients(stage, batch(objects())).values() if gradient is not None)
+
+
+@pytest.mark.parametrize("point_share", [0.0, 1.0])
+def test_only_the_best_masks_path_gets_the_gradient_of_the_mask_loss(point_share: float) -> None:
+    """Of the first round's three masks one is trained for one object; IoU's own loss is off here."""
+    stage = tiny_stage(point_share=point_share, iou_weight=0.0)
+    found = gradients(stage, batch(objects((2, 3, 12, 14))))
+    tokens = found["mask_decoder.mask_tokens.weight"]
+    assert tokens is not None
+    trained = [
+        number
+        for number in range(4)
+        if any(
+            gradient is not None and gradient.any()
+            for name, gradient in found.items()
+            if f"hypernetworks_mlps.{number}." in name
+        )
+    ]
+    assert len([number for number in trained if number > 0]) == 1
+    assert 0 in trained, "the mask for several prompts answers the later rounds"
+
+
+def test_the_loss_of_a_batch_is_the_sum_of_its_images_losses() -> None:
+    stage = tiny_stage().double()
+    together = stage.loss(batch(*THREE))
+    alone = [stage.loss(batch(*THREE).only(i)) for i in range(3)]
+    assert together.total.item() == pytest.approx(sum(one.total.item() for one in alone), rel=1e-6)
+    for name, value in together.parts.items():
+        assert value.item() == pytest.approx(sum(one.parts[name].item() for one in alone), rel=1e-5, abs=1e-7)
+
+
+def test_an_absent_image_counts_for_nothing() -> None:
+    stage = tiny_stage()
+    absent = batch(*THREE, weight=torch.tensor([1.0, 1.0, 0.0]))
+    assert stage.loss(absent).total.item() == pytest.approx(stage.loss(batch(*THREE[:2])).total.item(), rel=1e-5)
+
+
+def test_padding_counts_for_nothing() -> None:
+    """Neither its pixels nor what the model says about them."""
+    stage = tiny_stage()
+    wide = objects((2, 3, 12, 14), size=(16, 32))
+    mask = dict(objects((2, 3, 12, 14)).masks[0])
+    given = batch(wide._replace(masks=(mask,)))
+    before = stage.loss(given).total.item()
+    assert given.images is not None
+    given.images[:, :, 16:] = 255
+    assert stage.loss(given).total.item() == before
+
+
+def test_too_many_objects_are_drawn_from_and_too_large_ones_left_out() -> None:
+    stage = tiny_stage(max_objects=2, max_area=0.5)
+    many = objects((0, 0, 32, 31), *((x, 2, x + 5, 9) for x in range(0, 25, 5)))
+    chosen = stage.objects(batch(many))
+    assert len(chosen.image) == 2
+    assert (chosen.masks.flatten(1).sum(1) == 35).all()
+    assert chosen.weight.tolist() == [0.5, 0.5]
+    others = {tuple(stage.objects(batch(objects(), many)).boxes[:, 0].tolist()), tuple(chosen.boxes[:, 0].tolist())}
+    assert len(others) == 2, "another seed, another choice"
+
+
+@pytest.mark.parametrize("freeze", [["trunk"], ["trunk", "neck", "prompt_encoder"]])
+def test_frozen_parts_get_no_gradient(freeze: list[str]) -> None:
+    stage = tiny_stage(freeze=freeze)
+    for name, gradient in gradients(stage, batch(*THREE)).items():
+        assert (gradient is None) == (name.split(".")[0] in freeze), name
+        assert stage.trainable(name) == (name.split(".")[0] not in freeze)
+
+
+def test_recomputing_activations_changes_no_gradient() -> None:
+    from tests.unit.stages.sam_batches import MODEL
+
+    plain = gradients(tiny_stage(), batch(*THREE))
+    again = gradients(tiny_stage(model={**MODEL, "activation_checkpointing": True}), batch(*THREE))
+    for name, gradient in plain.items():
+        assert gradient is not None
+        torch.testing.assert_close(again[name], gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_predictions_measure_every_object_of_the_stored_image() -> None:
+    stage = tiny_stage(max_objects=4).eval()
+    found = stage.predict(batch(*THREE, objects((2, 3, 12, 14), (3, 3, 9, 9), crowd=1)))
+    assert (~found["area"].isnan()).sum(1).tolist() == [2, 0, 1, 1]
+    assert found["area"][0, :2].tolist() == [110, 285]
+    assert torch.equal(found["clicks"].isnan().any(2), found["area"].isnan())
+    there = ~found["area"].isnan()
+    assert (found["oracle"][there] >= found["clicks"][there][:, 0]).all()
+    x, y, label = found["places"][2, 0].tolist()
+    assert label == 1
+    assert x < 9
+    assert y < 30
+    assert len(stage.pictures(batch(*THREE), {k: v[:3] for k, v in found.items()})) == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"clicks": 0, "repeats": 0}, "1 or more"),
+        ({"freeze": ["trunk", "neck", "prompt_encoder", "mask_decoder"]}, "nothing to train"),
+        ({"jitter": [2.0, 0.1]}, "low <= high"),
+        ({"sam": {"channels": 20}}, "multiple of 8"),
+    ],
+)
+def test_impossible_options_are_refused(options: dict[str, object], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        tiny_stage(**options)
+
+
+def test_the_image_a_click_is_about_may_be_larger_than_the_input() -> None:
+    stage = tiny_stage().eval()
+    large = objects((10, 20, 60, 90), size=(100, 80))
+    found = stage.predict(batch(large))
+    assert found["area"][0, 0] == 3500
+    assert (found["places"][0, 0, :2] <= SIDE).all()
