@@ -82,7 +82,8 @@ class TrainImage:
     def _view(self, header: Header, seed: int) -> View:
         draw = random.Random(seed)
         box = random_crop(header.height, header.width, self.scale, self.ratio, draw)
-        return View((header.height, header.width), box, self.size, mirror=self.flip and draw.random() < 0.5)
+        mirror = self.flip and draw.random() < 0.5
+        return View((header.height, header.width), box, self.size, mirror, cut_first=True)
 
     def _augmented(self, image: UInt8[Tensor, "3 h w"], seed: int) -> UInt8[Tensor, "3 h w"]:
         if self.policy:

@@ -35,6 +35,7 @@ class View(NamedTuple):
     size: tuple[int, int]  # (h, w) that the box becomes
     mirror: bool = False  # left and right exchanged, within `size`
     canvas: tuple[int, int] = (0, 0)  # (h, w) of the result, at least `size`; the rest is padding. (0, 0): `size`
+    cut_first: bool = False  # cut out the box, then resize, as RandomResizedCrop does; else resize the whole, then cut
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -84,7 +84,8 @@ def test_jpegs_decode_at_the_smallest_scale_that_suffices(min_size, shape, mode:
 
 def test_scale_for_crop() -> None:
     assert scale_for_crop((100, 100), (50, 25)) == 0.5
-    assert scale_for_crop((100, 100), (51, 25)) == 0.625
+    assert scale_for_crop((100, 100), (26, 25)) == 0.375
+    assert scale_for_crop((100, 100), (51, 25)) == 1.0, "5/8 and more are slower than full size"
     assert scale_for_crop((40, 100), (50, 50)) == 1.0
 
 

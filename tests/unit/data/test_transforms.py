@@ -14,6 +14,7 @@ from PIL import Image
 from pipeline.data.batch import RawSample
 from pipeline.data.images import UnreadableSample
 from pipeline.data.pixels import CLIP_MEAN, CLIP_STD, normalise
+from pipeline.data.samples import drawn_caption
 from pipeline.data.transforms import EvalImage, ImageExample, TrainImage
 from pipeline.data.views import centre_crop, random_crop
 
@@ -69,8 +70,8 @@ def test_a_training_image_is_the_crop_it_drew(kind: str) -> None:
     """On a ramp the mean colour is the crop's centre, whatever the scale a JPEG was decoded at."""
     data = encoded(ramp(256, 384), kind)
     for seed in range(20):
-        image = TrainImage((16, 24), flip=False)(data, seed)
-        assert image.shape == (3, 16, 24)
+        image = TrainImage((64, 96), flip=False)(data, seed)
+        assert image.shape == (3, 64, 96)
         box = random_crop(256, 384, (0.2, 1.0), (3 / 4, 4 / 3), random.Random(seed))
         red, green, _ = image.float().mean(dim=(1, 2)).tolist()
         assert red == pytest.approx(((box.left + box.right) / 2 - 0.5) * 255 / 383, abs=2)
@@ -82,9 +83,51 @@ def test_scaled_decoding_changes_little() -> None:
     colours = rng.integers(0, 256, (9, 12, 3)).astype(np.uint8)
     source = np.asarray(Image.fromarray(colours).resize((480, 360), Image.Resampling.BICUBIC))
     for seed in range(10):
-        small = TrainImage((48, 48))(encoded(source, "JPEG"), seed)
-        exact = TrainImage((48, 48))(encoded(source, "PNG"), seed)
+        small = TrainImage((112, 112))(encoded(source, "JPEG"), seed)
+        exact = TrainImage((112, 112))(encoded(source, "PNG"), seed)
         assert (small.float() - exact.float()).abs().mean() < 2.5
+
+
+def test_training_images_equal_torchvisions() -> None:
+    """The same crop through torchvision's v2 functional on tensors: the same bytes; and Pillow's, but for rounding."""
+    from torchvision.transforms import v2
+
+    colours = np.random.default_rng(0).integers(0, 256, (9, 12, 3)).astype(np.uint8)
+    source = np.asarray(Image.fromarray(colours).resize((160, 120), Image.Resampling.BICUBIC))
+    tensor = torch.from_numpy(source.copy()).permute(2, 0, 1)
+    for seed in range(10):
+        draw = random.Random(seed)
+        box = random_crop(120, 160, (0.2, 1.0), (3 / 4, 4 / 3), draw)
+        mirror = draw.random() < 0.5
+        place = [int(v) for v in (box.top, box.left, box.bottom - box.top, box.right - box.left)]
+        mode = v2.InterpolationMode.BICUBIC
+        theirs = v2.functional.resized_crop(tensor, *place, [48, 48], interpolation=mode, antialias=True)
+        theirs = v2.functional.horizontal_flip(theirs) if mirror else theirs
+        ours = TrainImage((48, 48))(encoded(source), seed)
+        assert torch.equal(ours, theirs)
+        pillow = v2.functional.resized_crop(Image.fromarray(source), *place, [48, 48], interpolation=mode)
+        pillow = v2.functional.horizontal_flip(pillow) if mirror else pillow
+        assert np.abs(ours.permute(1, 2, 0).numpy().astype(int) - np.asarray(pillow)).max() <= 1
+
+
+def test_several_crops_of_one_image_are_as_if_made_one_by_one() -> None:
+    """Exactly so where the whole image is decoded; a JPEG is decoded at the scale that the largest need asks for."""
+    transform = TrainImage((48, 48))
+    data = encoded(ramp(64, 80))
+    for crop, seed in zip(transform.several(data, [1, 2, 3]), [1, 2, 3], strict=True):
+        assert torch.equal(crop, transform(data, seed))
+    assert len(ImageExample(TrainImage((8, 8)), text=letters).several(sample(png=data, txt=b"ab"), [4, 5])) == 2
+
+
+def test_one_of_several_captions_is_drawn_by_the_seed() -> None:
+    members = {"txt": b"a", "json": b'{"captions": ["a", "b", "c"]}'}
+    drawn = [drawn_caption(sample(**members), seed) for seed in range(600)]
+    assert drawn == [drawn_caption(sample(**members), seed) for seed in range(600)]
+    assert all(150 < drawn.count(text) < 250 for text in "abc")
+    assert drawn_caption(sample(txt=b"a", json=b'{"url": "captions"}'), 0) == "a"
+    for damaged in (b'{"captions": []}', b'{"captions": "x"}', b'{"captions": [1]}', b'{"captions"', b'["captions"]'):
+        with pytest.raises(UnreadableSample):
+            drawn_caption(sample(txt=b"a", json=damaged), 0)
 
 
 def test_half_of_the_images_are_mirrored() -> None:
