@@ -13,6 +13,8 @@ from benchmarks.harness import RESULTS, UnequalWork, save, table
 BENCHMARKS = {
     "startup": "benchmarks.startup",
     "decode": "benchmarks.decode",
+    "loader": "benchmarks.loader",
+    "order": "benchmarks.order",
 }
 
 

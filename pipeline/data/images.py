@@ -38,6 +38,7 @@ class Header(NamedTuple):
     format: str  # "jpeg", "png", "webp", ...
     width: int
     height: int
+    colours: str = ""  # of a JPEG: how its pixels are coded
 
 
 def read_header(data: bytes, max_pixels: int = MAX_PIXELS) -> Header:
@@ -47,7 +48,7 @@ def read_header(data: bytes, max_pixels: int = MAX_PIXELS) -> Header:
         UnreadableSample: no image, an empty one, or one of more than `max_pixels`.
     """
     if data[:2] == b"\xff\xd8":
-        header, _ = _jpeg_header(data)
+        header = _jpeg_header(data)
     else:
         header = _open(data)[1]
     if header.width < 1 or header.height < 1:
@@ -58,7 +59,12 @@ def read_header(data: bytes, max_pixels: int = MAX_PIXELS) -> Header:
 
 
 def decode(
-    data: bytes, min_size: tuple[int, int] | None = None, max_pixels: int = MAX_PIXELS, *, scratch: bool = False
+    data: bytes,
+    min_size: tuple[int, int] | None = None,
+    max_pixels: int = MAX_PIXELS,
+    *,
+    header: Header | None = None,
+    scratch: bool = False,
 ) -> UInt8[np.ndarray, "h w 3"]:
     """Pixels of an encoded image.
 
@@ -68,17 +74,16 @@ def decode(
         min_size: (height, width) that suffices. A JPEG is then decoded at its smallest scale of k/8 that isn't below
             it, so the result may be smaller than the image.
         max_pixels: limit on the whole image, read from the header before decoding.
+        header: what `read_header` said, where it was asked already.
         scratch: the pixels may lie in memory of this thread's that its next call with `scratch` writes over.
 
     Raises:
         UnreadableSample: no image, a truncated or damaged one, or one over the limit.
     """
-    header = read_header(data, max_pixels)
-    if header.format == "jpeg":
-        _, colours = _jpeg_header(data)
-        if colours not in ("CMYK", "YCCK"):  # those Pillow converts, Adobe's inverted ones too
-            buffer = _scratch(3 * header.height * header.width) if scratch else None
-            return decode_jpeg(data, min_size, buffer)
+    header = header or read_header(data, max_pixels)
+    if header.format == "jpeg" and header.colours not in ("CMYK", "YCCK"):  # those Pillow converts, inverted ones too
+        buffer = _scratch(3 * header.height * header.width) if scratch else None
+        return decode_jpeg(data, min_size, buffer)
     image, _ = _open(data)
     try:
         if header.format == "jpeg" and min_size is not None:
@@ -124,12 +129,12 @@ def scaled_size(size: tuple[int, int], scale: float) -> tuple[int, int]:
     return math.ceil(size[0] * scale), math.ceil(size[1] * scale)
 
 
-def _jpeg_header(data: bytes) -> tuple[Header, str]:
+def _jpeg_header(data: bytes) -> Header:
     try:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
     except ValueError as error:
         raise UnreadableSample(f"damaged jpeg ({error})") from error
-    return Header("jpeg", width, height), colours
+    return Header("jpeg", width, height, colours)
 
 
 def _open(data: bytes) -> tuple[Image.Image, Header]:

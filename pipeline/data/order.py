@@ -95,6 +95,12 @@ class Order:
         self._epoch = functools.lru_cache(maxsize=2)(self._lay_out)
         self._permutation = functools.lru_cache(maxsize=_KEPT_WINDOWS)(self._permute_window)
 
+    @property
+    def size_bytes(self) -> int:
+        """Memory of the blocks and of one epoch's permutation of them."""
+        starts, sizes = self._blocks
+        return starts.nbytes + sizes.nbytes + len(starts) * (4 if len(starts) < 2**31 else 8) + 8 * (len(starts) + 1)
+
     def drawn(self) -> list[tuple[int, int]]:
         """The samples that are drawn at all, as rising ranges [first id, last id + 1)."""
         starts, sizes = self._blocks

@@ -57,7 +57,7 @@ def show_several(
             for view in views
         )
         min_size = scaled_size(whole, scale) if scale < 1 else None
-    pixels = decode(data, min_size, scratch=True)
+    pixels = decode(data, min_size, header=header, scratch=True)
     return [_shown(pixels, view, interpolation, fill) for view in views]
 
 
