@@ -15,9 +15,11 @@ from typing import Any, NamedTuple
 
 from pipeline.convert.detectron2 import Detectron2
 from pipeline.convert.files import read_source, write_target
+from pipeline.convert.hf_clip import HuggingFaceClip
 from pipeline.convert.huggingface import HuggingFaceVit, HuggingFaceVitMae
 from pipeline.convert.mae import Mae, MaeEncoder
 from pipeline.convert.native import Native
+from pipeline.convert.open_clip import OpenClip
 from pipeline.convert.segment_anything import HuggingFaceSam, SegmentAnythingFormat
 from pipeline.convert.timm import TimmVit
 from pipeline.convert.weights import Format, Weights, build, known_for, load_table, of_stage
@@ -35,6 +37,8 @@ FORMATS: dict[str, Format] = {
         TimmVit(),
         HuggingFaceVitMae(),
         HuggingFaceVit(),
+        OpenClip(),
+        HuggingFaceClip(),
         Detectron2(),
         SegmentAnythingFormat(),
         HuggingFaceSam(),
@@ -73,7 +77,7 @@ def load(path: str, format: str, **known: Any) -> Stage:
 def read(path: str, format: str, **known: Any) -> Weights:
     """As `load`, but without building the stage: the tensors under our names, in the file's precision."""
     form = format_named(format)
-    weights = form.read(read_source(path), known_for(form, known))
+    weights = form.read(read_source(path, form), known_for(form, known))
     load_table(weights)
     return weights
 

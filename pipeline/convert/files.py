@@ -34,22 +34,23 @@ WRAPPERS = ("model", "state_dict")  # keys that training scripts keep the tensor
 METADATA_KEY = "vitrail"
 
 
-def read_source(url: str) -> Source:
-    """Read a weight file, or a folder as `save_pretrained` leaves it.
+def read_source(url: str, form: Format) -> Source:
+    """Read a weight file, or a folder as `save_pretrained` leaves it, with the format's configuration beside it.
 
     Raises:
         CheckpointError: there is none, it is damaged or truncated, or it holds code or no tensors.
     """
+    config = form.config_file or CONFIG
     if url.endswith((SAFETENSORS, *PICKLES)):
         state, said = _read_file(url)
         beside = url.rpartition("/")[0]
-        return Source(url, state, {**_config(storage.join(beside, CONFIG) if beside else CONFIG), **said})
-    for name in WHOLE_FOLDER:
+        return Source(url, state, {**_config(storage.join(beside, config) if beside else config), **said})
+    for name in (*form.folder_files, *WHOLE_FOLDER):
         if storage.exists(storage.join(url, name)):
             state, said = _read_file(storage.join(url, name))
-            return Source(url, state, {**_config(storage.join(url, CONFIG)), **said})
+            return Source(url, state, {**_config(storage.join(url, config)), **said})
     if storage.exists(storage.join(url, INDEX)):
-        return Source(url, _read_shards(url), _config(storage.join(url, CONFIG)))
+        return Source(url, _read_shards(url), _config(storage.join(url, config)))
     raise CheckpointError(
         "no weights there",
         where=url,
@@ -84,7 +85,8 @@ def write_target(url: str, written: Written, form: Format) -> list[str]:
             where=url,
             fix=f"write to {kinds}" + (" or a folder (name/)" if form.config_file else ""),
         )
-    weights, config = storage.join(url, WHOLE_FOLDER[0]), storage.join(url, form.config_file)
+    weights = storage.join(url, (*form.folder_files, *WHOLE_FOLDER)[0])
+    config = storage.join(url, form.config_file)
     storage.write(weights, _safetensors(state, {}))
     storage.write(config, (json.dumps(written.config, indent=2) + "\n").encode())
     return [weights, config]

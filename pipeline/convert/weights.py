@@ -38,6 +38,7 @@ class Known(Config):
     norm_eps: float | None = None  # of LayerNorm
     gelu: Gelu | None = None
     pixels: PixelStatistics | None = None  # mean and deviation that images were normalised with
+    tokenizer: str | None = None  # of the text tower: clip, a vocab.txt or a tokenizer.json
     probe_head: int | None = None  # in writing: which of a probe's heads, from 0
 
 
@@ -77,6 +78,7 @@ class Format(abc.ABC):
     takes: ClassVar[tuple[str, ...]]  # fields of Known that mean something here
     wrapped_in: ClassVar[str | None] = None  # key around the tensors in a pickle
     config_file: ClassVar[str | None] = None  # written beside the weights when the target is a folder
+    folder_files: ClassVar[tuple[str, ...]] = ()  # names of weights in a folder, before those all formats share
     pickles: ClassVar[bool] = True  # whether the format is also found in PyTorch's own files
     arrays: ClassVar[bool] = False  # whether it is also found in pickles of numpy arrays (.pkl)
 

@@ -64,7 +64,7 @@ class FlipOptions(ImageOptions):
     init_scale: float | None = Field(default=None, ge=1, le=100)  # of the logits; None: 1/0.07 for clip, 10 for siglip
     init_bias: float = -10.0  # of siglip's logits
     freeze: tuple[str, ...] = ()  # parameters whose names begin so aren't trained
-    decay_positions: bool = True  # weight decay also for position tables and class tokens; the official FLIP: no
+    decay_positions: bool = True  # weight decay also for trained position tables, as open_clip; the official FLIP: no
     evaluate: tuple[Measure, ...] = ("zeroshot", "retrieval")
     templates: str | tuple[str, ...] = "openai_imagenet"  # prompts, or the name of a list of open_clip's
     class_names: str | tuple[str, ...] = ()  # for zero-shot: imagenet (open_clip's), a file; (): the data's own
@@ -271,9 +271,10 @@ class FlipStage(ContrastiveStage):
         return not name.startswith(self.config.freeze) if self.config.freeze else True
 
     def weight_decay_exempt(self, name: str, parameter: Tensor) -> bool:
-        """Vectors and biases; position tables and class tokens too where `decay_positions` is off."""
-        is_position = name.rpartition(".")[2] in ("pos_embed", "cls_token", "reg_token")
-        return parameter.ndim <= 1 or (is_position and not self.config.decay_positions)
+        """Vectors, biases and class tokens; position tables too where `decay_positions` is off."""
+        last = name.rpartition(".")[2]
+        positions = last == "pos_embed" and not self.config.decay_positions
+        return parameter.ndim <= 1 or positions or last in ("cls_token", "reg_token", "latent")
 
     def _project(self, features: Float[Tensor, "b d"]) -> Float[Tensor, "b e"]:
         projected = features if self.image_projection is None else self.image_projection(features)

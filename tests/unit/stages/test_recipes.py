@@ -93,6 +93,24 @@ VIT_C = {
 SMALL_RATE, LARGE_RATE = {"lr": 1e-3, "wd": 0.24}, {"lr": 6e-4, "wd": 0.28}
 LARGE_STEM = (64, 128, 128, 256, 256, 512)
 B, L, H = (768, 12, 3072, 12), (1024, 24, 4096, 16), (1280, 32, 5120, 16)
+# Width, heads and blocks of the text tower are compared in `test_text_towers_are_the_papers`.
+TWO_TOWERS: dict[str | None, dict[str, Any]] = {None: {"shape": B}, "L": {"shape": L}, "H": {"shape": H}}
+FLIP = {
+    "batch": 65536, "base_lr": 4e-6, "wd": 0.2, "betas": (0.9, 0.95), "epochs": 10000, "crop": (0.5, 1.0),
+    "mask_ratio": 0.5, "position": "sincos2d", "gelu": "tanh", "eps": 1e-6, "pooling": "avg_with_cls", "flip": True,
+    "cls": True, "decay_positions": False, "schedule": "cosine", "min_lr": 0, "clip": 0, "loss": "clip",
+}  # fmt: skip
+FLIP_TUNE = FLIP | {"base_lr": 4e-8, "mask_ratio": 0.0, "epochs": 128e6 / EPOCH, "warmup": 25.6e6 / EPOCH}
+CLIP = {
+    "wd": 0.2, "betas": (0.9, 0.98), "batch": 32768, "epochs": 12.8e9 / EPOCH, "warmup": 2000 * 32768 / EPOCH,
+    "pixels": "clip", "gelu": "quick", "position": "learned", "pooling": "cls", "eps": 1e-5, "mask_ratio": 0.0,
+}  # fmt: skip
+OPEN_CLIP = {"wd": 0.2, "betas": (0.9, 0.98), "lr": 5e-4, "gelu": "erf", "pooling": "cls", "position": "learned"}
+SIGLIP = {
+    "lr": 1e-3, "wd": 0.1, "betas": (0.9, 0.95), "batch": 32768, "pixels": "half", "pooling": "map", "cls": False,
+    "loss": "siglip", "projection": False, "init_bias": -10.0, "clip": 1.0,
+}  # fmt: skip
+LIT = OPEN_CLIP | {"freeze": ("trunk.",), "batch": 16384, "lr": 1e-3, "wd": 1e-4, "clip": 1.0}
 TABLE: list[tuple[str, str | None, dict[str, Any]]] = [
     ("pretrain/mae", None, MAE | MAE_TASK | {"shape": B, "patch": 16}),
     ("pretrain/mae", "L", MAE | MAE_TASK | {"shape": L, "patch": 16}),
@@ -120,6 +138,14 @@ TABLE: list[tuple[str, str | None, dict[str, Any]]] = [
     ("pretrain/vit_c", "C-4GF", VIT_C | SMALL_RATE | {"shape": (384, 11, 1152, 6), "stem": (48, 96, 192, 384)}),
     ("pretrain/vit_c", "C-18GF", VIT_C | SMALL_RATE | {"shape": (768, 11, 3072, 12), "stem": LARGE_STEM}),
     ("pretrain/vit_c", "C-36GF", VIT_C | LARGE_RATE | {"shape": (1024, 13, 4096, 16), "stem": LARGE_STEM}),
+    *(
+        (f"{folder}/{name}", size, facts | TWO_TOWERS[size])
+        for folder, name, facts in (
+            ("pretrain", "flip", FLIP), ("finetune", "flip_tune", FLIP_TUNE), ("pretrain", "clip", CLIP),
+            ("pretrain", "open_clip", OPEN_CLIP), ("pretrain", "siglip", SIGLIP), ("finetune", "lit", LIT),
+        )
+        for size in (None, "L", "H")
+    ),
 ]  # fmt: skip
 
 
@@ -131,6 +157,62 @@ def test_recipes_hold_the_papers_numbers(recipe: str, size: str | None, expected
 
 def test_the_table_covers_every_recipe() -> None:
     assert {f"configs/{recipe}.yaml" for recipe, _, _ in TABLE} == set(RECIPES)
+
+
+TEXT_TOWERS = {  # width, heads, blocks, embedding, context
+    "pretrain/flip": {None: (512, 8, 12, 512, 32), "L": (768, 12, 12, 768, 32), "H": (1024, 16, 24, 1024, 32)},
+    "pretrain/clip": {None: (512, 8, 12, 512, 77), "L": (768, 12, 12, 768, 77)},
+    "pretrain/open_clip": {None: (512, 8, 12, 512, 77), "L": (768, 12, 12, 768, 77), "H": (1024, 16, 24, 1024, 77)},
+    "pretrain/siglip": {None: (768, 12, 12, 768, 64), "L": (1024, 16, 24, 1024, 64)},
+}
+
+
+@pytest.mark.parametrize(("recipe", "size"), [(name, size) for name, sizes in TEXT_TOWERS.items() for size in sizes])
+def test_text_towers_are_the_papers(recipe: str, size: str | None) -> None:
+    _, options = read(f"configs/{recipe}.yaml", size)
+    text = options.text
+    found = (text.width, text.heads, text.layers, options.embed_dim, text.context_length)
+    assert found == TEXT_TOWERS[recipe][size]
+
+
+@pytest.mark.parametrize(("size", "name"), [(None, "ViT-B-16"), ("L", "ViT-L-14"), ("H", "ViT-H-14")])
+def test_open_clips_recipe_has_open_clips_shapes(size: str | None, name: str) -> None:
+    """Its own configuration files say what the models are."""
+    import json
+
+    import open_clip
+
+    theirs = json.loads((Path(open_clip.__file__).parent / "model_configs" / f"{name}.json").read_text())
+    _, options = read("configs/pretrain/open_clip.yaml", size)
+    vision, text = theirs["vision_cfg"], theirs["text_cfg"]
+    assert options.embed_dim == theirs["embed_dim"]
+    assert options.model.shape[:2] == (vision["width"], vision["layers"])
+    assert options.model.patch_size == vision["patch_size"]
+    assert options.model.shape.heads == vision["width"] // vision.get("head_width", 64)
+    assert (options.text.width, options.text.heads, options.text.layers) == (
+        text["width"], text["heads"], text["layers"],
+    )  # fmt: skip
+
+
+def test_global_batches_and_warm_ups_of_open_clip_are_documented_ones() -> None:
+    batches = {None: 33792, "L": 38400, "H": 79104}
+    for size, batch in batches.items():
+        config = read("configs/pretrain/open_clip.yaml", size)[0]
+        assert config.data.global_batch == batch
+        assert config.optim.warmup_samples == 2000 * batch
+    assert [read("configs/pretrain/flip.yaml", s)[0].optim.warmup_samples / EPOCH for s in (None, "H")] == [20, 200]
+
+
+def test_the_official_flips_text_tower_can_be_said(tmp_path: Path) -> None:
+    """As the recipe's comment does."""
+    words = ["[PAD]", "[UNK]", *(f"w{i}" for i in range(30520))]
+    (tmp_path / "vocab.txt").write_text("\n".join(words))
+    text = f"{{tokenizer: {tmp_path}/vocab.txt, vocab_size: 30523, causal: false, pooling: first, gelu: tanh}}"
+    document = load(ROOT / "configs/pretrain/flip.yaml", ["name=a", "data.train=b", f"options.text={text}"])
+    options = validate(stage_class("flip").options, document["options"], where="flip")
+    with torch.device("meta"):
+        stage = stage_class("flip")(options, DataFacts())
+    assert stage.text.token_embedding.weight.shape == (30523, 512)
 
 
 def test_scaled_rates_are_the_papers() -> None:
