@@ -22,6 +22,7 @@ from pipeline.train.checkpoint_format import Damaged, Gathered
 from pipeline.train.commits import Commit
 from pipeline.train.engine import Fragment, Read, Span
 
+SOURCES = "give a run directory with a finished checkpoint, a checkpoint folder or a safetensors file"
 Which = Literal["auto", "ema", "raw"]
 WHICH: dict[str, Which] = {"auto": "auto", "ema": "ema", "raw": "raw"}
 
@@ -157,7 +158,7 @@ def read_saved(url: str, which: Which = "auto") -> SavedWeights:
     raise CheckpointError(
         f"no valid checkpoint ({'; '.join(skipped)})" if skipped else "no checkpoint",
         where=url,
-        fix="give a run directory with a finished checkpoint, a checkpoint folder or a safetensors file",
+        fix=SOURCES,
     )
 
 
@@ -167,6 +168,40 @@ def read_info(url: str) -> dict[str, Any]:
         return {}
     newest = next(iter(_commits_at(url, [])), None)
     return {} if newest is None else dict(newest.document.get("info", {}))
+
+
+def read_state(url: str) -> dict[str, Fragment]:
+    """Everything the newest valid checkpoint at `url` (as for `read_saved`) holds, by tensor: canonical, the same
+    whatever ZeRO stage, world size and precision it was saved at.
+
+    Each is one fragment over the whole tensor: the fp32 value, the optimizer's moments, the moving average, and the
+    group's settings.
+
+    Raises:
+        CheckpointError: there are none, or no valid ones.
+    """
+    skipped: list[str] = []
+    for commit in _commits_at(url, skipped):
+        try:
+            gathered = _gathered(commit, lambda row: row)
+            sizes = {name: torch.Size(facts["shape"]).numel() for name, facts in commit.document["tensors"].items()}
+            return {name: gathered.read(name, 0, size) for name, size in sizes.items()}
+        except (Damaged, FileNotFoundError, ValueError, KeyError) as error:
+            skipped.append(f"step {commit.step}: {error}")
+    raise CheckpointError(f"no valid checkpoint ({'; '.join(skipped) or 'none at all'})", where=url, fix=SOURCES)
+
+
+def state_digest(state: Mapping[str, Fragment]) -> str:
+    """sha256 of a whole state: every tensor's name, type and bits, and its group's settings."""
+    total = hashlib.sha256()
+    for name in sorted(state):
+        fragment = state[name]
+        total.update(f"{name} {sorted(fragment.group.items())!r}\n".encode())
+        for key in sorted(fragment.tensors):
+            value = fragment.tensors[key].contiguous()
+            total.update(f"{key} {value.dtype} {value.numel()}\n".encode())
+            total.update(value.view(torch.uint8).numpy().data)
+    return total.hexdigest()
 
 
 def weights_digest(weights: Mapping[str, Tensor]) -> str:
@@ -201,17 +236,22 @@ def _commits_at(url: str, skipped: list[str]) -> list[Commit]:
 
 
 def _consolidated(commit: Commit, which: Literal["ema", "raw"]) -> dict[str, Tensor]:
-    files = {file["name"]: file for file in commit.document["files"]}
-    fragments: list[Fragment] = []
-    for name in sorted(name for name in files if name.endswith(".table.json")):
-        file, rows = fmt.parse_table(_read(commit, name), files[name]["sha256"])
-        fragments += fmt.fetch_rows([_only(row, which) for row in rows], _reader(commit, file))
-    gathered = Gathered(fragments)
+    gathered = _gathered(commit, lambda row: _only(row, which))
     weights = {}
     for name, facts in commit.document["tensors"].items():
         shape = torch.Size(facts["shape"])
         weights[name] = gathered.read(name, 0, shape.numel()).tensors["value"].view(shape)
     return weights
+
+
+def _gathered(commit: Commit, wanted: Callable[[fmt.Row], fmt.Row]) -> Gathered:
+    """All fragments of a checkpoint, verified; `wanted` may drop some of a row's tensors."""
+    files = {file["name"]: file for file in commit.document["files"]}
+    fragments: list[Fragment] = []
+    for name in sorted(name for name in files if name.endswith(".table.json")):
+        file, rows = fmt.parse_table(_read(commit, name), files[name]["sha256"])
+        fragments += fmt.fetch_rows([wanted(row) for row in rows], _reader(commit, file))
+    return Gathered(fragments)
 
 
 def _only(row: fmt.Row, which: Literal["ema", "raw"]) -> fmt.Row:

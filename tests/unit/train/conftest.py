@@ -16,6 +16,14 @@ def one() -> Iterator[ProcessGroup]:
 
 
 @pytest.fixture(scope="session")
+def three() -> Iterator[ProcessGroup]:
+    """A world of three."""
+    group = ProcessGroup(3)
+    yield group
+    group.close()
+
+
+@pytest.fixture(scope="session")
 def two() -> Iterator[ProcessGroup]:
     """A world of two."""
     group = ProcessGroup(2)

@@ -26,6 +26,7 @@ class TinyOptions(Config):
     batch_norm: bool = False
     dropout: float = 0.0
     poison: int = -1  # sample id whose loss is NaN
+    memory: bool = False  # persistent buffers that no forward uses
 
 
 class TinyStage(Stage):
@@ -40,6 +41,9 @@ class TinyStage(Stage):
         self.norm = nn.BatchNorm1d(16, affine=False) if options.batch_norm else nn.Identity()
         self.dropout = nn.Dropout(options.dropout)
         self.head = nn.Linear(16, 5)
+        if options.memory:
+            self.register_buffer("memory", torch.zeros(7))
+            self.register_buffer("count", torch.zeros((), dtype=torch.int64))
 
     def logits(self, batch: Batch) -> Tensor:
         assert batch.images is not None

@@ -1,0 +1,78 @@
+"""What the portability tests run on every rank: real checkpoints from one layout, taken over on another."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from pipeline import ranks
+from pipeline.train import commits
+from pipeline.train.checkpoint import load_newest
+from pipeline.train.engine_deepspeed import DeepSpeedEngine
+from pipeline.train.saving import Checkpoints
+from tests.unit.train import engine_cases as cases
+
+OPTIONS = {"freeze": "trunk.patch_embed", "memory": True}
+GLOBAL_BATCH = 12  # which worlds of 1, 2 and 3 share equally
+
+
+def build(zero_stage: int, precision: str) -> DeepSpeedEngine:
+    return cases.build(zero_stage, precision, options=OPTIONS, ema=cases.EMA, **cases.EMA_OPTIM)
+
+
+def train(engine: DeepSpeedEngine, start: int, stop: int) -> None:
+    for step in range(start, stop):
+        assert engine.step(cases.micro_batches(step, 1, GLOBAL_BATCH), lr=1e-2).applied
+
+
+def save(engine: DeepSpeedEngine, url: str) -> None:
+    attempt = ranks.from_first(partial(commits.begin_attempt, url, 0, enforced=True))
+    assert attempt is not None
+    checkpoints = Checkpoints(url, attempt, keep_last=1, keep_every_samples=None, info={"ema": {}})
+    checkpoints.finish(last=(3, list(engine.snapshot()), engine.facts(), {"step": 3, "samples": 3}))
+    checkpoints.close()
+
+
+def values(engine: DeepSpeedEngine) -> dict[str, Tensor]:
+    """Masters and averages, whole."""
+    state = cases.whole(engine)
+    both = {
+        f"{name}/{key}": tensors[key]
+        for name, (tensors, _) in state.items()
+        for key in ("value", "ema")
+        if key in tensors
+    }
+    return both if ranks.world().rank == 0 else {}
+
+
+def source(zero_stage: int, precision: str, url: str) -> tuple[dict[str, Tensor], str]:
+    """Three steps, a checkpoint, three more: values and digest at the end."""
+    engine = build(zero_stage, precision)
+    with torch.no_grad():
+        for name, buffer in engine.stage.named_buffers():
+            if name == "memory":
+                buffer.copy_(torch.arange(7.0) / 4)
+            elif name == "count":
+                buffer.fill_(12345678901)
+    train(engine, 0, 3)
+    save(engine, url)
+    train(engine, 3, 6)
+    found = values(engine), cases.digest(cases.whole(engine))
+    engine.close()
+    return found
+
+
+def target(zero_stage: int, precision: str, url: str, again: str) -> tuple[dict[str, Tensor], str]:
+    """Take over the checkpoint at `url`, save it to `again`, and do the three more steps."""
+    engine = build(zero_stage, precision)
+    train(engine, 50, 51)  # a state of its own, which has to be replaced
+    loaded = load_newest(url, engine.wanted(), list(engine.facts()))
+    assert loaded is not None
+    engine.restore(loaded[1])
+    save(engine, again)
+    train(engine, 3, 6)
+    found = values(engine), cases.digest(cases.whole(engine))
+    engine.close()
+    return found
