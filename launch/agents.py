@@ -74,6 +74,11 @@ class Agent:
             probe.bind(("", 0))
             return _own_address(), int(probe.getsockname()[1])
 
+    def node_id(self) -> str:
+        """Ray's id of this node; "" without Ray."""
+        ray = sys.modules.get("ray")
+        return "" if ray is None or not ray.is_initialized() else str(ray.get_runtime_context().get_node_id())
+
     def start(self, group: Group, first_rank: int, num_ranks: int) -> None:
         """Start the processes; returns at once."""
         config = self._folder / "config.yaml"
@@ -134,6 +139,15 @@ class Agent:
             if rank.process.poll() is None:
                 rank.process.send_signal(signal.SIGTERM)
 
+    def dump_stacks(self) -> None:
+        """Have every rank print the stacks of its threads; one that was stopped is woken up for it."""
+        for rank in self._ranks:
+            if rank.process.poll() is None:
+                if _is_stopped(rank.process.pid):
+                    self._lines.append((rank.rank, f"rank {rank.rank} (process {rank.process.pid}) had been stopped"))
+                rank.process.send_signal(signal.SIGUSR1)
+                rank.process.send_signal(signal.SIGCONT)
+
     def kill(self) -> None:
         """End every rank and whatever it started, now."""
         for rank in self._ranks:
@@ -145,6 +159,16 @@ class Agent:
     def _read(self, rank: int, stream: IO[str]) -> None:
         for line in stream:
             self._lines.append((rank, line.rstrip("\n")))
+
+
+def _is_stopped(pid: int) -> bool:
+    """Whether a process was stopped by SIGSTOP or a debugger."""
+    import psutil
+
+    try:
+        return bool(psutil.Process(pid).status() in (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP))
+    except psutil.Error:
+        return False
 
 
 def _read_outcome(path: Path) -> dict[str, Any]:

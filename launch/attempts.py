@@ -22,8 +22,11 @@ from pipeline.run_dir import RunDir
 POLL_S = 0.2
 PAUSE_S = 1.0  # before a new attempt
 FAILURE_GRACE_S = 10.0  # for the peers of a dead rank, who usually fail at their next collective
+RESOURCE_WAIT_S = 600.0  # for lost nodes to be replaced
+RESOURCE_POLL_S = 2.0
+BLAMES = 2  # failures that came from a node before it is left out
+DUMP_S = 2.0  # for ranks to print their stacks before they are ended
 STOP_GRACE_S = 300.0  # for saving a checkpoint after a stop request
-MAX_FRUITLESS_ATTEMPTS = 3
 _LAST_WORDS = 20
 
 OnLine = Callable[[int, str], None]  # (rank, line of its output)
@@ -47,13 +50,21 @@ class JobFailedError(Exception):
 class _End(NamedTuple):
     """How one attempt ended."""
 
-    kind: Literal["done", "stopped", "failed"]
+    kind: Literal["done", "stopped", "moved", "failed"]
     outcome: dict[str, Any]
     reason: str = ""
+    node: str = ""  # that the failure came from
 
 
 def run_training(
-    document: Document, *, where: str, run_url: str, hire: Hire, stop: StopRequest, on_line: OnLine
+    document: Document,
+    *,
+    where: str,
+    run_url: str,
+    hire: Hire,
+    stop: StopRequest,
+    on_line: OnLine,
+    max_fruitless: int = 3,
 ) -> TrainResult:
     """Run a training configuration until it is done or asked to stop.
 
@@ -62,15 +73,24 @@ def run_training(
         where: the file it came from, for messages.
         run_url: its run directory, watched for progress.
         on_line: gets the ranks' output and the driver's own remarks (rank -1).
+        max_fruitless: attempts in a row that may end without getting any further; progress renews the budget.
 
     Raises:
         UserError: as the workers raised it, or no resources to run on.
-        JobFailedError: three attempts in a row died without progress.
+        JobFailedError: `max_fruitless` attempts in a row died without progress.
     """
     fruitless, furthest, number = 0, _step_reached(run_url), 0
+    blamed: collections.Counter[str] = collections.Counter()
     while True:
         number += 1
-        end = _run_attempt(hire, document, where, stop, on_line)
+        excluded = [node for node, times in blamed.items() if times >= BLAMES]
+        crew = _hire(hire, excluded, stop, on_line, patient=number > 1)
+        if crew is None:
+            return TrainResult("stopped", run_url, max(furthest, 0), 0, number - 1, None)
+        end = _run_attempt(crew, document, where, stop, on_line)
+        if end.kind == "moved":
+            on_line(-1, f"saved at step {int(end.outcome.get('step', 0))}, since {end.reason}; starting again")
+            continue
         if end.kind != "failed":
             return TrainResult(
                 end.kind,
@@ -83,15 +103,39 @@ def run_training(
         reached = _step_reached(run_url)
         fruitless = 0 if reached > furthest else fruitless + 1
         furthest = max(reached, furthest)
-        if fruitless >= MAX_FRUITLESS_ATTEMPTS:
+        if end.node:
+            blamed[end.node] += 1
+            if blamed[end.node] == BLAMES:
+                on_line(-1, f"node {end.node[:12]} failed {BLAMES} times and isn't used any more")
+        if fruitless >= max_fruitless:
             raise JobFailedError(f"{fruitless} attempts in a row got no further than step {furthest}; {end.reason}")
         on_line(-1, f"attempt {number} ended at step {max(reached, 0)}: {end.reason}; starting again")
         if stop.wait(PAUSE_S):
             return TrainResult("stopped", run_url, max(reached, 0), 0, number, None)
 
 
-def _run_attempt(hire: Hire, document: Document, where: str, stop: StopRequest, on_line: OnLine) -> _End:
-    crew = hire()
+def _hire(hire: Hire, excluded: list[str], stop: StopRequest, on_line: OnLine, *, patient: bool) -> Crew | None:
+    """A crew; None when a stop was requested while waiting for one.
+
+    A request that can't be met is refused at once, but a run that has been going waits for nodes to come back.
+    """
+    deadline = time.monotonic() + RESOURCE_WAIT_S
+    told = ""
+    while True:
+        try:
+            return hire(excluded)
+        except errors.ResourceError as error:
+            if not patient or time.monotonic() > deadline:
+                raise
+            excluded = []  # a doubtful node is better than none
+            if str(error) != told:
+                told = str(error)
+                on_line(-1, f"waiting up to {RESOURCE_WAIT_S / 60:.0f} min for resources: {error.what}")
+        if stop.wait(RESOURCE_POLL_S):
+            return None
+
+
+def _run_attempt(crew: Crew, document: Document, where: str, stop: StopRequest, on_line: OnLine) -> _End:
     watch = _Watch(crew, stop, on_line)
     try:
         crew.start(document, where)
@@ -111,6 +155,9 @@ class _Watch:
         self._on_line = on_line
         self._deadline: float | None = None
         self._stopping = False
+        self._ending = False
+        self._moving = ""
+        self._dumped_until = 0.0  # the ranks are given time to print their stacks
         self._first_failures: list[Exit] = []
         self._last_words: dict[int, collections.deque[str]] = collections.defaultdict(
             lambda: collections.deque(maxlen=_LAST_WORDS)
@@ -129,7 +176,17 @@ class _Watch:
             failures = [e for e in exits if e.code not in (0, 75)]
             if failures and not self._first_failures:
                 self._first_failures = failures
+                if any("hang" in e.outcome for e in failures):
+                    self._crew.dump_stacks()
+                    self._dumped_until = time.monotonic() + DUMP_S
+            if self._first_failures and not self._ending and time.monotonic() >= self._dumped_until:
+                self._ending = True
                 self._end_soon(FAILURE_GRACE_S)
+            if not (self._stopping or self._moving or self._first_failures):
+                self._moving = self._crew.wants_change()
+                if self._moving:
+                    self._on_line(-1, f"{self._moving}: saving, to start again")
+                    self._end_soon(STOP_GRACE_S)
             if self._stop.requested() and not self._stopping:
                 self._stopping = True
                 self._end_soon(STOP_GRACE_S)
@@ -156,15 +213,20 @@ class _Watch:
             if self._deadline is not None and not exits:
                 return _End("failed", {}, "ranks were killed while stopping")
             if any(e.code == 75 for e in exits):
-                return _End("stopped", outcome)
+                return _End("stopped" if self._stopping or not self._moving else "moved", outcome, self._moving)
             return _End("done", outcome)
         user_error = next((e.outcome["error"] for e in failures if e.code == 2 and "error" in e.outcome), None)
         if user_error is not None and all(e.code > 0 for e in failures):
             raise rebuild_error(user_error)
         worst = min(failures, key=lambda e: (e.code > 0, e.rank))  # one that was killed explains its peers' errors
+        node = self._crew.node_of(worst.rank)
+        hang = next((e for e in failures if "hang" in e.outcome), None)
+        if hang is not None:
+            return _End("failed", outcome, f"rank {hang.rank} found the run hanging: {hang.outcome['hang']}")
         for line in self._last_words[worst.rank] if worst.code > 0 else ():
             self._on_line(-1, f"  rank {worst.rank}: {line}")
-        return _End("failed", outcome, f"rank {worst.rank} {describe_exit(worst.code)}")
+        on = f" on node {node[:12]}" if node else ""
+        return _End("failed", outcome, f"rank {worst.rank}{on} {describe_exit(worst.code)}", node)
 
 
 def describe_exit(code: int) -> str:

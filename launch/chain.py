@@ -25,7 +25,7 @@ from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from pydantic import Field
+from pydantic import Field, PositiveInt
 
 from pipeline import config as configs
 from pipeline import storage
@@ -43,7 +43,8 @@ class NodeConfig(Config):
     kind: Kind
     config: str | dict[str, Any] = {}  # a YAML file, or the document itself
     set: dict[str, Any] = {}  # differences; keys may be dotted
-    workers: int | None = Field(default=None, gt=0)  # ranks on each node; None: one per GPU, else one per core
+    workers: PositiveInt | tuple[PositiveInt, PositiveInt] | None = None
+    """Ranks on each node; [min, max] over all nodes, elastic; None: one per GPU, else one per core."""
     nodes: int = Field(default=1, gt=0)  # machines
     cpus_per_worker: int | None = Field(default=None, gt=0)  # None: the cores are shared out among the workers
     matrix: tuple[str, ...] = ()  # axes this node is repeated over
@@ -84,7 +85,7 @@ class Node(NamedTuple):
     output: str
     after: frozenset[str]
     fingerprint: str  # of the configuration as written and those of all nodes before; not of places
-    workers: int | None
+    workers: int | tuple[int, int] | None
     nodes: int
     cpus_per_worker: int | None
 

@@ -148,11 +148,18 @@ def train(
     config: Annotated[str, typer.Argument(help="The run's YAML file, or a run directory to go on with.")],
     overrides: Overrides = None,
     workers: Annotated[
-        int | None, typer.Option(min=1, help="Processes on each node; default: one per GPU, without GPUs one.")
+        str | None,
+        typer.Option(
+            metavar="N|MIN:MAX",
+            help="Processes on each node, or over all nodes as many as fit; default: one per GPU, without GPUs one.",
+        ),
     ] = None,
     nodes: Annotated[int, typer.Option(min=1, help="Machines.")] = 1,
     cpus_per_worker: Annotated[
         int | None, typer.Option(min=1, help="Cores for each process; default: all, shared out equally.")
+    ] = None,
+    exclude: Annotated[
+        list[str] | None, typer.Option("--exclude", metavar="NODE", help="A node not to use: Ray's id, or address.")
     ] = None,
     ray: Ray = None,
     no_ray: Annotated[bool, typer.Option("--no-ray", help="Start the processes from here, on this machine.")] = False,
@@ -171,6 +178,7 @@ def train(
             cpus_per_worker=cpus_per_worker,
             ray_address=ray,
             use_ray=not no_ray,
+            excluded=exclude or [],
             stop=stop,
             say=_say,
         )
@@ -226,12 +234,15 @@ def doctor(
 @app.command()
 def show(
     place: Annotated[str, typer.Argument(help="A run directory or a data set.")],
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Of a run: read every checkpoint and compare its hashes.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Show a run's state and figures, or a data set's counts."""
+    """Show a run's state, figures and checkpoints, or a data set's counts."""
     from launch.look import describe
 
-    document, lines = describe(place)
+    document, lines = describe(place, verify=verify)
     _reply(document, lines, as_json)
 
 

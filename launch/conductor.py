@@ -23,7 +23,8 @@ from typing import IO, Any, Literal, NamedTuple
 from launch import cluster
 from launch.attempts import JobFailedError, describe_exit, error_document, rebuild_error, run_training
 from launch.chain import Chain, Node
-from launch.crew import Layout, RayCrew
+from launch.crew import RayCrew
+from launch.layout import Elastic, Layout
 from launch.progress import AttemptTeller, figures_of, headline, training_progress
 from launch.stopping import StopRequest
 from pipeline import config as configs
@@ -136,8 +137,18 @@ class Conductor:
             return None
         assert self._cluster is not None
         gpus = self._cluster.num_gpus
-        workers = node.workers or gpus or self._cluster.num_cpus
+        workers = node.workers if isinstance(node.workers, int) else None
+        workers = workers or gpus or self._cluster.num_cpus
+        if isinstance(node.workers, tuple):  # what it may take at most, on the cluster taken together
+            workers = node.workers[1]
         return Layout(node.nodes, workers, node.cpus_per_worker or 1, gpus_per_worker=1 if gpus else 0)
+
+    def _elastic(self, node: Node, layout: Layout) -> Elastic | None:
+        """What an elastic node asks for; None for one with a fixed number of workers."""
+        if not isinstance(node.workers, tuple):
+            return None
+        batch = int(node.document["data"]["global_batch"])
+        return Elastic(*node.workers, batch, layout.cpus_per_worker, layout.gpus_per_worker)
 
     def _fits(self, node: Node, layout: Layout | None) -> bool:
         """Whether the node can run beside those that do; alone it may always try."""
@@ -206,9 +217,10 @@ class Conductor:
                 node.document,
                 where=node.where,
                 run_url=config.run_url,
-                hire=lambda: RayCrew(layout),
+                hire=lambda excluded: RayCrew(self._elastic(node, layout) or layout, excluded=excluded),
                 stop=self._stop,
                 on_line=on_line,
+                max_fruitless=config.max_fruitless_attempts,
             )
         summary: dict[str, Any] = {"step": result.step, "samples": result.samples}
         if result.status == "done":

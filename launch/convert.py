@@ -41,7 +41,7 @@ def convert_weights(
     if target.rstrip("/") == source.rstrip("/"):
         raise ConfigError("it would overwrite what it reads", where=target, fix="write to another place")
     is_file = source.endswith((SAFETENSORS, *PICKLES))
-    if not is_file and storage.exists(storage.join(source, "status.json")):
+    if not is_file and is_run(source):
         if form.name != OWN:
             raise ConfigError("that is a run directory of ours", where=source, fix="leave --from out")
         weights = run_weights(source, which)
@@ -67,8 +67,13 @@ def convert_weights(
     return document, [*lines, f"{saved.num_tensors} tensors in format {to.name}: {', '.join(saved.files)}"]
 
 
+def is_run(url: str) -> bool:
+    """Whether `url` is a run directory, or one checkpoint of a run."""
+    return any(storage.exists(storage.join(url, name)) for name in ("status.json", "commit.json"))
+
+
 def run_weights(url: str, which: str = "auto") -> Weights:
-    """The weights of a run's newest valid checkpoint.
+    """The weights of a run's newest valid checkpoint, or of the one checkpoint whose folder `url` is. Needs no GPU.
 
     Args:
         which: "ema" for the moving average, "raw" for the weights as trained, "auto": the average where there is one.
@@ -80,10 +85,10 @@ def run_weights(url: str, which: str = "auto") -> Weights:
 
     if which not in WHICH:
         raise ConfigError(f"no weights {which!r}", where="--weights", fix=f"use one of {', '.join(WHICH)}")
-    config = RunDir(url).config()
-    if config is None or "stage" not in config:
-        raise CheckpointError("no config.yaml that names a stage", where=url, fix="give a run directory")
     saved = read_saved(url, WHICH[which])
+    config = RunDir(url).config() or {**saved.info, "data": {"train": saved.info.get("train", "")}}
+    if "stage" not in config or "options" not in config:
+        raise CheckpointError("nothing here names the stage and its options", where=url, fix="give a run directory")
     options, state = dict(config.get("options") or {}), saved.tensors
     return Weights(url, str(config["stage"]), options, state, _classes(config, state), told=saved.describe())
 

@@ -15,16 +15,20 @@ from pipeline.errors import DataError
 from pipeline.run_dir import RunDir
 
 Told = tuple[dict[str, Any], list[str]]
+SILENT_S = 600.0  # without news from a run that says it is running
 
 
-def describe(place: str) -> Told:
-    """State and figures of a run directory, or counts of a data set (or of each of its splits).
+def describe(place: str, *, verify: bool = False) -> Told:
+    """State, figures, attempts and checkpoints of a run directory, or counts of a data set (or of each of its splits).
+
+    Args:
+        verify: read every checkpoint and compare hashes, instead of looking at presence and sizes only.
 
     Raises:
         DataError: it is neither.
     """
     if storage.exists(storage.join(place, "status.json")):
-        return _describe_run(place)
+        return _describe_run(place, verify=verify)
     manifests = splits_of(place)
     if not manifests:
         raise DataError(
@@ -76,17 +80,33 @@ def verify_dataset(url: str, say: Callable[[str], None]) -> tuple[dict[str, Any]
 
 
 def list_runs(folder: str) -> tuple[list[dict[str, Any]], list[str]]:
-    """Every run directory in a folder, with its state."""
+    """Every run directory in a folder: its state, its newest valid checkpoint, and why it isn't going on."""
+    from pipeline.train.survey import survey
+
     documents = []
+    lines = []
     for name in _names_of_runs(folder):
-        status = RunDir(storage.join(folder, name)).status()
-        documents.append({"name": name, **status})
-    lines = [
-        f"{d['name']:<24} {d.get('state', '?'):<8} {d.get('stage', '?'):<10} step {d.get('step', 0):<8} "
-        f"{d.get('samples', 0)}/{d.get('length_samples', '?')} samples  {_ago(d.get('updated'))}"
-        for d in documents
-    ]
+        url = storage.join(folder, name)
+        status = RunDir(url).status()
+        state = state_of(status)
+        saved = survey(_checkpoints_of(url, status))
+        resumable = saved.checkpoints[0].step if saved.checkpoints else None
+        documents.append({"name": name, **status, "state": state, "resumable_step": resumable})
+        lines.append(
+            f"{name:<24} {state:<8} {status.get('stage', '?'):<10} step {status.get('step', 0):<8} "
+            f"{status.get('samples', 0)}/{status.get('length_samples', '?')} samples  "
+            f"{'no checkpoint' if resumable is None else f'saved at {resumable}':<16} {_ago(status.get('updated'))}"
+        )
+        if status.get("message"):
+            lines.append(f"    {status['message']}")
     return documents, lines or [f"no runs in {folder}"]
+
+
+def state_of(status: dict[str, Any]) -> str:
+    """A run's state; "silent" for one that says it is running and hasn't been heard of for long."""
+    state = str(status.get("state", "?"))
+    age_s = time.time() - float(status.get("updated") or 0)
+    return "silent" if state == "running" and age_s > SILENT_S else state
 
 
 def report_on(sources: Sequence[str], out: str) -> str:
@@ -102,12 +122,28 @@ def report_on(sources: Sequence[str], out: str) -> str:
     return write_report(spec, out)
 
 
-def _describe_run(url: str) -> Told:
+def _describe_run(url: str, *, verify: bool) -> Told:
+    from pipeline.train.survey import survey
+
     status = RunDir(url).status()
+    status["state"] = state_of(status)
     figures = figures_of(url)
     lines = [f"{key:<16} {value}" for key, value in status.items() if value not in (None, "")]
     lines += [f"{name:<32} {value:.4g}" for name, value in figures.items()]
-    return {"run": url, "status": status, "figures": figures}, lines
+    saved = survey(_checkpoints_of(url, status), verify=verify)
+    for attempt in saved.attempts:
+        lines.append(f"attempt {attempt.number:<8} began at step {attempt.resumed_step}")
+    for number, one in enumerate(saved.checkpoints):
+        facts = f"{one.samples} samples, {one.size_bytes / 2**20:.1f} MiB, attempt {one.attempt}, {_ago(one.time)}"
+        lines.append(f"checkpoint       step {one.step}: {facts}{'  <- would be resumed' if number == 0 else ''}")
+    lines += [f"unusable         {reason}" for reason in saved.skipped]
+    if saved.skipped and not saved.checkpoints:
+        lines.append("no checkpoint can be used: restore the files, or delete the folder to start over")
+    return {"run": url, "status": status, "figures": figures, "checkpoints": saved.document()}, lines
+
+
+def _checkpoints_of(url: str, status: dict[str, Any]) -> str:
+    return str(status.get("checkpoints") or RunDir(url).checkpoints_url)
 
 
 def _names_of_runs(folder: str) -> list[str]:

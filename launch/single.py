@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 
 from launch import cluster
 from launch.attempts import TrainResult, run_training
-from launch.crew import Crew, Hire, Layout, LocalCrew, RayCrew
+from launch.crew import Crew, Hire, LocalCrew, RayCrew
+from launch.layout import Elastic, Layout, parse_workers
 from launch.stopping import StopRequest
 from launch.worker import has_gpu, read_document
 from pipeline import config as configs
@@ -18,11 +19,12 @@ def train_one(
     config_or_run: str,
     overrides: Sequence[str],
     *,
-    workers: int | None,
+    workers: str | None,
     nodes: int,
     cpus_per_worker: int | None,
     ray_address: str | None,
     use_ray: bool,
+    excluded: Sequence[str] = (),
     stop: StopRequest,
     say: Callable[[str], None],
 ) -> TrainResult:
@@ -30,9 +32,11 @@ def train_one(
 
     Args:
         config_or_run: a YAML file, or a run directory to go on with.
-        workers: processes on each node; None: one per GPU, or one where there is none.
+        workers: processes on each node; "MIN:MAX": over all nodes, as many as fit, growing and shrinking with the
+            cluster; None: one per GPU, or one where there is none.
         cpus_per_worker: cores for each; None: the node's, shared out equally.
         use_ray: False starts the processes from here.
+        excluded: nodes not to use, by Ray's id (or its beginning) or address.
 
     Raises:
         UserError: the configuration is wrong, or the machine or cluster can't serve it.
@@ -40,11 +44,17 @@ def train_one(
     """
     document = read_document(config_or_run, overrides)
     config = configs.validate(TrainConfig, document, where=config_or_run)
-    hire = (
-        _ray_hire(workers, nodes, cpus_per_worker, ray_address)
-        if use_ray
-        else _local_hire(workers, nodes, cpus_per_worker)
-    )
+    count = parse_workers(workers) if workers is not None else None
+    if isinstance(count, tuple):
+        if not use_ray or nodes != 1:
+            raise ConfigError(
+                "an elastic job takes the nodes there are", where="--workers", fix="leave out --nodes and --no-ray"
+            )
+        hire = _elastic_hire(count, config.data.global_batch, cpus_per_worker, ray_address, excluded)
+    elif use_ray:
+        hire = _ray_hire(count, nodes, cpus_per_worker, ray_address, excluded)
+    else:
+        hire = _local_hire(count, nodes, cpus_per_worker)
     stop.take_signals()  # Ray put its own handlers in their place
     return run_training(
         document,
@@ -53,6 +63,7 @@ def train_one(
         hire=hire,
         stop=stop,
         on_line=lambda rank, line: say(line if rank <= 0 else f"[{rank}] {line}"),
+        max_fruitless=config.max_fruitless_attempts,
     )
 
 
@@ -63,21 +74,39 @@ def _local_hire(workers: int | None, nodes: int, cpus_per_worker: int | None) ->
         workers = _num_gpus() if has_gpu() else 1
     layout = Layout(1, workers, cpus_per_worker or max(1, cluster.available_cores() // workers))
 
-    def hire() -> Crew:
+    def hire(excluded: Sequence[str]) -> Crew:
         return LocalCrew(layout)
 
     return hire
 
 
-def _ray_hire(workers: int | None, nodes: int, cpus_per_worker: int | None, address: str | None) -> Hire:
+def _elastic_hire(
+    workers: tuple[int, int],
+    global_batch: int,
+    cpus_per_worker: int | None,
+    address: str | None,
+    excluded: Sequence[str],
+) -> Hire:
+    ray = cluster.connect(address)
+    wanted = Elastic(*workers, global_batch, cpus_per_worker or 1, gpus_per_worker=1 if ray.num_gpus else 0)
+
+    def hire(also_excluded: Sequence[str]) -> Crew:
+        return RayCrew(wanted, excluded=[*excluded, *also_excluded])
+
+    return hire
+
+
+def _ray_hire(
+    workers: int | None, nodes: int, cpus_per_worker: int | None, address: str | None, excluded: Sequence[str]
+) -> Hire:
     ray = cluster.connect(address)
     if workers is None:
         workers = max(1, ray.num_gpus // nodes)
     cores = max(1, ray.num_cpus // nodes // workers)
     layout = Layout(nodes, workers, cpus_per_worker or cores, gpus_per_worker=1 if ray.num_gpus else 0)
 
-    def hire() -> Crew:
-        return RayCrew(layout)
+    def hire(also_excluded: Sequence[str]) -> Crew:
+        return RayCrew(layout, excluded=[*excluded, *also_excluded])
 
     return hire
 

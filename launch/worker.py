@@ -132,7 +132,7 @@ def _train(config: TrainConfig, signals: _Signals) -> tuple[int, dict[str, Any]]
     stop = StopSignal()
     signals.pass_on_to(stop)
     try:
-        result = train(config, stop=stop)
+        result = train(config, stop=stop, on_late=_end_late)
     except Stopped as stopped:
         return Stopped.exit_code, {"status": "stopped", "message": str(stopped)}
     outcome = {
@@ -142,6 +142,13 @@ def _train(config: TrainConfig, signals: _Signals) -> tuple[int, dict[str, Any]]
         "weights_sha256": result.weights_sha256,
     }
     return (0 if result.status == "done" else Stopped.exit_code), outcome
+
+
+def _end_late(message: str) -> None:
+    """End this rank, which hangs: whoever started it ends its peers and starts a new attempt."""
+    _write_outcome({"hang": message})
+    logging.shutdown()
+    os._exit(1)
 
 
 def _refused(error: UserError) -> tuple[int, dict[str, Any]]:

@@ -46,7 +46,10 @@ FREE_TO_CHANGE = (
     "engine.micro_batch",
     "evaluate_every_samples",
     "log_every_samples",
+    "max_fruitless_attempts",
     "nonfinite.max_consecutive",
+    "nonfinite.max_rollbacks",
+    "watchdog",
     "time_limit_s",
     "runs",
 )
@@ -63,6 +66,7 @@ class RunDir:
 
     def __init__(self, url: str) -> None:
         self.url = url.rstrip("/")
+        self.attempt: int | None = None  # this process's, once it has begun
         self._pending: list[str] = []
         self._chunk: tuple[int, int] | None = None  # attempt and number of the next chunk, once known
         self._flushed_at = time.monotonic()
@@ -141,8 +145,10 @@ class RunDir:
         return _object(_read(self.at("status.json")))
 
     def write_status(self, **changes: Any) -> None:
-        """Merge `changes` into status.json; `updated` is set."""
-        storage.write(self.at("status.json"), _json({**self.status(), **changes, "updated": time.time()}))
+        """Merge `changes` into status.json; `updated` is set. An attempt that was overtaken has no say any more."""
+        before = self.status()
+        if self.attempt is None or int(before.get("attempt") or 0) <= self.attempt:
+            storage.write(self.at("status.json"), _json({**before, **changes, "updated": time.time()}))
 
     def append_metrics(self, lines: Iterable[Mapping[str, Any]]) -> None:
         """Add metric lines of this attempt (each with `kind`, `attempt`, `step`).

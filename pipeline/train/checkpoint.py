@@ -59,22 +59,27 @@ def load(commit: Commit, wanted: Sequence[Span]) -> Gathered:
     return Gathered(fragments)
 
 
-def load_newest(url: str, wanted: Sequence[Span], known: Sequence[str]) -> tuple[Commit, Read] | None:
+def load_newest(
+    url: str, wanted: Sequence[Span], known: Sequence[str], at_most: int | None = None
+) -> tuple[Commit, Read] | None:
     """The newest commit that every rank can read and verify what it wants of; None when there are no checkpoints.
 
     Collective; nothing is applied yet. What is skipped is logged with the reason.
 
     Args:
-        url: the checkpoints folder.
+        url: the checkpoints folder; another run's directory or one checkpoint serve too.
         wanted: what this rank reads.
         known: names of the tensors the model has, to tell a checkpoint of another model from a damaged one.
+        at_most: the newest step that will do; then None also if all are newer.
 
     Raises:
         CheckpointError: there are checkpoints, but none can be used.
     """
-    found = ranks.from_first(lambda: committed.find_commits(url))
+    found = ranks.from_first(lambda: _found_at(url))
     skipped = list(found.skipped)
     for commit in found.commits:
+        if at_most is not None and commit.step > at_most:
+            continue
         _check_model(commit, known)
         gathered: Gathered | None = None
         reason, refusal = "", None
@@ -95,7 +100,7 @@ def load_newest(url: str, wanted: Sequence[Span], known: Sequence[str]) -> tuple
             return commit, gathered.read
         skipped.append(f"step {commit.step} of attempt {commit.attempt}: {reasons[0]}")
     _log_skipped(skipped)
-    if skipped:
+    if skipped and at_most is None:
         raise CheckpointError(
             f"no checkpoint can be used ({'; '.join(skipped)})",
             where=url,
@@ -191,6 +196,15 @@ def read_state(url: str) -> dict[str, Fragment]:
     raise CheckpointError(f"no valid checkpoint ({'; '.join(skipped) or 'none at all'})", where=url, fix=SOURCES)
 
 
+def damage_of(commit: Commit) -> str:
+    """What is wrong with a checkpoint's files when all of them are read; "" for nothing."""
+    try:
+        _gathered(commit, lambda row: row)
+    except (Damaged, FileNotFoundError, ValueError, KeyError) as error:
+        return str(error) or repr(error)
+    return ""
+
+
 def state_digest(state: Mapping[str, Fragment]) -> str:
     """sha256 of a whole state: every tensor's name, type and bits, and its group's settings."""
     total = hashlib.sha256()
@@ -214,11 +228,18 @@ def weights_digest(weights: Mapping[str, Tensor]) -> str:
     return total.hexdigest()
 
 
+def _found_at(url: str) -> committed.Found:
+    skipped: list[str] = []
+    commits = _commits_at(url, skipped)
+    return committed.Found(commits, skipped)
+
+
 def _commits_at(url: str, skipped: list[str]) -> list[Commit]:
     """Commits at a run directory, a checkpoints folder or a single checkpoint, newest first."""
     try:
-        document = json.loads(storage.read(storage.join(url, fmt.COMMIT_NAME)))
-        return [Commit(url, int(document["step"]), int(document["attempt"]), document)]
+        commit, reason = committed.read_commit(url)
+        skipped += [f"{url}: {reason}"] if reason else []
+        return [commit] if commit is not None else []
     except FileNotFoundError:
         pass
     places = [storage.join(url, "checkpoints"), url]

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from pipeline.train.engine import Fragment, Span
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1: commits without a hash of their own
 COMMIT_NAME = "commit.json"
 READ_BYTES = 64 * 2**20  # neighbouring tensors are fetched in one request up to this size
 

@@ -8,6 +8,7 @@ whatever a dead attempt still writes can't matter. Rank 0 does all of this.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import re
 import secrets
@@ -103,6 +104,18 @@ def find_commits(url: str) -> Found:
     return Found(commits, skipped)
 
 
+def read_commit(folder: str) -> tuple[Commit | None, str]:
+    """The commit of one checkpoint's folder, or why it is none; the fence isn't looked at.
+
+    Raises:
+        FileNotFoundError: there is no commit file.
+    """
+    path = storage.join(folder, COMMIT_NAME)
+    if not storage.exists(path):
+        raise FileNotFoundError(path)
+    return _read_commit(path, {entry.url: entry.size_bytes for entry in storage.entries(folder)})
+
+
 def begin_attempt(url: str, resumed_step: int, *, enforced: bool) -> Attempt | None:
     """Record a new attempt; None when another one took the number, and what to resume must be looked up again.
 
@@ -134,7 +147,8 @@ def begin_attempt(url: str, resumed_step: int, *, enforced: bool) -> Attempt | N
 def write_commit(folder: str, document: Mapping[str, Any]) -> None:
     """Create the commit file of `folder`, the last one of a checkpoint. A lost reply looks like a conflict."""
     path = storage.join(folder, COMMIT_NAME)
-    text = json.dumps({"format": "vitrail.checkpoint", "format_version": FORMAT_VERSION, **document}).encode()
+    whole = {"format": "vitrail.checkpoint", "format_version": FORMAT_VERSION, **document}
+    text = json.dumps({**whole, "sha256": _own_hash(whole)}).encode()
     if not storage.create(path, text) and storage.read(path) != text:
         raise CheckpointError(
             "another process committed here", where=path, fix="let only one job work on a run at a time"
@@ -175,6 +189,11 @@ def retire(url: str, attempt: Attempt, keep_last: int, keep_every_samples: int |
             delete_checkpoint(folder)
 
 
+def _own_hash(document: Mapping[str, Any]) -> str:
+    """Of a commit without its hash, in a form that JSON's freedoms don't change."""
+    return hashlib.sha256(json.dumps(document, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
 def _read_commit(path: str, sizes: Mapping[str, int]) -> tuple[Commit | None, str]:
     """The commit at `path`, or why it is none."""
     folder = path.removesuffix(f"/{COMMIT_NAME}")
@@ -182,6 +201,8 @@ def _read_commit(path: str, sizes: Mapping[str, int]) -> tuple[Commit | None, st
         document = json.loads(storage.read(path))
         if document["format_version"] > FORMAT_VERSION:
             return None, f"written by a newer version (format {document['format_version']})"
+        if document["format_version"] != 1 and document.pop("sha256") != _own_hash(document):
+            return None, f"its {COMMIT_NAME} was altered"
         commit = Commit(folder, int(document["step"]), int(document["attempt"]), document)
         for file in document["files"]:
             size = sizes.get(f"{folder}/{file['name']}")

@@ -103,7 +103,7 @@ class EngineConfig(Config):
 
     zero_stage: Literal[0, 1, 2, 3] = 2
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 where the hardware multiplies it, else fp32
-    micro_batch: int | None = Field(default=None, gt=0)  # samples per rank and forward; None: the whole share
+    micro_batch: int | None = Field(default=None, gt=0)  # most samples per rank and forward; None: the whole share
 
 
 class CheckpointConfig(Config):
@@ -124,9 +124,30 @@ class EmaConfig(Config):
 
 
 class NonFiniteConfig(Config):
-    """What happens when a loss or gradient isn't finite: the step is skipped on all ranks; too many stop the run."""
+    """What happens when a loss or gradient isn't finite: the step is left out on all ranks."""
 
-    max_consecutive: int = Field(default=5, gt=0)
+    max_consecutive: int = Field(default=5, gt=0)  # so many in a row, and the run goes back to an older checkpoint
+    max_rollbacks: int = Field(default=2, ge=0)  # after so many of these it stops
+
+
+class SpikeConfig(Config):
+    """Steps whose loss is far above the last ones are treated like steps whose loss isn't finite.
+
+    The limit is median + deviations x max(scaled median absolute deviation, floor x |median|) of the last losses.
+    """
+
+    window: int = Field(default=64, ge=4)  # applied steps looked back at; there is no limit before
+    deviations: float = Field(default=8.0, gt=0)
+    floor: float = Field(default=0.01, ge=0)  # so that a very even course doesn't make every ripple a spike
+
+
+class WatchdogConfig(Config):
+    """Seconds that parts of a run may take before its processes are ended, for a new attempt to start."""
+
+    start_s: float = Field(default=1800, gt=0)  # to the end of the first step: imports, weights, the first data
+    step_s: float = Field(default=900, gt=0)
+    evaluate_s: float = Field(default=7200, gt=0)  # one evaluation
+    save_s: float = Field(default=3600, gt=0)  # one checkpoint, in the background or at the end
 
 
 class TrainConfig(Config):
@@ -142,7 +163,11 @@ class TrainConfig(Config):
     checkpoint: CheckpointConfig = CheckpointConfig()
     ema: EmaConfig | None = None  # None: no moving average
     nonfinite: NonFiniteConfig = NonFiniteConfig()
+    spikes: SpikeConfig | None = None  # None: any finite loss is trained on
+    watchdog: WatchdogConfig = WatchdogConfig()
+    max_fruitless_attempts: int = Field(default=3, gt=0)  # in a row without progress; then the job gives up
     seed: int = Field(default=0, ge=0)
+    resume_from: str | None = None  # whole state to go on from, of another run; once there is an own one it isn't read
     init_from: str | None = None  # weights to start from: a run directory or a checkpoint folder, any stage's
     init_prefixes: tuple[str, ...] = ("trunk.",)  # parameters taken from there; the rest may be new
     init_weights: Literal["auto", "ema", "raw"] = "auto"  # of a run that kept both; auto: its moving average

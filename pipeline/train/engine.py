@@ -5,6 +5,7 @@ The loop and the checkpoints know this file; DeepSpeed is behind `engine_deepspe
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import NamedTuple, Protocol, runtime_checkable
@@ -53,9 +54,10 @@ class StepResult(NamedTuple):
     loss: float  # weighted mean over the global batch
     parts: dict[str, float]
     grad_norm: float  # before clipping; inf or NaN when the step was skipped for it
-    applied: bool  # False: nothing changed, loss or gradient wasn't finite on some rank
+    applied: bool  # False: nothing changed
     stop: bool  # some rank was asked to stop
-    suspects: tuple[int, ...] = ()  # ids of the samples that a non-finite loss came from, all where it can't be told
+    cause: str = ""  # why it wasn't applied: "loss" or "gradient" isn't finite, loss "spike"; "": nothing to learn from
+    suspects: tuple[int, ...] = ()  # ids of the samples it came from, all of the batch where it can't be told
 
 
 Read = Callable[[str, int, int], Fragment]
@@ -63,10 +65,25 @@ Read = Callable[[str, int, int], Fragment]
 
 @runtime_checkable
 class Engine(Protocol):
-    """One stage in training. All methods but `snapshot` are collective."""
+    """One stage in training. All methods but `snapshot` are collective.
 
-    def step(self, micro: Sequence[Batch], lr: float, *, stop: bool = False) -> StepResult:
-        """Forward and backward over this rank's micro batches, one update. `stop` is this rank's vote."""
+    `busy_s` is what this rank's forward passes took in the last step. Up to ZeRO 2 it waits for no other rank in them,
+    so they tell a slow one from those that wait for it.
+    """
+
+    busy_s: float
+
+    def step(
+        self, micro: Sequence[Batch], lr: float, *, stop: bool = False, loss_limit: float = math.inf
+    ) -> StepResult:
+        """Forward and backward over this rank's micro batches, one update, unless the loss is beyond the limit.
+
+        `stop` is this rank's vote.
+        """
+        ...
+
+    def skip(self, *, stop: bool = False) -> StepResult:
+        """No step: only the vote."""
         ...
 
     def predict(self, batch: Batch) -> Predictions:

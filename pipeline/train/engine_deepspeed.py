@@ -7,7 +7,9 @@ was chosen.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal
 
@@ -81,6 +83,7 @@ class DeepSpeedEngine:
         built = {name: p.detach().to("cpu", torch.float32, copy=True) for name, p in self._parameters.items()}
         self._facts = _facts(stage, set(self._frozen))
         self._frozen_share: dict[Span, Tensor] = {}
+        self.busy_s = 0.0
         self._linear = torch.nn.functional.linear
         self._ds = _initialize(stage, build_optimizer(groups, optim, peak_lr), self._settings(groups, optim))
         # In bf16, stage 0 has taken a step with zero gradients by now, which counts as one in Adam's bias correction.
@@ -99,7 +102,9 @@ class DeepSpeedEngine:
             if buffer is not None
         ]
 
-    def step(self, micro: Sequence[Batch], lr: float, *, stop: bool = False) -> StepResult:
+    def step(
+        self, micro: Sequence[Batch], lr: float, *, stop: bool = False, loss_limit: float = math.inf
+    ) -> StepResult:
         """See `Engine.step`. The gradient is that of sum(weight * loss) / sum(weight) over the global batch."""
         torch.manual_seed(derive_seed("step", self.seed, micro[0].position))
         self.stage.train()
@@ -107,12 +112,13 @@ class DeepSpeedEngine:
         batches = [batch.to(self.device) for batch in micro]
         weight = float(ranks.sum_over_ranks(torch.cat([batch.weight.double() for batch in batches]).sum()))
         if weight == 0:
-            return StepResult(0.0, {}, 0.0, applied=False, stop=ranks.vote(stop))
+            return self.skip(stop=stop)
         if self.zero_stage == 3:
             # The first backward of a step may not reach every parameter (GradCache's reaches the head only), and
             # those reached later would be added to what the step before left here.
             self._ds.optimizer.grad_partitions_flat_buffer.zero_()
         factor = self.world.size / weight  # DeepSpeed averages over ranks; we want the sum
+        self.busy_s = 0.0
         if isinstance(self.stage, ContrastiveStage) and len(batches) > 1:
             losses, bad = self._backward_contrastive(batches, factor)
         else:
@@ -123,18 +129,28 @@ class DeepSpeedEngine:
         told = ranks.sum_over_ranks(
             torch.stack([*sums, torch.tensor(float(bool(bad)), device=sums[0].device).double(), _as(sums[0], stop)])
         ).tolist()
-        any_bad, any_stop = told[-2] > 0, told[-1] > 0
-        norm, applied = self._update(any_bad)
+        means = [total / weight for total in told[: 1 + len(names)]]
+        cause = "loss" if told[-2] > 0 else "spike" if means[0] > loss_limit else ""
+        if cause == "spike":
+            self._spoil(batches[0])
+            if len(losses) == len(batches):  # a contrastive loss is of all of them together
+                bad = [b for b, one in zip(batches, losses, strict=True) if float(one.total) > loss_limit * _weight(b)]
+        norm, applied = self._update(bool(cause))
         suspects: tuple[int, ...] = ()
         if not applied:
-            suspects = _suspects(bad if any_bad else batches)
+            suspects = (_suspects(bad) if cause else ()) or _suspects(batches)
+            cause = cause or "gradient"
         else:
             if self._running_statistics:
                 self._average_running_statistics()
             if self._average is not None:
                 self._average.update(micro[0].position)
-        means = [total / weight for total in told[: 1 + len(names)]]
-        return StepResult(means[0], dict(zip(names, means[1:], strict=True)), norm, applied, any_stop, suspects)
+        parts = dict(zip(names, means[1:], strict=True))
+        return StepResult(means[0], parts, norm, applied, told[-1] > 0, cause, suspects)
+
+    def skip(self, *, stop: bool = False) -> StepResult:
+        """See `Engine.skip`."""
+        return StepResult(0.0, {}, 0.0, applied=False, stop=ranks.vote(stop))
 
     def predict(self, batch: Batch) -> Predictions:
         """See `Engine.predict`."""
@@ -204,8 +220,10 @@ class DeepSpeedEngine:
                     inner.state[slot.flat][key] = torch.tensor(setting, dtype=torch.float32)
             for key, part in fragment.tensors.items():
                 if key not in ("value", "ema"):
-                    kept = inner.state[slot.flat].setdefault(key, torch.zeros_like(slot.flat).detach())
-                    slot.view_of(kept).copy_(part)
+                    moments = inner.state[slot.flat]
+                    if key not in moments:  # once for a flat tensor, which may hold hundreds of parameters
+                        moments[key] = torch.zeros_like(slot.flat).detach()
+                    slot.view_of(moments[key]).copy_(part)
             if self._average is not None:
                 self._average.of(slot).copy_(fragment.tensors.get("ema", fragment.tensors["value"]))
         self._set_values(lambda name, start, stop: read(name, start, stop).tensors["value"])
@@ -255,8 +273,11 @@ class DeepSpeedEngine:
         losses, bad = [], []
         sums = _Accumulator(self._groups) if self._accumulates_here(batches) else None
         for batch in batches:
+            began = time.perf_counter()
             one = self._ds("loss", batch)
-            if self._backward(one.total, factor):
+            is_bad = not bool(torch.isfinite(one.total.detach()))  # waits for a GPU to be done
+            self.busy_s += time.perf_counter() - began
+            if self._backward(one.total, factor, is_bad=is_bad):
                 bad.append(batch)
             if sums is not None:
                 sums.take()
@@ -273,10 +294,12 @@ class DeepSpeedEngine:
         with torch.no_grad():
             for batch, seed in zip(batches, seeds, strict=True):
                 torch.manual_seed(seed)
+                began = time.perf_counter()
                 embedded.append(self._ds("embed", batch))
+                self.busy_s += time.perf_counter() - began
         leaves = tuple(torch.cat(parts).requires_grad_() for parts in zip(*embedded, strict=True))
         losses = self._ds("contrast", (leaves, torch.cat([batch.weight for batch in batches])))
-        is_bad = self._backward(losses.total, factor)
+        is_bad = self._backward(losses.total, factor, is_bad=not bool(torch.isfinite(losses.total.detach())))
         at = 0
         for batch, seed in zip(batches, seeds, strict=True):
             torch.manual_seed(seed)
@@ -286,7 +309,7 @@ class DeepSpeedEngine:
                 for part, leaf in zip(again, leaves, strict=True)
             ]
             surrogate = torch.stack(products).sum()
-            self._backward(surrogate, 1.0)
+            self._backward(surrogate, 1.0, is_bad=not bool(torch.isfinite(surrogate.detach())))
             if sums is not None:
                 sums.take()
             at += len(batch)
@@ -294,13 +317,17 @@ class DeepSpeedEngine:
             sums.give_back()
         return [Losses(losses.total.detach(), losses.parts)], list(batches) if is_bad else []
 
-    def _backward(self, total: Tensor, factor: float) -> bool:
-        """Backward of total x factor; whether total isn't finite, in which case every gradient is made NaN, so that
-        DeepSpeed skips the update on all ranks by its own rules.
+    def _backward(self, total: Tensor, factor: float, *, is_bad: bool) -> bool:
+        """Backward of total x factor. Where total isn't finite every gradient is made NaN, so that DeepSpeed skips the
+        update on all ranks by its own rules.
         """
-        is_bad = not bool(torch.isfinite(total.detach()))
         self._ds.backward(total * (float("nan") if is_bad else factor), scale_wrt_gas=False)
         return is_bad
+
+    def _spoil(self, batch: Batch) -> None:
+        """Make gradients NaN after all, so that DeepSpeed leaves the step out by its own rules, buffers emptied."""
+        if self.zero_stage > 0:
+            self._ds.backward(self._ds("loss", batch).total * float("nan"), scale_wrt_gas=False)
 
     def _accumulates_here(self, batches: Sequence[Batch]) -> bool:
         """ZeRO 0 and 1 in bf16 would add micro batches up in bf16; 2 and 3 are told to keep fp32 sums."""
@@ -449,6 +476,10 @@ def _facts(stage: Stage, frozen: set[str]) -> dict[str, TensorFacts]:
         else:
             facts[name] = TensorFacts(tuple(value.shape), "buffer", str(value.dtype).removeprefix("torch."))
     return facts
+
+
+def _weight(batch: Batch) -> float:
+    return float(batch.weight.sum())
 
 
 def _suspects(batches: Sequence[Batch]) -> tuple[int, ...]:

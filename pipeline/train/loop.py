@@ -8,10 +8,11 @@ from typing import Literal, Protocol, runtime_checkable
 from pipeline.data.loader import Loader
 from pipeline.train.config import TrainConfig
 from pipeline.train.engine import Engine
+from pipeline.train.guards import Guards
 from pipeline.train.meter import Meter
-from pipeline.train.nonfinite import check_finite
 from pipeline.train.saving import Checkpoints
 from pipeline.train.state import Due, State, StopSignal
+from pipeline.train.watchdog import Phase
 
 
 @runtime_checkable
@@ -32,37 +33,47 @@ def run_loop(
     measure: Measure,
     meter: Meter,
     stop: StopSignal,
+    watch: Callable[[Phase], None],
 ) -> tuple[State, Literal["done", "stopped"]]:
     """Train from `state` until the length is reached or a stop is agreed; the last state is saved either way.
 
     Args:
         schedule: learning rate by samples seen.
+        watch: is told what begins now.
 
     Raises:
-        DataError: too many steps in a row weren't finite.
+        RollBack: too many steps in a row did harm, and an older checkpoint is to be resumed.
+        DataError: the same, once too often.
         CheckpointError: a later attempt has taken the run over.
         StorageError: the last checkpoint couldn't be saved.
     """
-    due = Due(config)
+    due, guards = Due(config), Guards(config)
     steps = loader.steps(state.cursor)
     stopped = False
     while not due.done(state) and not stopped:
         step = next(steps)
         checkpoints.wait_copied()
         rate = schedule(state.samples)
-        result = engine.step(step.micro, rate, stop=stop.requested() or checkpoints.superseded)
-        state = state.advanced(step.after, result, config.data.global_batch)
-        meter.add(step, result, rate)
-        check_finite(state, result, config.nonfinite.max_consecutive)
+        stopping = stop.requested() or checkpoints.superseded
+        if guards.passes(state):
+            result = engine.skip(stop=stopping)
+        else:
+            result = engine.step(step.micro, rate, stop=stopping, loss_limit=guards.loss_limit(state))
+            meter.add(step, result, rate, engine.busy_s)
+        state = guards.advance(state, state.advanced(step.after, result, config.data.global_batch), result)
+        watch("step")
         if due.log(state):
             meter.tell(state)
         if due.evaluate(state):
+            watch("evaluate")
             measure(state)
             meter.restart()
+            watch("step")
         stopped = result.stop
         if due.checkpoint(state) and not stopped:
             meter.flush()
             checkpoints.save(state.step, list(engine.snapshot()), engine.facts(), state.document())
+    watch("save")
     meter.flush()
     checkpoints.finish(last=(state.step, list(engine.snapshot()), engine.facts(), state.document()))
     return state, "done" if due.done(state) else "stopped"

@@ -48,8 +48,8 @@ def resolve(config: TrainConfig, world: World, device: torch.device) -> Resolved
     """Derive what the configuration leaves to the machine.
 
     Raises:
-        ConfigError: the world size or micro batch doesn't divide the global batch; an optimizer that can't be
-            partitioned is asked to be.
+        ConfigError: the world size doesn't divide the global batch; an optimizer that can't be partitioned is asked
+            to be.
     """
     batch = config.data.global_batch
     if batch % world.size:
@@ -60,14 +60,8 @@ def resolve(config: TrainConfig, world: World, device: torch.device) -> Resolved
             fix=f"run with one of {', '.join(map(str, sizes))} ranks, or change the global batch",
         )
     rank_batch = batch // world.size
-    micro_batch = min(config.engine.micro_batch or rank_batch, rank_batch)
-    if rank_batch % micro_batch:
-        fits = [n for n in range(1, rank_batch + 1) if rank_batch % n == 0]
-        raise ConfigError(
-            f"micro_batch {micro_batch} doesn't divide a rank's share of {rank_batch} samples",
-            where="engine.micro_batch",
-            fix=f"use one of {', '.join(map(str, fits))}",
-        )
+    bound = config.engine.micro_batch or rank_batch
+    micro_batch = max(n for n in range(1, min(bound, rank_batch) + 1) if rank_batch % n == 0)
     if config.optim.name == "lars" and config.engine.zero_stage > 0:
         raise ConfigError(
             "LARS needs whole parameters for its trust ratio, ZeRO cuts them into pieces",

@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 import time
+from collections.abc import Callable
 from functools import partial
 from typing import Literal, NamedTuple
 
@@ -14,7 +15,7 @@ import torch
 from pipeline import config as configs
 from pipeline import ranks, storage
 from pipeline.convert.loading import check_same_trunk, load_initial
-from pipeline.errors import DataError, UserError
+from pipeline.errors import CheckpointError, DataError, UserError
 from pipeline.run_dir import RunDir, command_line
 from pipeline.stages import stage_class
 from pipeline.stages.base import DataFacts, Stage, seeded_init
@@ -25,6 +26,7 @@ from pipeline.train.config import EmaConfig, TrainConfig
 from pipeline.train.data import RunData, describe, read_data
 from pipeline.train.ema import decay_after
 from pipeline.train.engine_deepspeed import DeepSpeedEngine, join_group
+from pipeline.train.guards import RollBack
 from pipeline.train.loop import run_loop
 from pipeline.train.measure import Measurement
 from pipeline.train.meter import Meter
@@ -33,6 +35,7 @@ from pipeline.train.resolve import Resolved, resolve
 from pipeline.train.saving import Checkpoints
 from pipeline.train.state import Due, State, StopSignal
 from pipeline.train.track import Tracker
+from pipeline.train.watchdog import Watchdog
 
 __all__ = ["StopSignal", "TrainOutcome", "train"]
 
@@ -48,7 +51,13 @@ class TrainOutcome(NamedTuple):
     weights_sha256: str  # of the consolidated weights, once done
 
 
-def train(config: TrainConfig, *, stop: StopSignal, attempt_hint: str | None = None) -> TrainOutcome:
+def train(
+    config: TrainConfig,
+    *,
+    stop: StopSignal,
+    attempt_hint: str | None = None,
+    on_late: Callable[[str], None] = lambda _: os._exit(1),
+) -> TrainOutcome:
     """Run one training job, or go on with it where its newest valid checkpoint left it.
 
     Called on every rank, with RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT set.
@@ -57,10 +66,19 @@ def train(config: TrainConfig, *, stop: StopSignal, attempt_hint: str | None = N
         config: the run.
         stop: this rank's wish to stop.
         attempt_hint: what the launcher calls this start; only recorded.
+        on_late: ends this process when the watchdog found it hanging.
 
     Raises:
         UserError: configuration, data, storage or checkpoints are wrong; on all ranks alike.
     """
+    watchdog = Watchdog(config.watchdog, on_late)
+    try:
+        return _train(config, stop, attempt_hint, watchdog)
+    finally:
+        watchdog.close()
+
+
+def _train(config: TrainConfig, stop: StopSignal, attempt_hint: str | None, watchdog: Watchdog) -> TrainOutcome:
     join_group()
     _set_threads()
     stop.limit(config.time_limit_s)
@@ -77,7 +95,7 @@ def train(config: TrainConfig, *, stop: StopSignal, attempt_hint: str | None = N
     try:
         seeded_init(config.seed)
         stage = cls(options, DataFacts(data.classes, data.num_samples))
-        return _Run(config, run, resolved, stage, data, attempt_hint).go(stop)
+        return _Run(config, run, resolved, stage, data, attempt_hint, watchdog).go(stop)
     except Exception as error:
         if ranks.world().rank == 0:
             with contextlib.suppress(Exception):
@@ -96,12 +114,14 @@ class _Run:
         stage: Stage,
         data: RunData,
         attempt_hint: str | None,
+        watchdog: Watchdog,
     ) -> None:
         self.config = config
         self.run = run
         self.resolved = resolved
         self.data = data
         self.hint = attempt_hint
+        self.watchdog = watchdog
         self.is_first = ranks.world().rank == 0
         self.checkpoints_url = config.checkpoint.url or run.checkpoints_url
         self.stage = stage
@@ -118,11 +138,21 @@ class _Run:
         )
 
     def go(self, stop: StopSignal) -> TrainOutcome:
-        """Resume, train, evaluate, save."""
+        """Resume, train, evaluate, save; go back to an older checkpoint when the guards ask for it."""
         attempt, state = self._resume()
-        if attempt is None:
-            self.engine.close()
-            return self._end(state, "done")
+        status: Literal["done", "stopped"] = "done"
+        while attempt is not None:
+            try:
+                state, status = self._attempt(attempt, state, stop)
+                break
+            except RollBack as back:
+                attempt, state = self._go_back(back)
+        self.engine.close()
+        return self._end(state, status, stop.reason() if status == "stopped" else "")
+
+    def _attempt(self, attempt: Attempt, state: State, stop: StopSignal) -> tuple[State, Literal["done", "stopped"]]:
+        """Train from `state` on."""
+        self.run.attempt = attempt.number
         tracker = Tracker(self.run, attempt.number, state.step, self.config.length_samples) if self.is_first else None
         self._status_at_start(attempt, state)
         checkpoints = Checkpoints(
@@ -132,12 +162,13 @@ class _Run:
             keep_every_samples=self.config.checkpoint.keep_every_samples,
             info=self._info(),
         )
+        self.watchdog.saving_since = checkpoints.since
         micro_batch = self.resolved.micro_batch
         loader = self.data.loader(
             self.stage.transform(train=True), ranks.world(), seed=self.config.seed, micro_batch=micro_batch
         )
         try:
-            state, status = run_loop(
+            outcome = run_loop(
                 state,
                 config=self.config,
                 engine=self.engine,
@@ -145,14 +176,28 @@ class _Run:
                 schedule=partial(self._rate),
                 checkpoints=checkpoints,
                 measure=Measurement(self.stage, self.engine, self.config, self.data, tracker),
-                meter=Meter(tracker, self.config.data.global_batch),
+                meter=Meter(tracker, self.config.data.global_batch, checkpoints),
                 stop=stop,
+                watch=self.watchdog.enter,
             )
+        except RollBack:
+            checkpoints.close()
+            raise
         finally:
             loader.close()
         checkpoints.close()
-        self.engine.close()
-        return self._end(state, status)
+        return outcome
+
+    def _go_back(self, back: RollBack) -> tuple[Attempt | None, State]:
+        """Resume an older checkpoint, from which the bad window is passed over."""
+        self.watchdog.enter("start")
+        for at_most in back.before_steps:
+            attempt, state = self._resume(at_most)
+            if attempt is not None:
+                start, stop = back.window
+                _say("rolled back to step %d; samples %d to %d of the run are passed over", state.step, start, stop)
+                return attempt, state.rolled_back(back.window, back.state)
+        raise back.reason
 
     def _rate(self, samples: int) -> float:
         return scheduled_rate(self.config.optim, self.resolved.peak_lr, samples, self.config.length_samples)
@@ -163,7 +208,7 @@ class _Run:
     def _initialize(self) -> None:
         """Take over `init_from`'s weights, unless the run has checkpoints of its own."""
         source = self.config.init_from
-        if source is None:
+        if source is None or self.config.resume_from is not None:
             return
         found = ranks.from_first(lambda: committed.find_commits(self.checkpoints_url))
         if found.commits or found.skipped:
@@ -178,10 +223,22 @@ class _Run:
         for line in report.lines():
             _say("%s", line)
 
-    def _resume(self) -> tuple[Attempt | None, State]:
-        """Apply the newest checkpoint, if there is one, and record this attempt; None for a run that is done."""
+    def _resume(self, at_most: int | None = None) -> tuple[Attempt | None, State]:
+        """Apply the newest checkpoint, if there is one, and record this attempt; None for a run that is done.
+
+        With `at_most` only checkpoints up to that step are considered; None also when there are none.
+        """
         while True:
-            loaded = load_newest(self.checkpoints_url, self.engine.wanted(), list(self.engine.facts()))
+            wanted, known = self.engine.wanted(), list(self.engine.facts())
+            loaded, whose = load_newest(self.checkpoints_url, wanted, known, at_most), "checkpoint"
+            if loaded is None and at_most is not None:
+                return None, State()
+            if loaded is None and self.config.resume_from is not None:
+                loaded, whose = load_newest(self.config.resume_from, wanted, known), "resume_from: checkpoint"
+                if loaded is None:
+                    raise CheckpointError(
+                        "no checkpoint to resume from", where=self.config.resume_from, fix="mend resume_from"
+                    )
             state = State() if loaded is None else State.from_document(loaded[0].progress)
             if Due(self.config).done(state):
                 return None, state
@@ -192,7 +249,7 @@ class _Run:
             commit, read = loaded
             self._check_data(commit)
             self.engine.restore(read)
-            self.origin = f"checkpoint at step {commit.step} of attempt {commit.attempt}"
+            self.origin = f"{whose} at step {commit.step} of attempt {commit.attempt}"
         _say("attempt %d starts from %s", attempt.number, self.origin)
         return attempt, state
 
@@ -219,6 +276,8 @@ class _Run:
         return {
             "stage": self.config.stage,
             "name": self.config.name,
+            "options": self.config.model_dump(mode="json")["options"],
+            "train": self.config.data.train,
             "trunk": self.stage.trunk.config.model_dump(mode="json"),
             "zero_stage": self.resolved.zero_stage,
             "precision": self.resolved.precision,
@@ -250,17 +309,19 @@ class _Run:
             ),
         )
 
-    def _end(self, state: State, status: Literal["done", "stopped"]) -> TrainOutcome:
+    def _end(self, state: State, status: Literal["done", "stopped"], message: str) -> TrainOutcome:
         """Read the weights back from the last checkpoint, which shows that it is whole, and tell their hash."""
 
         def conclude() -> str:
             digest = weights_digest(read_weights(self.checkpoints_url, "raw")) if status == "done" else ""
             self.run.write_status(
                 state=status,
+                message=message,
                 step=state.step,
                 samples=state.samples,
                 weights_sha256=digest,
                 num_skipped=state.num_skipped,
+                num_rollbacks=state.num_rollbacks,
             )
             return digest
 

@@ -28,6 +28,7 @@ T = TypeVar("T")
 NUM_BUFFERS = 2  # saves that may be under way at once
 ATTEMPTS_PER_WRITE = 5
 COMMIT_DEADLINE_S = 900.0  # for all ranks' receipts to come in
+DRAIN_POLL_S = 0.05
 
 log = logging.getLogger("vitrail")
 
@@ -76,6 +77,9 @@ class Checkpoints:
             self._free.put(torch.empty(0, dtype=torch.uint8))
         self._copying: threading.Event | None = None
         self._last_failure = ""
+        self._failed_step = -1  # of the newest save that failed here
+        self._given_up_step = -1  # of the newest save that failed on some rank: no use in waiting for its parts
+        self._begun: dict[int, float] = {}  # when saves under way began, by step
         self._thread = threading.Thread(target=self._work, name="checkpoints", daemon=True)
         self._thread.start()
 
@@ -84,17 +88,20 @@ class Checkpoints:
     ) -> bool:
         """Begin to save; False if some rank still writes two earlier saves, and this one was left out. Collective.
 
+        Whether it succeeds is told by `num_failed` later: a failure never ends the run.
+
         Args:
             step: steps done.
             fragments: this rank's share, as views that stay valid until `wait_copied` returns.
             facts: of all tensors.
             progress: the loop's state.
         """
-        if ranks.vote(self._pending.unfinished_tasks >= NUM_BUFFERS):
+        if self._exchange() >= NUM_BUFFERS:
             self.num_skipped += 1
             log.warning("checkpoint at step %d left out: writing is %d saves behind", step, NUM_BUFFERS)
             return False
         self._copying = threading.Event()
+        self._begun[step] = time.monotonic()
         self._pending.put(Save(step, list(fragments), dict(facts), dict(progress), self._copying))
         return True
 
@@ -125,11 +132,22 @@ class Checkpoints:
     def _drain(self) -> None:
         """Wait until nothing is under way; ends an attempt that doesn't count any more."""
         self.wait_copied()
-        self._pending.join()
+        while self._exchange():
+            time.sleep(DRAIN_POLL_S)
         if ranks.broadcast(self.superseded):
             raise CheckpointError(
                 "a later attempt at this run has taken over", where=self.url, fix="leave the run to that one"
             )
+
+    def _exchange(self) -> int:
+        """Saves under way on the rank that has most; every rank learns of failures on others. Collective."""
+        answers = ranks.gather((self._pending.unfinished_tasks, self._failed_step))
+        self._given_up_step = max(step for _, step in answers)
+        return max(number for number, _ in answers)
+
+    def since(self) -> float | None:
+        """When the oldest save under way began (`time.monotonic`); None when there is none."""
+        return min(list(self._begun.values()), default=None)
 
     def close(self) -> None:
         """End the thread after what is under way."""
@@ -148,10 +166,12 @@ class Checkpoints:
                 self._last_failure = str(error) or repr(error)
                 self.num_failed += 1
                 if save is not None:
+                    self._failed_step = save.step
                     log.warning("checkpoint at step %d failed, training goes on: %s", save.step, error)
             finally:
                 if save is not None:
                     save.copied.set()
+                    self._begun.pop(save.step, None)
                 self._pending.task_done()
 
     def _write(self, save: Save) -> None:
@@ -170,7 +190,7 @@ class Checkpoints:
             names = (f"{stem}.safetensors", f"{stem}.table.json")
             table = fmt.table_of(labels, plan, data, names[0])
             receipt = fmt.receipt_of({names[0]: data, names[1]: table})
-            _patiently(lambda: storage.write(storage.join(folder, names[0]), bytes(data)))
+            _patiently(lambda: storage.write(storage.join(folder, names[0]), data))
             _patiently(lambda: storage.write(storage.join(folder, names[1]), table))
             _patiently(lambda: storage.write(storage.join(folder, f"{stem}.receipt.json"), receipt))
         finally:
@@ -179,7 +199,7 @@ class Checkpoints:
             self._commit(folder, save)
 
     def _commit(self, folder: str, save: Save) -> None:
-        files = self._receipts(folder)
+        files = self._receipts(folder, save.step)
         later = [a for a in _patiently(lambda: committed.read_attempts(self.url)) if a.number > self.attempt.number]
         if later:
             self.superseded = True
@@ -200,7 +220,7 @@ class Checkpoints:
         except (OSError, StorageError) as error:
             log.warning("old checkpoints couldn't be removed: %s", error)
 
-    def _receipts(self, folder: str) -> list[dict[str, Any]]:
+    def _receipts(self, folder: str, step: int) -> list[dict[str, Any]]:
         """All ranks' files, once each has written its receipt."""
         files: list[dict[str, Any]] = []
         deadline = time.monotonic() + COMMIT_DEADLINE_S
@@ -212,6 +232,10 @@ class Checkpoints:
                     files += json.loads(_patiently(lambda path=path: storage.read(path)))["files"]  # type: ignore[misc]
                     break
                 except FileNotFoundError:
+                    if step <= self._given_up_step:
+                        raise StorageError(
+                            "another rank couldn't write its part", where=folder, fix="see that rank's log"
+                        ) from None
                     if time.monotonic() > deadline:
                         raise TimeoutError(
                             f"rank {rank} hasn't written its part in {COMMIT_DEADLINE_S:.0f} s"

@@ -22,15 +22,25 @@ class State(NamedTuple):
     cursor: Cursor = Cursor()
     num_skipped: int = 0  # steps whose loss or gradient wasn't finite
     num_skipped_in_a_row: int = 0
+    num_rollbacks: int = 0
+    passed: tuple[tuple[int, int], ...] = ()  # samples [start, stop) that are passed over since a rollback
+    losses: tuple[float, ...] = ()  # of the last applied steps, where a rule looks at them
 
     def advanced(self, cursor: Cursor, result: StepResult, global_batch: int) -> State:
         """The state after one more step."""
-        return State(
+        return self._replace(
             step=self.step + 1,
             samples=self.samples + global_batch,
             cursor=cursor,
-            num_skipped=self.num_skipped + (not result.applied),
-            num_skipped_in_a_row=0 if result.applied else self.num_skipped_in_a_row + 1,
+            num_skipped=self.num_skipped + bool(result.cause),
+            num_skipped_in_a_row=self.num_skipped_in_a_row + 1 if result.cause else 0,
+        )
+
+    def rolled_back(self, window: tuple[int, int], earlier: State) -> State:
+        """From this older state the run goes on past `window`; `earlier` is where it was given up."""
+        windows = {*self.passed, *earlier.passed, window}
+        return self._replace(
+            passed=tuple(sorted(windows)), num_rollbacks=earlier.num_rollbacks + 1, num_skipped=earlier.num_skipped
         )
 
     def document(self) -> dict[str, Any]:
@@ -40,7 +50,9 @@ class State(NamedTuple):
     @classmethod
     def from_document(cls, document: Mapping[str, Any]) -> State:
         """As read back."""
-        return cls(**{**document, "cursor": Cursor(**document["cursor"])})
+        windows = tuple((int(start), int(stop)) for start, stop in document.get("passed", ()))
+        losses = tuple(document.get("losses", ()))
+        return cls(**{**document, "cursor": Cursor(**document["cursor"]), "passed": windows, "losses": losses})
 
 
 class Due:
@@ -66,8 +78,11 @@ class Due:
         return self.done(state) or self._passed(state, self._evaluate)
 
     def checkpoint(self, state: State) -> bool:
-        """Whether a checkpoint is due, but for the last one."""
-        return not self.done(state) and self._passed(state, self._checkpoint)
+        """Whether a checkpoint is due, but for the last one.
+
+        None is while steps are being left out: nothing has changed, and it would push out one to go back to.
+        """
+        return not self.done(state) and not state.num_skipped_in_a_row and self._passed(state, self._checkpoint)
 
     def _passed(self, state: State, every: int | None) -> bool:
         """Whether the last step crossed a multiple of `every` samples."""
@@ -95,4 +110,11 @@ class StopSignal:
 
     def requested(self) -> bool:
         """Whether to stop."""
-        return self._event.is_set() or (self._deadline is not None and time.monotonic() >= self._deadline)
+        return self._event.is_set() or self._over()
+
+    def reason(self) -> str:
+        """Why, in words."""
+        return "the time limit was near" if self._over() and not self._event.is_set() else "asked to stop"
+
+    def _over(self) -> bool:
+        return self._deadline is not None and time.monotonic() >= self._deadline

@@ -8,12 +8,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from fault_proxy import Fault, FaultProxy
 
 from launch.s3_server import S3Server, find_rclone
 from pipeline import storage
 from pipeline.run_dir import RunDir
 from pipeline.train import commits
-from pipeline.train.checkpoint import read_weights
+from pipeline.train.checkpoint import damage_of, read_weights
 from tests import train_cases
 from tests.process_group import ProcessGroup
 from tests.unit.data.conftest import numbered, write_data_set
@@ -55,6 +56,48 @@ def test_a_run_in_s3_stops_resumes_and_ends_like_one_on_disk(bucket: str, tmp_pa
     assert read_weights(run.url).keys() == read_weights(str(tmp_path / "runs" / "local")).keys()
     secret = os.environ["AWS_SECRET_ACCESS_KEY"].encode()
     assert not any(secret in storage.read(run.at(name)) for name in names)
+
+
+FAULTS = [
+    Fault("busy", 0.08),
+    Fault("reset", 0.08),
+    Fault("lost_reply", 0.05, methods="PUT|POST"),
+    Fault("truncate", 0.05, methods="GET"),
+    Fault("delay", 0.1, seconds=0.2),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_run_never_stops_for_an_upload_and_every_commit_is_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Checkpoints and run directory lie behind a proxy that delays, resets, loses replies and answers 503."""
+    train_cases.write_data(tmp_path)
+    with S3Server(tmp_path / "s3") as server, FaultProxy(server.endpoint, FAULTS, seed=4) as proxy:
+        server.bucket("faulty-bucket")
+        for name, value in {**server.environment, "AWS_ENDPOINT_URL": proxy.endpoint}.items():
+            monkeypatch.setenv(name, value)
+        group = ProcessGroup(2)
+        try:
+            changes = {"checkpoint.every_samples": 16, "checkpoint.keep_last": 50, "length_samples": 16 * 60}
+            local = group.run(run_cases.run, train_cases.document(tmp_path, "local", **changes))[0]
+            document = train_cases.document(tmp_path, "faulty", runs="s3://faulty-bucket/runs", **changes)
+            assert group.run(run_cases.run_until, document, 30)[0][0] == "stopped"
+            remote = group.run(run_cases.run, document)[0]
+        finally:
+            group.close()
+        injected = dict(proxy.injected)
+        proxy.faults = ()
+        assert remote == local
+        assert all(injected.get(fault.kind, 0) > 5 for fault in FAULTS), injected
+        run = RunDir("s3://faulty-bucket/runs/faulty")
+        found = commits.find_commits(run.checkpoints_url)
+        assert len(found.commits) >= 10
+        for commit in found.commits:
+            assert damage_of(commit) == "", commit.url
+        last = [line for line in run.metrics() if line["kind"] == "train"][-1]
+        assert last["num_failed_saves"] + len(found.commits) >= 30, "every save was made, or counted as failed"
 
 
 def test_of_attempts_that_begin_at_once_each_number_has_one(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,8 @@ import pytest
 
 from launch.agents import Exit, Report
 from launch.attempts import JobFailedError, error_document, rebuild_error, run_training
-from launch.crew import AgentLostError, Layout, LocalCrew, _check_feasible, _Node
+from launch.crew import AgentLostError, LocalCrew
+from launch.layout import Elastic, Layout, NodeFacts, check_feasible, check_fits, fit, parse_workers, without
 from launch.stopping import StopRequest
 from pipeline.errors import ConfigError, DataError, ResourceError, StorageError, UserError
 from pipeline.run_dir import RunDir
@@ -23,6 +24,8 @@ class ScriptedCrew:
 
     def __init__(self, reports: list[Report | Callable[[], None]]) -> None:
         self.reports = reports
+        self.change = ""
+        self.node = ""
         self.calls: list[str] = []
 
     def start(self, document: Any, where: str) -> None:
@@ -38,8 +41,17 @@ class ScriptedCrew:
     def terminate(self) -> None:
         self.calls.append("terminate")
 
+    def dump_stacks(self) -> None:
+        self.calls.append("dump_stacks")
+
     def kill(self) -> None:
         self.calls.append("kill")
+
+    def wants_change(self) -> str:
+        return self.change
+
+    def node_of(self, rank: int) -> str:
+        return self.node
 
     def dismiss(self) -> None:
         self.calls.append("dismiss")
@@ -56,7 +68,7 @@ def job(run: Path, crews: list[ScriptedCrew], stop: StopRequest | None = None) -
         {},
         where="x.yaml",
         run_url=str(run),
-        hire=lambda: waiting.pop(0),
+        hire=lambda excluded: waiting.pop(0),
         stop=stop or StopRequest(),
         on_line=lambda rank, line: said.append(line),
     )
@@ -130,7 +142,7 @@ def test_a_real_worker_refuses_a_wrong_configuration_once_for_all_ranks(tmp_path
             {"length_sample": 3},
             where="mine.yaml",
             run_url=str(tmp_path / "run"),
-            hire=lambda: LocalCrew(Layout(nodes=1, workers_per_node=2)),
+            hire=lambda _: LocalCrew(Layout(nodes=1, workers_per_node=2)),
             stop=StopRequest(),
             on_line=lambda rank, line: lines.append(line),
         )
@@ -147,14 +159,14 @@ def test_errors_travel_between_processes(kind: type[UserError]) -> None:
 
 
 def test_what_a_cluster_cannot_hold_is_refused_with_the_shortfall() -> None:
-    small, large = _Node("a", {"CPU": 2.0}), _Node("b", {"CPU": 8.0, "GPU": 4.0})
-    _check_feasible(Layout(2, 2), [small, large])
+    small, large = NodeFacts("a", {"CPU": 2.0}), NodeFacts("b", {"CPU": 8.0, "GPU": 4.0})
+    check_feasible(Layout(2, 2), [small, large])
     with pytest.raises(ResourceError, match=r"missing 16 CPU on one node, of which the largest has 8"):
-        _check_feasible(Layout(1, 4, cpus_per_worker=4), [small, large])
+        check_feasible(Layout(1, 4, cpus_per_worker=4), [small, large])
     with pytest.raises(ResourceError, match=r"missing 3 nodes, of which there are 2"):
-        _check_feasible(Layout(3, 1), [small, large])
+        check_feasible(Layout(3, 1), [small, large])
     with pytest.raises(ResourceError, match=r"missing 2 nodes that fit, of which there are 1"):
-        _check_feasible(Layout(2, 1, gpus_per_worker=1), [small, large])
+        check_feasible(Layout(2, 1, gpus_per_worker=1), [small, large])
 
 
 def test_signals_ask_once_and_handlers_are_given_back() -> None:
@@ -167,3 +179,114 @@ def test_signals_ask_once_and_handlers_are_given_back() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop.wait(5)
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_change_of_the_cluster_saves_and_starts_again_without_counting_as_a_failure(tmp_path: Path) -> None:
+    running = Report([], [], num_running=2)
+    saved = ended(75, 75, outcome={"status": "stopped", "step": 4, "samples": 32})
+    crews = [ScriptedCrew([running, saved]) for _ in range(4)]
+    for crew in crews:
+        crew.change = "there is room for 3 workers instead of 2"
+    result, said = job(tmp_path, [*crews, ScriptedCrew([ended(0, outcome=DONE)])])
+    assert (result.status, result.attempts) == ("done", 5)
+    assert crews[0].calls == ["start", "terminate", "dismiss"]
+    assert any("room for 3 workers" in line for line in said)
+
+
+def test_a_hang_has_the_stacks_of_all_ranks_shown_before_they_are_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("launch.attempts.DUMP_S", 0.0)
+    monkeypatch.setattr("launch.attempts.FAILURE_GRACE_S", 0.0)
+    hung = ScriptedCrew([Report([], [Exit(0, 1, {"hang": "step took more than its 4 s"})], num_running=1)])
+    _, said = job(tmp_path, [hung, ScriptedCrew([ended(0, outcome=DONE)])])
+    assert hung.calls == ["start", "dump_stacks", "terminate", "kill", "dismiss"]
+    assert any("rank 0 found the run hanging: step took more than its 4 s" in line for line in said)
+
+
+def test_a_node_that_fails_again_and_again_is_left_out(tmp_path: Path) -> None:
+    asked: list[list[str]] = []
+    crews = [ScriptedCrew([ended(-9)]) for _ in range(2)] + [ScriptedCrew([ended(0, outcome=DONE)])]
+    for crew in crews:
+        crew.node = "badbadbad"
+
+    def hire(excluded: Any) -> ScriptedCrew:
+        asked.append(list(excluded))
+        return crews[len(asked) - 1]
+
+    said: list[str] = []
+    run_training(
+        {},
+        where="x.yaml",
+        run_url=str(tmp_path),
+        hire=hire,
+        stop=StopRequest(),
+        on_line=lambda rank, line: said.append(line),
+    )
+    assert asked == [[], [], ["badbadbad"]]
+    assert any("isn't used any more" in line for line in said)
+
+
+def test_a_run_that_was_going_waits_for_resources_and_a_new_one_does_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("launch.attempts.RESOURCE_POLL_S", 0.0)
+    shortage = ResourceError("3 nodes are wanted", where="Ray cluster", fix="add nodes")
+    answers: list[Any] = [ScriptedCrew([ended(-9)]), shortage, shortage, ScriptedCrew([ended(0, outcome=DONE)])]
+
+    def hire(excluded: Any) -> ScriptedCrew:
+        answer = answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        crew: ScriptedCrew = answer
+        return crew
+
+    said: list[str] = []
+    settings: dict[str, Any] = {"where": "x", "run_url": str(tmp_path), "hire": hire, "stop": StopRequest()}
+    result = run_training({}, **settings, on_line=lambda rank, line: said.append(line))
+    assert (result.status, result.attempts) == ("done", 2)
+    assert sum("waiting up to 10 min for resources: 3 nodes are wanted" in line for line in said) == 1
+    answers.append(shortage)
+    with pytest.raises(ResourceError):
+        run_training({}, **settings, on_line=lambda rank, line: None)
+
+
+def four(*cores: float) -> list[NodeFacts]:
+    return [NodeFacts(f"node{i}", {"CPU": c}, f"10.0.0.{i}") for i, c in enumerate(cores)]
+
+
+def test_an_elastic_job_takes_the_largest_world_that_divides_the_batch() -> None:
+    wanted = Elastic(1, 8, global_batch=12)
+    assert fit(wanted, four(1, 1, 1)) == Layout(3, 1)
+    assert fit(wanted, four(4, 1)) == Layout(1, 4)
+    assert fit(wanted, four(5)) == Layout(1, 4), "5 doesn't divide 12"
+    assert fit(wanted, four(2, 2, 2)) == Layout(3, 2)
+    assert fit(wanted._replace(maximum=3), four(2, 2, 2)) == Layout(3, 1)
+    assert fit(wanted._replace(cpus_per_worker=2), four(5, 3)) == Layout(1, 2, 2)
+    assert fit(wanted, []) is None
+    gpus = [NodeFacts("g", {"CPU": 64.0, "GPU": 4.0})]
+    assert fit(wanted._replace(gpus_per_worker=1), gpus) == Layout(1, 4, 1, 1)
+
+
+def test_what_an_elastic_job_lacks_is_named() -> None:
+    with pytest.raises(ResourceError, match=r"at least 4 worker\(s\) with 1 core\(s\) are wanted, .* room for 2"):
+        check_fits(Elastic(4, 8, global_batch=12), four(1, 1))
+    with pytest.raises(ConfigError, match="no world of 5 to 5 workers divides the global batch of 12"):
+        check_fits(Elastic(5, 5, global_batch=12), four(8))
+
+
+@pytest.mark.parametrize(("text", "count"), [("4", 4), ("2:8", (2, 8)), ("3:3", (3, 3))])
+def test_workers_are_a_number_or_a_range(text: str, count: object) -> None:
+    assert parse_workers(text) == count
+
+
+@pytest.mark.parametrize("text", ["", "0", "a", "4:2", "0:2", ":3", "3:", "1:2:3", "-1"])
+def test_other_workers_are_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="MIN:MAX"):
+        parse_workers(text)
+
+
+def test_nodes_are_excluded_by_id_or_address() -> None:
+    nodes = four(1, 1, 1)
+    assert [n.id for n in without(nodes, ["node0", "10.0.0.2"])] == ["node1"]
+    assert without(nodes, [""]) == nodes

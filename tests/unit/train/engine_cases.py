@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from typing import Any
 
 import torch
@@ -146,12 +147,16 @@ def predict_from(state: Any, precision: str, kind: str, options: Any) -> list[Te
         return [t.float() for t in stage("predict", make_batch([1, 2, 3, 4])).values()]
 
 
-def run_with_gap(zero_stage: int, precision: str, poison: int | None) -> str:
-    """Steps 0, 1, 2 where 1 is poisoned, or steps 0 and 2."""
-    engine = build(zero_stage, precision, options={"poison": -1 if poison is None else poison})
+def run_with_gap(zero_stage: int, precision: str, poison: int | None, kind: str = "plain") -> str:
+    """Steps 0, 1, 2 where 1 is poisoned, or has a loss beyond the limit (poison 0), or steps 0 and 2."""
+    engine = build(zero_stage, precision, kind, options={"poison": poison or -1})
     for step in (0, 1, 2):
         if poison is not None or step != 1:
-            assert engine.step(micro_batches(step, 2), lr=1e-2).applied == (step != 1)
+            limit = 0.1 if step == 1 and poison == 0 else math.inf
+            result = engine.step(micro_batches(step, 2), lr=1e-2, loss_limit=limit)
+            assert result.applied == (step != 1)
+            assert result.cause == ("" if result.applied else "spike" if poison == 0 else "loss")
+            assert result.applied or set(result.suspects) <= set(range(16, 32))
     found = digest(whole(engine))
     engine.close()
     return found

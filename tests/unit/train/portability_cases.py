@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from functools import partial
 
 import torch
@@ -76,3 +77,49 @@ def target(zero_stage: int, precision: str, url: str, again: str) -> tuple[dict[
     found = values(engine), cases.digest(cases.whole(engine))
     engine.close()
     return found
+
+
+def save_where_rank_1_cannot(url: str) -> tuple[int, str, float]:
+    """Saves of steps 1 and 2, where rank 1 can't write step 1: failures, how the last save ended, seconds it took."""
+    from pipeline import storage
+    from pipeline.train import saving
+
+    engine = build(2, "fp32")
+    attempt = ranks.from_first(partial(commits.begin_attempt, url, 0, enforced=True))
+    assert attempt is not None
+    checkpoints = Checkpoints(url, attempt, keep_last=2, keep_every_samples=None, info={"ema": {}})
+    real, patience = storage.write, saving.ATTEMPTS_PER_WRITE
+
+    def failing(path: str, data: Any) -> None:
+        if "rank-00001" in path and "step-000000000001" in path:
+            raise storage.StorageError("no answer", where=path, fix="wait")
+        real(path, data)
+
+    storage.write, saving.ATTEMPTS_PER_WRITE = failing, 1
+    began = time.monotonic()
+    try:
+        checkpoints.save(1, list(engine.snapshot()), engine.facts(), {"step": 1, "samples": 1})
+        checkpoints.finish(last=(2, list(engine.snapshot()), engine.facts(), {"step": 2, "samples": 2}))
+    finally:
+        storage.write, saving.ATTEMPTS_PER_WRITE = real, patience
+        checkpoints.close()
+        engine.close()
+    return checkpoints.num_failed, str(checkpoints._last_failure), time.monotonic() - began
+
+
+def two_checkpoints(url: str) -> None:
+    """Checkpoints of steps 3 and 6 in one attempt."""
+    engine = build(2, "fp32")
+    attempt = ranks.from_first(partial(commits.begin_attempt, url, 0, enforced=True))
+    assert attempt is not None
+    checkpoints = Checkpoints(url, attempt, keep_last=2, keep_every_samples=None, info={"ema": {}})
+    for step in (3, 6):
+        train(engine, step - 3, step)
+        state = {"step": step, "samples": step * GLOBAL_BATCH}
+        if step == 3:
+            checkpoints.save(step, list(engine.snapshot()), engine.facts(), state)
+            checkpoints.wait_copied()
+        else:
+            checkpoints.finish(last=(step, list(engine.snapshot()), engine.facts(), state))
+    checkpoints.close()
+    engine.close()

@@ -8,6 +8,7 @@ from pipeline import config as configs
 from pipeline import ranks
 from pipeline.errors import UserError
 from pipeline.run_dir import RunDir
+from pipeline.stages import stage_class
 from pipeline.train.checkpoint import weights_digest
 from pipeline.train.commits import find_commits
 from pipeline.train.config import TrainConfig
@@ -35,6 +36,23 @@ def run(document: dict[str, Any], stop_after: int | None = None, stop_rank: int 
         return tuple(train(config, stop=stop))
     except UserError as error:
         return type(error).__name__, f"{error.where}: {error.what}", error.fix
+
+
+def run_with_bad_samples(document: dict[str, Any], bad: tuple[int, int], stop_after: int | None = None) -> Any:
+    """`run`, where the loss of the rank that holds a sample of the training position range is NaN."""
+    cls = stage_class(document["stage"])
+    plain = cls.loss
+
+    def loss(self: Any, batch: Any) -> Any:
+        losses = plain(self, batch)
+        spoilt = bad[0] <= batch.position < bad[1] and ranks.world().rank == ranks.world().size - 1
+        return losses._replace(total=losses.total * float("nan")) if spoilt else losses
+
+    cls.loss = loss  # type: ignore[method-assign]
+    try:
+        return run(document, stop_after)
+    finally:
+        cls.loss = plain  # type: ignore[method-assign]
 
 
 def run_until(document: dict[str, Any], step: int) -> Any:

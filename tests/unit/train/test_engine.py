@@ -116,7 +116,7 @@ def test_a_nan_on_one_rank_changes_nothing_anywhere(two: ProcessGroup, zero_stag
     poison = 29  # of rank 1, in step 1 of ids 16 ... 31
     _, clean, _ = two.run(cases.run, zero_stage, precision, "plain", 1, 2, {"poison": poison})[0]
     for results, after, _ in two.run(cases.run, zero_stage, precision, "plain", 2, 2, {"poison": poison}):
-        loss, _, _, applied, _, suspects = results[1]
+        loss, _, _, applied, _, _, suspects = results[1]
         assert math.isnan(loss)
         assert not applied
         assert poison in suspects
@@ -131,6 +131,21 @@ def test_steps_after_a_skipped_one_are_as_if_it_never_was(two: ProcessGroup, zer
     state = two.run(cases.run_with_gap, zero_stage, "bf16", 29)[0]
     reference = two.run(cases.run_with_gap, zero_stage, "bf16", None)[0]
     assert state == reference
+
+
+SPIKES = [(0, "bf16", "plain"), (2, "fp32", "plain"), (3, "bf16", "pair")]
+
+
+@pytest.mark.parametrize(
+    ("zero_stage", "precision", "kind"),
+    [
+        pytest.param(*case, marks=() if case in SPIKES else pytest.mark.slow)
+        for case in itertools.product((0, 1, 2, 3), ("fp32", "bf16"), ("plain", "pair"))
+    ],
+)
+def test_a_loss_beyond_the_limit_changes_nothing(two: ProcessGroup, zero_stage: int, precision: str, kind: str) -> None:
+    state = two.run(cases.run_with_gap, zero_stage, precision, 0, kind)[0]
+    assert state == two.run(cases.run_with_gap, zero_stage, precision, None, kind)[0]
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

@@ -243,7 +243,44 @@ def test_training_that_diverges_ends_with_the_samples_named(folder: Path, two: P
     assert "lower optim.lr" in fix
     run = RunDir(str(folder / "runs" / "diverged"))
     assert run.status()["state"] == "failed"
-    assert run.metrics()[-1]["num_skipped"] == 2, "the third one ends the run before it is logged"
+    assert "2 rollback(s) notwithstanding" in message
+    assert run.metrics()[-1]["num_skipped"] == 2 * 3 + 2, "the last one ends the run before it is logged"
+
+
+def test_bad_steps_in_a_row_are_gone_back_from_and_passed_over(
+    folder: Path, straight: RunDir, two: ProcessGroup, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Steps 11, 12, 13 are NaN on rank 1: the run resumes step 6, the last one before the window of 8 ... 13."""
+    changes = {"nonfinite.max_consecutive": 3, "checkpoint.every_samples": 32, "checkpoint.keep_last": 4}
+    document = train_cases.document(folder, "rolled", **changes)
+    outcome = two.run(run_cases.run_with_bad_samples, document, (160, 208))
+    assert outcome[0][:3] == outcome[1][:3] == ("done", 20, 320)
+    run = RunDir(str(folder / "runs" / "rolled"))
+    status = run.status()
+    assert (status["num_skipped"], status["num_rollbacks"], status["attempt"]) == (3, 1, 2)
+    told = [line["step"] for line in run.metrics() if line["kind"] == "train"]
+    assert told == [1, 2, 3, 4, 5, 6, 7, 14, 15, 16, 17, 18, 19, 20], "8 to 13 are passed over, every other told once"
+    again = train_cases.document(folder, "rolled-and-stopped", **changes)
+    assert two.run(run_cases.run_with_bad_samples, again, (160, 208), 16)[0][0] == "stopped"
+    assert two.run(run_cases.run_with_bad_samples, again, (160, 208))[0] == outcome[0]
+    assert outcome[0][3] != straight.status()["weights_sha256"]
+
+
+def test_a_loss_far_above_the_last_ones_is_left_out(folder: Path, two: ProcessGroup) -> None:
+    document = train_cases.document(
+        folder, "spiky", spikes={"window": 4, "deviations": 1e-6, "floor": 1e-9}, **{"nonfinite.max_consecutive": 100}
+    )
+    assert two.run(run_cases.run, document)[0][0] == "done"
+    run = RunDir(str(folder / "runs" / "spiky"))
+    losses = [line["loss"] for line in run.metrics() if line["kind"] == "train"]
+    skipped = [line["num_skipped"] for line in run.metrics() if line["kind"] == "train"]
+    assert skipped[3] == 0, "there is no limit before the window is full"
+    assert 0 < skipped[-1] < 17, "steps above the median of the last ones, and only these"
+    kept = losses[:4]
+    for number in range(4, 20):
+        is_kept = skipped[number] == skipped[number - 1]
+        assert is_kept == (losses[number] <= sorted(kept[-4:])[1] / 2 + sorted(kept[-4:])[2] / 2 + 1e-5), number
+        kept += [losses[number]] * is_kept
 
 
 def test_a_refused_start_may_be_corrected_under_the_same_name(
@@ -253,3 +290,19 @@ def test_a_refused_start_may_be_corrected_under_the_same_name(
     assert one.run(run_cases.run, wrong)[0][0] == "CheckpointError"
     assert RunDir(str(folder / "runs" / "corrected")).status()["state"] == "failed"
     assert one.run(run_cases.run, train_cases.document(folder, "corrected"))[0][0] == "done"
+
+
+def test_the_whole_state_of_another_run_is_gone_on_from(folder: Path, straight: RunDir, two: ProcessGroup) -> None:
+    """In one way only: own checkpoint, then resume_from, then init_from, then scratch."""
+    half = train_cases.document(folder, "half")
+    assert two.run(run_cases.run, half, 6)[0][0] == "stopped"
+    source = str(folder / "runs" / "half")
+    document = train_cases.document(folder, "taken-over", resume_from=source, init_from=straight.url)
+    assert two.run(run_cases.run, document, 10)[0][0] == "stopped"
+    run = RunDir(str(folder / "runs" / "taken-over"))
+    assert run.status()["resumed_from"] == "resume_from: checkpoint at step 6 of attempt 1"
+    assert two.run(run_cases.run, document)[0] == ("done", 20, 320, straight.status()["weights_sha256"])
+    assert run.status()["resumed_from"] == "checkpoint at step 10 of attempt 1"
+    nowhere = train_cases.document(folder, "no-source", resume_from=str(folder / "train"))
+    kind, message, _ = two.run(run_cases.run, nowhere)[0]
+    assert (kind, message) == ("CheckpointError", f"{folder / 'train'}: no checkpoint to resume from")

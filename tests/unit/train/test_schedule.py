@@ -82,8 +82,18 @@ def test_what_can_not_be_shared_is_refused_with_what_can() -> None:
     with pytest.raises(ConfigError, match="1, 2, 3, 4, 6, 8, 12, 16") as caught:
         resolve(config(), World(0, 5, 0), CPU)
     assert "data.global_batch" in str(caught.value)
-    with pytest.raises(ConfigError, match="1, 2, 3, 4, 6, 8, 12, 24"):
-        resolve(config(micro_batch=5), World(0, 2, 0), CPU)
+
+
+@pytest.mark.parametrize(
+    ("world", "bound", "micro", "num_micro"), [(2, 5, 4, 6), (1, 5, 4, 12), (3, 5, 4, 4), (6, 9, 8, 1)]
+)
+def test_the_global_batch_stays_and_the_micro_batch_is_computed_anew(
+    world: int, bound: int, micro: int, num_micro: int
+) -> None:
+    """The bound is one of memory: the largest share of a rank's samples within it is taken."""
+    found = resolve(config(micro_batch=bound), World(0, world, 0), CPU)
+    assert (found.micro_batch, found.num_micro) == (micro, num_micro)
+    assert world * micro * num_micro == 48
 
 
 def test_lars_is_refused_under_zero() -> None:
