@@ -15,6 +15,7 @@ BENCHMARKS = {
     "decode": "benchmarks.decode",
     "loader": "benchmarks.loader",
     "order": "benchmarks.order",
+    "checkpoint": "benchmarks.checkpoint",
 }
 
 
