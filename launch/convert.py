@@ -16,6 +16,8 @@ from pipeline.errors import CheckpointError, ConfigError, UserError
 from pipeline.run_dir import RunDir
 
 OWN = "vitrail"
+CLASS_ROWS = {"head.weight": 0, "heads.0.weight": 0, "boxes.heads.0.cls_score.weight": 1}
+"""Parameters with a row for each class, and how many rows they have beside (the background)."""
 
 
 def convert_weights(
@@ -95,15 +97,15 @@ def run_weights(url: str, which: str = "auto") -> Weights:
 
 def _classes(config: configs.Document, state: dict[str, Any]) -> tuple[str, ...]:
     """The classes' names, from the training data's manifest; numbers where it is out of reach by now."""
-    heads = [value for name, value in state.items() if name in ("head.weight", "heads.0.weight")]
-    if not heads:
+    counts = [state[name].shape[0] - others for name, others in CLASS_ROWS.items() if name in state]
+    if not counts:
         return ()
     try:
         train = config["data"]["train"]
         classes = read_manifest(str(train if isinstance(train, str) else train[0]["url"])).classes
     except (UserError, OSError, KeyError):
         classes = ()
-    return tuple(classes) if len(classes) == heads[0].shape[0] else numbered(heads[0].shape[0])
+    return tuple(classes) if len(classes) == counts[0] else numbered(counts[0])
 
 
 def _taken(facts: dict[str, Any], form: Format) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from pipeline.stages.images import ImageOptions, attention_pictures
 
 FORMAT, FORMAT_VERSION = "vitrail.predictions", 1
 DOCUMENT = "predictions.json"
+COCO_RESULTS = "coco_results.json"
 
 
 class Asked(NamedTuple):
@@ -146,6 +147,8 @@ def predict(
         "classes": list(weights.classes),
         "images": told,
     }
+    if any("detections" in one for one in told):
+        storage.write(storage.join(out, COCO_RESULTS), (json.dumps(coco_results(told)) + "\n").encode())
     where = storage.join(out, DOCUMENT)
     storage.write(where, (json.dumps(document, indent=1, ensure_ascii=False) + "\n").encode())
     lines = [_line(one) for one in told]
@@ -186,6 +189,19 @@ def changed_options(options: Mapping[str, Any], settings: Sequence[str]) -> dict
         native = before.get("image_size", 224)
         changed["model"] = {**after, "position_image_size": native}
     return changed
+
+
+def coco_results(told: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Detections as COCO's tools read them. An image is named by the number its file is called, as COCO's are; where
+    any file is called otherwise, by its place among the images, from 0.
+    """
+    stems = [one["image"].rstrip("/").rpartition("/")[2].partition(".")[0] for one in told]
+    numbers = [int(stem) for stem in stems] if all(map(str.isdecimal, stems)) else list(range(len(told)))
+    return [
+        {"image_id": number, **{key: value for key, value in found.items() if key != "class"}}
+        for number, one in zip(numbers, told, strict=True)
+        for found in one.get("detections", ())
+    ]
 
 
 def _whole(stage: Stage, weights: Weights) -> bool:
@@ -249,4 +265,7 @@ def _line(one: Mapping[str, Any]) -> str:
         if one.get(key):
             first = one[key][0]
             told.append(f"{first.get('class', first.get('text'))} ({first['probability']:.1%})")
+    if "detections" in one:
+        names = [found["class"] for found in one["detections"]]
+        told.append(", ".join(f"{names.count(name)} {name}" for name in dict.fromkeys(names)) or "nothing found")
     return f"{one['image']}: {', '.join(told) or 'see the pictures'}"

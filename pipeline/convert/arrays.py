@@ -12,8 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-_MULTIARRAY = {"numpy.core.multiarray", "numpy._core.multiarray"}
-
 
 class ForbiddenObject(pickle.UnpicklingError):
     """The pickle asks for something other than plain containers and arrays."""
@@ -23,15 +21,10 @@ class _Unpickler(pickle.Unpickler):
     """Builds containers, numbers, texts and arrays of numbers; whatever else is asked for, even by name, is refused."""
 
     def find_class(self, module: str, name: str) -> Any:
-        if module in _MULTIARRAY and name in ("_reconstruct", "scalar"):
-            return _array if name == "_reconstruct" else _scalar
-        if module == "numpy" and name in ("ndarray", "dtype"):
-            return _ArrayKind if name == "ndarray" else _dtype
-        if (module, name) == ("collections", "OrderedDict"):
-            return collections.OrderedDict
-        if (module, name) == ("_codecs", "encode"):
-            return _encode
-        raise ForbiddenObject(f"{module}.{name}")
+        module = module.replace("numpy._core.", "numpy.core.").replace("__builtin__", "builtins")
+        if (module, name) not in _ALLOWED:
+            raise ForbiddenObject(f"{module}.{name}")
+        return _ALLOWED[module, name]
 
     def persistent_load(self, pid: Any) -> Any:
         raise ForbiddenObject("an object kept elsewhere")
@@ -63,7 +56,9 @@ def as_tensors(found: Any) -> Any:
     """Arrays within mappings as tensors."""
     if isinstance(found, Mapping):
         return {name: as_tensors(value) for name, value in found.items()}
-    return torch.from_numpy(np.array(found)) if isinstance(found, np.ndarray) else found
+    if not isinstance(found, np.ndarray):
+        return found
+    return torch.from_numpy(np.array(found, found.dtype.newbyteorder("=")))
 
 
 class _ArrayKind:
@@ -95,3 +90,25 @@ def _encode(text: str, encoding: str = "latin1") -> bytes:
     if encoding != "latin1":
         raise ForbiddenObject(f"a text in {encoding}")
     return text.encode("latin1")
+
+
+def _nothing() -> bytes:
+    """How protocol 2 writes no bytes."""
+    return b""
+
+
+def _from_buffer(content: Any, dtype: np.dtype[Any], shape: Any, order: str) -> np.ndarray:
+    """How protocol 5 writes an array."""
+    return np.frombuffer(content, dtype).reshape(shape, order="F" if order == "F" else "C")
+
+
+_ALLOWED: dict[tuple[str, str], Any] = {
+    ("numpy.core.multiarray", "_reconstruct"): _array,
+    ("numpy.core.multiarray", "scalar"): _scalar,
+    ("numpy.core.numeric", "_frombuffer"): _from_buffer,
+    ("numpy", "ndarray"): _ArrayKind,
+    ("numpy", "dtype"): _dtype,
+    ("collections", "OrderedDict"): collections.OrderedDict,
+    ("_codecs", "encode"): _encode,
+    ("builtins", "bytes"): _nothing,
+}

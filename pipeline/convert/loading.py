@@ -8,13 +8,16 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from pipeline.errors import CheckpointError
 from pipeline.models.config import SIZES
 from pipeline.models.position import interpolate
 from pipeline.stages.base import Stage
 
+TRUNK = "trunk."
 POSITION_TABLE = "trunk.pos_embed"
+PATCHES = "trunk.patch_embed.proj.weight"
 SAME_MODEL = "make options.model the same as in the run the weights come from"
 UNSEEN_IN_SHAPES = ("heads", "gelu", "norm_eps", "position")
 """Options of the trunk that change what the same weights compute, though every shape fits."""
@@ -63,9 +66,10 @@ def load_initial(
 ) -> LoadReport:
     """Copy the parameters under `prefixes` from `weights` into a stage that was just built (fp32).
 
-    Loading is strict: each such parameter must be there in its shape. Two exceptions: a trained position table is
-    evaluated for the stage's grid by the trunk's own interpolation, and one that the source doesn't have (its table
-    was fixed) keeps its initial values.
+    Loading is strict: each such parameter must be there in its shape. The exceptions: a trained position table is
+    evaluated for the stage's grid by the trunk's own interpolation; one that the source doesn't have (its table was
+    fixed) keeps its initial values, as does what adds nothing until it is trained (`ViT.adds_nothing_at_first`); and
+    where the stage allows it, a patch embedding is resized to the stage's patches.
 
     Args:
         where: where the weights come from, for messages.
@@ -83,7 +87,10 @@ def load_initial(
             new.append(name)
             continue
         source = weights.get(name)
-        if source is None and name == POSITION_TABLE:
+        own_start = name == POSITION_TABLE or (
+            name.startswith(TRUNK) and stage.trunk.adds_nothing_at_first(name.removeprefix(TRUNK))
+        )
+        if source is None and own_start:
             new.append(name)
             continue
         if source is None:
@@ -94,6 +101,9 @@ def load_initial(
             )
         if source.shape != target.shape and name == POSITION_TABLE:
             source = _resized_table(stage, source, where)
+            resized.append(name)
+        elif name == PATCHES and stage.resizes_patches and _differ_in_size_alone(source, target):
+            source = F.interpolate(source.float(), target.shape[2:], mode="bicubic", align_corners=False)
             resized.append(name)
         elif source.shape != target.shape:
             raise CheckpointError(
@@ -110,9 +120,14 @@ def load_initial(
 
 
 def _resized_table(stage: Stage, source: Tensor, where: str) -> Tensor:
-    """A position table [1, prefix + N, D] of a square grid, evaluated for the trunk's own grid."""
+    """A position table [1, prefix + N, D] of a square grid, evaluated for the trunk's own grid.
+
+    A row for a cls token is left out where the trunk has none: n and n + 1 are never both squares above 1.
+    """
     config = stage.trunk.config
     num_prefix = int(config.cls_token)
+    if num_prefix == 0 and math.isqrt(max(source.shape[1] - 1, 0)) ** 2 == source.shape[1] - 1:
+        source = source[:, 1:]  # of the cls token, which a trunk for dense prediction leaves behind
     num_patches = source.shape[1] - num_prefix
     side = math.isqrt(max(num_patches, 0))
     if side * side != num_patches or source.shape[2] != stage.trunk.width:
@@ -123,6 +138,11 @@ def _resized_table(stage: Stage, source: Tensor, where: str) -> Tensor:
         )
     table = interpolate(source[0, num_prefix:].float(), (side, side), config.position_grid, config.interpolation)
     return torch.cat([source[:, :num_prefix].float(), table.unsqueeze(0)], dim=1)
+
+
+def _differ_in_size_alone(source: Tensor, target: Tensor) -> bool:
+    """Whether two patch embeddings [D,3,p,p] are for patches of different size, and otherwise alike."""
+    return source.ndim == target.ndim == 4 and source.shape[:2] == target.shape[:2] and source.shape != target.shape
 
 
 def _told(model: Mapping[str, Any], key: str) -> object:

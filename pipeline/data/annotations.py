@@ -6,13 +6,14 @@ are class numbers from 0.
 
 Rules: a box is clipped to the image; an object whose clipped box is narrower or lower than one pixel is left out, as
 in detectron2's filter of empty instances; crowd regions stay and are marked, for a loss or an evaluation to pass over.
+An evaluation takes every object as annotated instead, since COCO's figures count them so.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -22,8 +23,11 @@ from pipeline.data.images import UnreadableSample
 MIN_SIDE = 1.0  # pixels
 
 
-def read_instances(sample: RawSample, height: int, width: int) -> Instances:
-    """The annotated objects of a sample's stored image of `height` x `width` pixels, those of no area left out.
+def read_instances(sample: RawSample, height: int, width: int, *, as_annotated: bool = False) -> Instances:
+    """The annotated objects of a sample's stored image of `height` x `width` pixels, by the rules above.
+
+    Args:
+        as_annotated: keep every object and every box as it is, for an evaluation.
 
     Raises:
         UnreadableSample: there are no annotations, or they aren't as described above.
@@ -32,27 +36,37 @@ def read_instances(sample: RawSample, height: int, width: int) -> Instances:
     if data is None:
         raise UnreadableSample("no json member")
     try:
-        objects = [_parse(item, height, width) for item in json.loads(data)["annotations"]]
+        objects = [_parse(item, height, width, as_annotated) for item in json.loads(data)["annotations"]]
     except (KeyError, TypeError, ValueError) as error:
         reason = f"{error.args[0]!r} is missing" if isinstance(error, KeyError) else str(error)
         raise UnreadableSample(f"damaged annotations ({reason})") from error
     kept = [item for item in objects if item is not None]
     return Instances(
-        boxes=torch.tensor([box for box, _, _, _ in kept], dtype=torch.float32).reshape(-1, 4),
-        labels=torch.tensor([label for _, label, _, _ in kept], dtype=torch.int64),
-        masks=tuple(mask for _, _, mask, _ in kept),
-        crowd=torch.tensor([crowd for _, _, _, crowd in kept], dtype=torch.int64),
+        boxes=torch.tensor([item.box for item in kept], dtype=torch.float32).reshape(-1, 4),
+        labels=torch.tensor([item.label for item in kept], dtype=torch.int64),
+        masks=tuple(item.mask for item in kept),
+        crowd=torch.tensor([item.crowd for item in kept], dtype=torch.int64),
+        areas=torch.tensor([item.area for item in kept], dtype=torch.float32),
     )
 
 
-def _parse(
-    item: Any, height: int, width: int
-) -> tuple[tuple[float, float, float, float], int, Mapping[str, object], int] | None:
-    """(box as corners, label, mask, crowd) of one annotation, None for one without area."""
+class _Object(NamedTuple):
+    box: tuple[float, float, float, float]  # corners
+    label: int
+    mask: Mapping[str, object]
+    crowd: int
+    area: float
+
+
+def _parse(item: Any, height: int, width: int, as_annotated: bool) -> _Object | None:
+    """One annotation; None for one without area."""
     x, y, w, h = (float(number) for number in item["bbox"])
-    if not all(abs(number) < 1e9 for number in (x, y, w, h)):
-        raise ValueError("a box that isn't finite")
-    box = (max(x, 0.0), max(y, 0.0), min(x + w, float(width)), min(y + h, float(height)))
+    area = float(item.get("area", w * h))
+    if not all(abs(number) < 1e9 for number in (x, y, w, h)) or not 0 <= area < 1e18:
+        raise ValueError("a box or an area that isn't finite")
+    box = (x, y, x + w, y + h)
+    if not as_annotated:
+        box = (max(x, 0.0), max(y, 0.0), min(x + w, float(width)), min(y + h, float(height)))
     label = item["category_id"]
     if not isinstance(label, int) or label < 0:
         raise ValueError(f"category_id {label!r} is no class number")
@@ -60,6 +74,7 @@ def _parse(
     size, counts = mask["size"], mask["counts"]
     if list(size) != [height, width] or not isinstance(counts, str):
         raise ValueError(f"a mask of size {size} on an image of {[height, width]}, or not run-length encoded")
-    if box[2] - box[0] < MIN_SIDE or box[3] - box[1] < MIN_SIDE:
+    if not as_annotated and (box[2] - box[0] < MIN_SIDE or box[3] - box[1] < MIN_SIDE):
         return None
-    return box, label, {"size": [height, width], "counts": counts.encode("ascii")}, int(bool(item.get("iscrowd", 0)))
+    encoded = {"size": [height, width], "counts": counts.encode("ascii")}
+    return _Object(box, label, encoded, int(bool(item.get("iscrowd", 0))), area)

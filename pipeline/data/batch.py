@@ -38,6 +38,7 @@ class Instances(NamedTuple):
     masks: tuple[Mapping[str, object], ...]  # COCO RLE: {"size": [h, w], "counts": bytes}
     crowd: Int[Tensor, " n"]  # 1 = crowd region
     view: View | None = None  # how the image at hand shows the stored one; None: it is the stored one
+    areas: Float[Tensor, " n"] | None = None  # as annotated, in pixels of the stored image, by which COCO counts sizes
 
 
 class Example(NamedTuple):

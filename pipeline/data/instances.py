@@ -137,7 +137,8 @@ class InstanceExample:
     Args:
         placement: draws the view.
         objects: `"shown"` puts the objects through the view; `"stored"` leaves them in pixels of the stored image,
-            which is what an evaluation compares with (`View.stored` brings predictions there).
+            all of them and as annotated, which is what an evaluation compares with (`View.stored` brings predictions
+            there).
         interpolation: of the antialiased resize.
         fill: colour of the padding, by default the nearest to ImageNet's mean, which normalises to about zero. A stage
             that wants exact zeros clears what lies outside `instances.view.size`.
@@ -154,7 +155,10 @@ class InstanceExample:
     def __call__(self, sample: RawSample, seed: int) -> Example:
         data = image_member(sample)
         header = read_header(data)
-        stored = read_instances(sample, header.height, header.width)
+        size = (header.height, header.width)
+        stored = (
+            NOTHING if self.objects == "none" else read_instances(sample, *size, as_annotated=self.objects == "stored")
+        )
         view = self.placement(header, seed)
         image = show(data, header, view, self.interpolation, self.fill)
         instances = view_instances(stored, view) if self.objects == "shown" else stored._replace(view=view)

@@ -203,8 +203,7 @@ def _pack(part: Part) -> tuple[dict[str, Any], list[np.ndarray]]:
     batch = part.batch
     present = [(name, tensor.contiguous().numpy()) for name in TENSORS if (tensor := getattr(batch, name)) is not None]
     instances = batch.instances and tuple(
-        item._replace(boxes=item.boxes.numpy(), labels=item.labels.numpy(), crowd=item.crowd.numpy())  # type: ignore[arg-type]
-        for item in batch.instances
+        item._replace(**{name: getattr(item, name).numpy() for name in _present(item)}) for item in batch.instances
     )
     header = {
         "arrays": [(name, array.shape, array.dtype.str) for name, array in present],
@@ -218,9 +217,13 @@ def _pack(part: Part) -> tuple[dict[str, Any], list[np.ndarray]]:
 
 def _tensors(packed: tuple[Any, ...] | None) -> tuple[Instances, ...] | None:
     return packed and tuple(
-        item._replace(**{name: torch.from_numpy(getattr(item, name)) for name in ("boxes", "labels", "crowd")})
-        for item in packed
+        item._replace(**{name: torch.from_numpy(getattr(item, name)) for name in _present(item)}) for item in packed
     )
+
+
+def _present(item: Instances) -> list[str]:
+    """The fields of an image's objects that hold tensors."""
+    return [name for name in ("boxes", "labels", "crowd", "areas") if getattr(item, name) is not None]
 
 
 if __name__ == "__main__":

@@ -154,17 +154,28 @@ def stored_detections(predictions: Predictions, batch: Batch) -> dict[int, list[
     return found
 
 
+def readable(one: Annotation) -> Annotation:
+    """A COCO result as JSON holds it: a mask's run lengths as text."""
+    mask = one.get("segmentation")
+    if mask is None:
+        return one
+    text = {"size": [int(side) for side in mask["size"]], "counts": mask["counts"].decode("ascii")}
+    return {**one, "segmentation": text}
+
+
 def annotations_of(instances: Instances, image_id: int) -> list[Annotation]:
-    """COCO annotations of an image's objects."""
+    """COCO annotations of an image's objects; of the area annotated, or the mask's where none is."""
     from pycocotools import mask as coco_mask
 
     corners = instances.boxes.double()
     sides = torch.cat([corners[:, :2], corners[:, 2:] - corners[:, :2]], dim=1).tolist()
+    areas = [float(coco_mask.area(dict(mask))) for mask in instances.masks]
+    if instances.areas is not None:
+        areas = instances.areas.tolist()
     objects = []
-    for box, label, mask, crowd in zip(
-        sides, instances.labels.tolist(), instances.masks, instances.crowd.tolist(), strict=True
+    for box, label, mask, crowd, area in zip(
+        sides, instances.labels.tolist(), instances.masks, instances.crowd.tolist(), areas, strict=True
     ):
-        area = float(coco_mask.area(dict(mask)))
         one = {"image_id": image_id, "category_id": label, "bbox": box, "area": area, "iscrowd": crowd}
         objects.append(one | {"segmentation": dict(mask)})
     return objects

@@ -78,13 +78,13 @@ def pool(
     sides = ((together[:, 2] - together[:, 0]) * (together[:, 3] - together[:, 1])).clamp(min=0).sqrt()
     middle = strides[0] * 4 * CANONICAL_PATCHES  # a patch is four strides of the finest level
     level_of = (2 + torch.log2(sides / middle + 1e-8)).floor().clamp(0, len(levels) - 1)
-    out = together.new_zeros(len(together), levels[0].shape[1], side, side)
+    places, pooled = [], []
     for number_of_level, (level, stride) in enumerate(zip(levels, strides, strict=True)):
         here = (level_of == number_of_level).nonzero().flatten()
+        places.append(here)
         # Also where nothing lies in a level: every rank then goes the same way backwards.
-        pooled = roi_align(level.float(), regions[here], side, 1 / stride, sampling_ratio=0, aligned=True)
-        out = out.index_put((here,), pooled)
-    return out
+        pooled.append(roi_align(level.float(), regions[here], side, 1 / stride, sampling_ratio=0, aligned=True))
+    return torch.cat(pooled)[torch.cat(places).argsort()]
 
 
 class BoxHead(nn.Module):

@@ -116,6 +116,13 @@ class ViT(nn.Module):
             return int(parameter.split(".")[1]) + 1
         return self.num_layers if parameter.startswith(("norm.", "blocks.")) else 0
 
+    @staticmethod
+    def adds_nothing_at_first(parameter: str) -> bool:
+        """Whether a parameter (named within the trunk) starts so that the trunk computes what it would without it:
+        relative positions and convolutions between blocks. Weights of a plain trunk don't hold them.
+        """
+        return parameter.endswith((".rel_pos_h", ".rel_pos_w")) or ".residual." in parameter
+
     def _through_blocks(
         self, x: Tensor, scale: Tensor | None, sources: Tensor | None, grid: tuple[int, int], taps: Sequence[int]
     ) -> tuple[Tensor, tuple[Tensor, ...]]:

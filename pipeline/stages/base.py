@@ -69,6 +69,7 @@ class Stage(nn.Module, abc.ABC):
 
     options: ClassVar[type[Config]]
     question: ClassVar[type[Config]] = Question
+    resizes_patches: ClassVar[bool] = False  # whether weights for patches of another size may start it
     limits: ClassVar[Mapping[str, tuple[float, float]]] = {}  # parameter name -> range held on the fp32 masters
     trunk: ViT
 

@@ -20,15 +20,15 @@ from pipeline.config import Config
 from pipeline.data.batch import Batch, Instances, Transform
 from pipeline.data.instances import Fitted, InstanceExample, LargeScaleJitter, decode_masks
 from pipeline.evaluate.base import Evaluation, Predictions
-from pipeline.evaluate.coco import CocoEvaluation
+from pipeline.evaluate.coco import CocoEvaluation, readable, stored_detections
 from pipeline.models.patch_embed import StemNorm
 from pipeline.models.proposals import DetectorConfig, ProposalNetwork, Targets
 from pipeline.models.pyramid import NUM_LEVELS, SimplePyramid, TappedPyramid, as_map, quarter_taps
 from pipeline.models.rcnn import BoxHeads, Detections, level_strides, pool
 from pipeline.models.rcnn_masks import POOLED_SIDE, MaskHead, mask_losses
 from pipeline.models.vit import ViT
-from pipeline.stages.base import DataFacts, Losses, Picture, Stage
-from pipeline.stages.dense import check_dense_model, content_pixels, content_size, instances_of
+from pipeline.stages.base import Answer, DataFacts, Losses, Picture, Question, Stage
+from pipeline.stages.dense import PlacedExample, check_dense_model, content_pixels, content_size, instances_of
 from pipeline.stages.images import ImageOptions, require_classes
 from pipeline.stages.overlays import detection_pictures
 
@@ -55,10 +55,18 @@ class VitDetOptions(ImageOptions):
         return self
 
 
+class DetectionQuestion(Question):
+    """What `vitrail predict` may be told beside the images."""
+
+    above: float = 0.5  # score of what is told and drawn; 0 tells everything that passed the score threshold
+
+
 class VitDetStage(Stage):
     """Trunk, pyramid, proposals, and heads for boxes and masks."""
 
     options: ClassVar[type[Config]] = VitDetOptions
+    question: ClassVar[type[Config]] = DetectionQuestion
+    resizes_patches: ClassVar[bool] = True  # MAE's ViT-H has patches of 14 pixels, ViTDet's of 16
 
     def __init__(self, options: VitDetOptions, data: DataFacts) -> None:
         super().__init__(options, data)
@@ -131,6 +139,21 @@ class VitDetStage(Stage):
         if train:
             return InstanceExample(LargeScaleJitter(canvas, self.config.jitter, self.config.flip))
         return InstanceExample(Fitted(canvas), objects="stored")
+
+    def view(self) -> Transform:
+        return PlacedExample(Fitted(self.config.model.image_hw))
+
+    def answer(self, batch: Batch, question: DetectionQuestion) -> list[Answer]:
+        """What is found, as COCO's results in pixels of the image, with the class's name."""
+        predictions = self.predict(batch)
+        pictures = detection_pictures(batch, predictions, self.data.classes, most=len(batch), above=question.above)
+        found = stored_detections(predictions, batch)
+        answers = []
+        for i, picture in zip(sorted(found), pictures, strict=True):
+            kept = [one for one in found[i] if one["score"] > question.above]
+            named = [{"class": self.data.classes[one["category_id"]], **readable(one)} for one in kept]
+            answers.append(Answer({"detections": named}, (picture,)))
+        return answers
 
     def evaluations(self) -> Mapping[str, Evaluation]:
         return {"coco": CocoEvaluation(self.data.classes, masks=self.masks is not None)}

@@ -15,7 +15,7 @@ from pipeline.models.vit import ViT
 from pipeline.stages import stage_class
 from pipeline.stages.base import DataFacts
 from pipeline.train.config import TrainConfig
-from pipeline.train.optim import peak_rate
+from pipeline.train.optim import peak_rate, scheduled_rate
 
 EPOCH = 1281167  # images of ImageNet-1k's training set
 FOLDERS = ("pretrain", "finetune")
@@ -91,6 +91,12 @@ VIT_C = {
     "ema": pytest.approx(1e-5 * 2048 / 400, rel=2e-3),  # pycls: 32 times that, every 32 steps
 }  # fmt: skip
 SMALL_RATE, LARGE_RATE = {"lr": 1e-3, "wd": 0.24}, {"lr": 6e-4, "wd": 0.28}
+VITDET = {
+    "patch": 16, "batch": 64, "lr": 1e-4, "wd": 0.1, "betas": (0.9, 0.999), "schedule": "step", "cls": False,
+    "position": "sincos2d", "trained": True, "eps": 1e-6, "gelu": "erf", "optimizer": "adamw", "jitter": (0.1, 2.0),
+    "flip": True, "pyramid": "simple", "clip": 0, "decay_norms": False,
+}  # fmt: skip
+FPN = {"lr": 8e-5, "schedule": "cosine", "decay": 1.0, "pyramid": "fpn"}
 LARGE_STEM = (64, 128, 128, 256, 256, 512)
 B, L, H = (768, 12, 3072, 12), (1024, 24, 4096, 16), (1280, 32, 5120, 16)
 # Width, heads and blocks of the text tower are compared in `test_text_towers_are_the_papers`.
@@ -137,6 +143,17 @@ TABLE: list[tuple[str, str | None, dict[str, Any]]] = [
     ("pretrain/vit_c", "C-1GF", VIT_C | SMALL_RATE | {"shape": (192, 11, 576, 3), "stem": (24, 48, 96, 192)}),
     ("pretrain/vit_c", "C-4GF", VIT_C | SMALL_RATE | {"shape": (384, 11, 1152, 6), "stem": (48, 96, 192, 384)}),
     ("pretrain/vit_c", "C-18GF", VIT_C | SMALL_RATE | {"shape": (768, 11, 3072, 12), "stem": LARGE_STEM}),
+    *(
+        (f"finetune/{recipe}", size, VITDET | {"shape": shape, "decay": decay, "drop_path": drop})
+        for recipe in ("vitdet", "vitdet_cascade")
+        for size, shape, decay, drop in ((None, B, 0.7, 0.1), ("L", L, 0.8, 0.4))
+    ),
+    *(
+        (f"finetune/{recipe}", "H", VITDET | {"shape": H, "decay": 0.9, "drop_path": 0.5, "decay_norms": True})
+        for recipe in ("vitdet", "vitdet_cascade")
+    ),
+    ("finetune/vitdet_fpn", None, VITDET | FPN | {"shape": B, "drop_path": 0.1}),
+    ("finetune/vitdet_fpn", "L", VITDET | FPN | {"shape": L, "drop_path": 0.3}),
     ("pretrain/vit_c", "C-36GF", VIT_C | LARGE_RATE | {"shape": (1024, 13, 4096, 16), "stem": LARGE_STEM}),
     *(
         (f"{folder}/{name}", size, facts | TWO_TOWERS[size])
@@ -245,3 +262,26 @@ def test_a_trunk_of_each_stem_halves_down_to_patches() -> None:
         trunk = ViT(options.model)
         patches = trunk.patch_embed(torch.empty(1, 3, 224, 224))
     assert patches.shape == (1, 196, 768)
+
+
+@pytest.mark.parametrize(
+    ("size", "depth", "iterations", "drops"),
+    [("B", 12, 184375, (163889, 177546)), ("L", 24, 184375, (163889, 177546)), ("H", 32, 138281, (122916, 133159))],
+)
+def test_vitdet_trains_as_long_as_detectron2_and_lowers_the_rate_at_the_same_iterations(
+    size: str, depth: int, iterations: int, drops: tuple[int, int]
+) -> None:
+    config, options = read("configs/finetune/vitdet.yaml", size)
+    assert config.length_samples == 64 * iterations
+    assert options.model.global_blocks == tuple(depth // 4 * quarter - 1 for quarter in (1, 2, 3, 4))
+    assert (options.model.window, options.model.grid, options.model.position_grid) == (14, (64, 64), (14, 14))
+
+    def rate(iteration: int) -> float:
+        return scheduled_rate(config.optim, 1e-4, 64 * iteration, config.length_samples)
+
+    assert rate(250) == rate(drops[0] - 1) == pytest.approx(1e-4)
+    assert rate(drops[0]) == rate(drops[1] - 1) == pytest.approx(1e-5)
+    assert rate(drops[1]) == rate(iterations - 1) == pytest.approx(1e-6)
+    assert rate(125) == pytest.approx(0.5e-4)  # half of 250 iterations of warm-up
+    cascade, plain = (read(f"configs/finetune/{name}.yaml", size)[1] for name in ("vitdet_cascade", "vitdet"))
+    assert (cascade.detector.cascade, plain.detector.cascade) == (True, False)
