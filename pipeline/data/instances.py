@@ -155,10 +155,7 @@ class InstanceExample:
     def __call__(self, sample: RawSample, seed: int) -> Example:
         data = image_member(sample)
         header = read_header(data)
-        size = (header.height, header.width)
-        stored = (
-            NOTHING if self.objects == "none" else read_instances(sample, *size, as_annotated=self.objects == "stored")
-        )
+        stored = read_instances(sample, header.height, header.width, as_annotated=self.objects == "stored")
         view = self.placement(header, seed)
         image = show(data, header, view, self.interpolation, self.fill)
         instances = view_instances(stored, view) if self.objects == "shown" else stored._replace(view=view)

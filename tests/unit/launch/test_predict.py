@@ -37,6 +37,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "mp3": {"model": MODEL},
     "classify": {"model": MODEL, "head_init_std": 0.5},
     "probe": {"model": MODEL, "lr_multipliers": [0.5, 1.0, 2.0]},
+    "vitdet": {
+        "model": MODEL | {"cls_token": False, "final_norm": False},
+        "detector": {"pyramid_channels": 8, "box_width": 8, "score_threshold": 0.01, "detections": 5},
+    },
     "flip": {"model": MODEL, "text": {"context_length": 8, "width": 16, "heads": 2, "layers": 1}, "embed_dim": 16},
 }
 CLASSES = ("cat", "dog", "owl")
@@ -270,3 +274,30 @@ def test_sam_segments_what_points_and_boxes_ask_for_in_pixels_of_each_image(imag
         predicted(stage, [str(images)], tmp_path, questions=["points=[[60, 30]]"])
     with pytest.raises(ConfigError, match="nothing is asked"):
         predicted(stage, [str(images)], tmp_path)
+
+
+def test_a_detector_tells_cocos_results_in_pixels_of_the_image(tmp_path: Path) -> None:
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for seed, name in enumerate(("000000000042.png", "000000000007.png")):
+        noise(seed, 40, 56).save(folder / name)
+    convert.save(build("vitdet"), str(tmp_path / "det.safetensors"), "vitrail")
+    asked = Asked(questions=("above=0.0",))
+    document, lines, _ = predict(str(tmp_path / "det.safetensors"), [str(folder)], str(tmp_path / "out"), asked, print)
+    results = json.loads((tmp_path / "out" / "coco_results.json").read_text())
+    told = [one for image in document["images"] for one in image["detections"]]
+    assert len(results) == len(told) > 0
+    assert {one["image_id"] for one in results} == {7, 42}
+    assert {one["class"] for one in told} <= set(CLASSES)
+    from pycocotools import mask as coco_mask
+
+    for one in results:
+        x, y, w, h = one["bbox"]
+        assert -1e-3 <= x <= x + w <= 56 + 1e-3
+        assert -1e-3 <= y <= y + h <= 40 + 1e-3
+        assert one["segmentation"]["size"] == [40, 56]
+        left, top, width, height = coco_mask.toBbox(one["segmentation"])
+        assert width == 0 or (left >= x - 1 and top >= y - 1 and left + width <= x + w + 1)
+        assert height == 0 or top + height <= y + h + 1
+    assert (tmp_path / "out" / "000000000042.png").exists()
+    assert any(name in line for line in lines for name in CLASSES)
