@@ -219,6 +219,7 @@ def alike(ours: Sequence[tuple[Tensor, ...]], peer: Sequence[tuple[Tensor, ...]]
 def from_s3(manifest: Manifest, folder: Path, pairs: int, notes: dict[str, Any]) -> Comparison:
     """Wall time of steps from a server of this machine against steps from its disk, one worker each."""
     before = dict(os.environ)
+    (folder / "s3" / "bench-marks").mkdir(parents=True)
     with S3Server(folder / "s3") as server:
         os.environ.update(server.environment)
         try:

@@ -60,7 +60,7 @@ def plan_training(document: Document, *, where: str, workers: int | None, nodes:
     gpus = torch.cuda.device_count()
     world_size = nodes * (workers or gpus or 1)
     resolved = resolve(config, World(0, world_size, 0), torch.device("cuda" if gpus else "cpu"))
-    lines = [f"run {config.run_url}, stage {config.stage}", *resolved.lines()]
+    lines = [f"run {config.run_url}, stage {config.stage}", *resolved.lines(), *_plan_reading(config, world_size)]
     plan: dict[str, Any] = {"kind": "train", "run": config.run_url, "stage": config.stage, **resolved.document()}
     counted, why_not = _count_parameters(config)
     if counted is None:
@@ -74,6 +74,32 @@ def plan_training(document: Document, *, where: str, workers: int | None, nodes:
         plan["model_state_bytes_per_rank"] = states
         lines.append(f"{states / 2**20:.1f} MiB of model states per rank; activations and buffers come on top")
     return plan, lines
+
+
+def _plan_reading(config: TrainConfig, world_size: int) -> list[str]:
+    """What reading the data comes to; nothing where they can't be read yet.
+
+    Raises:
+        ConfigError: ranks and workers that the data can't serve.
+        DataError: sets too small for the global batch.
+    """
+    from pipeline.data.capacity import advice, check_batch, check_data, held_bytes
+    from pipeline.train.data import read_sources
+
+    data = config.data
+    shape = {"world_size": world_size, "workers": data.workers, "lanes": data.lanes}
+    check_batch(data.global_batch, copies=data.crops_per_image, **shape)
+    try:
+        sources = read_sources(data.sources)
+    except (UserError, FileNotFoundError):
+        return []
+    check_data(sources, data.global_batch, data.crops_per_image)
+    held = held_bytes(sources, window=data.window, **shape)
+    return [
+        f"{sum(source.num_samples for source in sources)} training samples, {data.workers} loader worker(s) per rank; "
+        f"a rank holds about {held / 2**20:.1f} MiB of encoded samples",
+        *advice(data.global_batch, **shape),
+    ]
 
 
 def state_bytes(num_parameters: int, num_trained: int, zero_stage: int, world_size: int, precision: str) -> int:

@@ -35,6 +35,7 @@ READ_TIMEOUT_S = 60
 PART_SIZE_BYTES = 16 * 2**20  # objects of two parts and more are uploaded in parts
 _MAX_COPY_BYTES = 5 * 10**9  # the protocol's limit on a copy in one request
 MAX_PARTS = 9_000  # the protocol allows 10,000
+_PIECE_BYTES = 256 * 1024  # of a body, received at once
 PARTIAL_SUFFIX = ".partial"  # local files being written; never listed
 # botocore doesn't ask again for a body that breaks off, so all of that falls to these: where a twentieth of all bodies
 # breaks off, three tries lose one read in 8000, six one in 60 million.
@@ -300,11 +301,39 @@ class _S3:
         return bytes(self._call(url, lambda: self._fs.cat_file(f"{bucket}/{key}", max_concurrency=1)))
 
     def read_range(self, url: str, start: int, stop: int) -> bytes:
+        """A body that breaks off is gone on with from where it broke, and only tries without progress count."""
+        from fsspec.asyn import sync
+
         bucket, key = _bucket_and_key(url)
-        try:
-            return bytes(self._call(url, lambda: self._fs.cat_file(f"{bucket}/{key}", start=start, end=stop)))
-        except _RangeBeyondEnd:
-            return b""
+        received, tag = bytearray(), ""
+
+        async def go_on() -> None:
+            nonlocal tag
+            at = start + len(received)
+            reply = await self._fs._call_s3("get_object", Bucket=bucket, Key=key, Range=f"bytes={at}-{stop - 1}")
+            body = reply["Body"]
+            try:
+                if tag not in ("", reply.get("ETag", "")):  # another object stands there now: none of it may be mixed
+                    received.clear()
+                    tag = ""
+                    raise ConnectionError("the object changed while it was read")
+                tag = reply.get("ETag", "")
+                while piece := await body.read(_PIECE_BYTES):
+                    received.extend(piece)
+            finally:
+                body.close()
+
+        while len(received) < stop - start:
+            before = len(received)
+            try:
+                self._call(url, lambda: sync(self._fs.loop, go_on))
+                break  # as much as there is
+            except _RangeBeyondEnd:
+                break
+            except StorageUnavailable:
+                if len(received) <= before:
+                    raise
+        return bytes(received)
 
     def write(self, url: str, data: Data) -> None:
         self._call(url, lambda: self._put(url, data, "overwrite"))

@@ -167,9 +167,10 @@ def facts(groups: Sequence[Group]) -> Iterator[Markup]:
             ("Initial weights", _code(config.get("init_from"))),
             ("Began from", _code(status.get("resumed_from"))),
             ("Weights SHA-256", _code(status.get("weights_sha256"))),
-            ("Data", _code(_nested(config, "data", "train"))),
+            ("Data", _code(_training_sets(_nested(config, "data", "train")))),
             ("Global batch", _count(_nested(config, "data", "global_batch"))),
             ("Steps skipped", _count(run.train[-1].get("num_skipped") or None) if run.train else ""),
+            ("Waited for data, by rank", _waits(run)),
             ("Samples absent", _count(sum(line.get("num_absent", 0) for line in run.train) or None)),
             ("Message", status.get("message")),
             *((_capital(name), value) for name, value in run.details.items() if isinstance(value, str | int | float)),
@@ -180,6 +181,30 @@ def facts(groups: Sequence[Group]) -> Iterator[Markup]:
     if common:
         yield element("h3", "Environment of every run" if len(environments) > 1 else "Environment")
         yield _definitions(list(_environment(common)))
+
+
+def _training_sets(train: object) -> object:
+    """A run's training data: one folder, or several."""
+    if not isinstance(train, Sequence) or isinstance(train, str):
+        return train
+    return ", ".join(str(source["url"]) if isinstance(source, Mapping) else str(source) for source in train)
+
+
+def _waits(run: Run) -> str:
+    """Each rank's share of the training time that it waited for data, those of one number of ranks together."""
+    told = []
+    for world in dict.fromkeys(len(line.get("data_wait_s") or ()) for line in run.train):
+        waits, spent_s = [0.0] * world, 0.0
+        step_before = 0
+        for line in run.train:
+            num_steps, step_before = line["step"] - step_before, line["step"]
+            if world and len(line.get("data_wait_s") or ()) == world and line.get("step_s") and num_steps > 0:
+                waits = [sum(pair) for pair in zip(waits, line["data_wait_s"], strict=True)]
+                spent_s += line["step_s"] * num_steps
+        if spent_s:
+            shares = ", ".join(f"{wait / spent_s:.1%}" for wait in waits[:64])
+            told.append(shares + (f" and {world - 64} more" if world > 64 else ""))
+    return "; ".join(told)
 
 
 def data_sets(sets: Mapping[str, DataSet]) -> Iterator[Markup]:

@@ -167,8 +167,10 @@ def test_waiting_for_data_is_a_share_of_all_steps_since_the_line_before(make_run
         for step in (10, 20)
     ]  # fmt: skip
     (Path(run) / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    charts = [svg["aria-label"] or "" for svg in page({"runs": {"C": run}}).all("svg")]
+    shown = page({"runs": {"C": run}})
+    charts = [svg["aria-label"] or "" for svg in shown.all("svg")]
     assert "Waiting for data (slowest rank). C: 0.2 to 0.2" in charts
+    assert "Waited for data, by rank 2.0%, 20.0%" in shown.text
 
 
 def test_what_was_left_out_of_training_is_told(make_run: Any) -> None:

@@ -95,3 +95,31 @@ def test_the_same_seed_strikes_the_same_requests() -> None:
 
     assert fates(3) == fates(3) != fates(4)
     assert 80 < sum(fates(3)) < 160
+
+
+def test_a_range_that_breaks_off_is_gone_on_with(bucket: str, through: Through) -> None:
+    """Nine of ten replies break off half-way: the rest is asked for, never the whole again."""
+    payload = os.urandom(3_000_000)
+    storage.write(f"{bucket}/there", payload)
+    proxy = through(Fault("reset", 0.9, methods="GET"), seed=4)
+    assert storage.read_range(f"{bucket}/there", 500_000, 2_900_000) == payload[500_000:2_900_000]
+    assert 3 <= proxy.injected["reset"] <= 40, "each try brings half of what is left"
+    proxy.faults = (Fault("truncate", 0.9, methods="GET"),)
+    assert storage.read_range(f"{bucket}/there", 0, 1_000_000) == payload[:1_000_000]
+
+
+def test_a_range_isnt_put_together_of_two_objects(bucket: str, through: Through) -> None:
+    first, second = bytes(1_000_000), b"\1" * 1_000_000
+    storage.write(f"{bucket}/there", first)
+    proxy = through(Fault("reset", 1.0, methods="GET", target="there"))
+    strikes = proxy.strikes
+
+    def replace_after_the_first(method: str, target: str) -> list[Fault]:
+        met = strikes(method, target)
+        if method == "GET" and sum(proxy.requests.values()) == 2:
+            storage.write(f"{bucket}/there", second)
+            proxy.faults = ()
+        return met
+
+    proxy.strikes = replace_after_the_first  # type: ignore[method-assign]
+    assert storage.read_range(f"{bucket}/there", 0, 1_000_000) in (first, second)
