@@ -27,7 +27,8 @@ from pipeline.convert.weights import (
     tensor,
 )
 from pipeline.errors import CheckpointError
-from pipeline.models.config import SIZES, Size
+from pipeline.models.config import SIZES, ModelConfig, Size
+from pipeline.models.position import FixedPositions, interpolate
 from pipeline.models.sam import SamConfig
 from pipeline.stages.sam import SamOptions
 
@@ -160,6 +161,8 @@ def _decoder_options(state: Mapping[str, Tensor], known: Known, decoder: Mapping
 def _outgoing(format_name: str, weights: Weights) -> tuple[SamOptions, dict[str, Tensor]]:
     """Options, and our state with the position table in its grid.
 
+    What the other projects' model always has is filled in, so that it computes the same.
+
     Raises:
         ConfigError: another stage, or a trunk that Segment Anything has none of.
     """
@@ -172,12 +175,8 @@ def _outgoing(format_name: str, weights: Weights) -> tuple[SamOptions, dict[str,
         format_name,
         weights.where,
         {
-            "a fixed position table (train it: model.position_trained)": TABLE not in weights.state,
-            "a position table for another image size": model.position_grid != model.grid,
-            "a trunk without relative positions": not model.relative_positions,
             "images that aren't square": model.grid[0] != model.grid[1],
             "convolutions between blocks": bool(model.conv_blocks),
-            f"position table interpolation {model.interpolation}": model.interpolation != "bicubic",
             "a GELU other than the exact one": model.gelu != "erf",
             "LayerNorm with an epsilon other than 1e-6": model.norm_eps != 1e-6,
             "another patch embedding, norm or scale": model.patch_embed != "linear"
@@ -185,8 +184,31 @@ def _outgoing(format_name: str, weights: Weights) -> tuple[SamOptions, dict[str,
             or model.layer_scale is not None,
         },
     )
-    table = weights.state[TABLE]
-    return options, dict(weights.state) | {TABLE: table.reshape(1, *model.grid, table.shape[2])}
+    return options, dict(weights.state) | _tables(model, weights.state)
+
+
+def _tables(model: ModelConfig, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Position tables that compute the same in their model, which has them all: the absolute one is written out for the
+    image's grid, relative ones that ours has none of are zero.
+    """
+    width, depth, _, heads = model.shape
+    like = state["trunk.patch_embed.proj.weight"]
+    table = state.get(TABLE)
+    found: dict[str, Tensor] = {}
+    if model.position == "none":
+        table = like.new_zeros(1, model.num_patches, width)
+    elif table is None:
+        native = FixedPositions(model.position_grid, width, model.position, model.interpolation)
+        table = native(model.grid, like)[None]
+    elif model.position_grid != model.grid:
+        table = interpolate(table[0], model.position_grid, model.grid, model.interpolation)[None]
+    found[TABLE] = table.reshape(1, *model.grid, width)
+    if not model.relative_positions:
+        for i in range(depth):
+            side = model.window if model.window is not None and i not in model.global_blocks else model.grid[0]
+            for axis in ("h", "w"):
+                found[f"trunk.blocks.{i}.attn.rel_pos_{axis}"] = like.new_zeros(2 * side - 1, width // heads)
+    return found
 
 
 def _renamed(name: str, rules: list[tuple[str, str]]) -> str:

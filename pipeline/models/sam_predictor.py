@@ -53,6 +53,11 @@ class EmbeddedImages(NamedTuple):
     embedded: Embedded
     views: tuple[View, ...]
 
+    def each(self) -> list[EmbeddedImages]:
+        """One by one."""
+        features, size = self.embedded
+        return [EmbeddedImages(Embedded(features[i : i + 1], size), (view,)) for i, view in enumerate(self.views)]
+
 
 class Predictor:
     """A model in use.

@@ -27,6 +27,7 @@ from pipeline.evaluate.promptable import PromptableEvaluation
 from pipeline.losses.masks import dice_loss, focal_loss, mask_iou
 from pipeline.models.noise import uniform
 from pipeline.models.sam import Embedded, SamConfig, SegmentAnything, neck
+from pipeline.models.sam_automatic import AutomaticSettings, automatic_masks
 from pipeline.models.sam_decoder import MASKS_MORE_PROMPTS, MASKS_ONE_PROMPT, Answers, MaskDecoder
 from pipeline.models.sam_predictor import Ask, EmbeddedImages, Predictor
 from pipeline.models.sam_prompts import PromptEncoder, Prompts
@@ -35,7 +36,7 @@ from pipeline.models.vit import ViT
 from pipeline.stages.base import Answer, DataFacts, Losses, Picture, Question, Stage
 from pipeline.stages.dense import PlacedExample, check_dense_model, content_pixels, content_size, instances_of
 from pipeline.stages.images import ImageOptions
-from pipeline.stages.sam_pictures import answer_of, trial_pictures
+from pipeline.stages.sam_pictures import answer_of, everything_of, trial_pictures
 from pipeline.stages.sam_trials import click_trials
 
 PARTS = ("trunk", "neck", "prompt_encoder", "mask_decoder")
@@ -79,11 +80,13 @@ class SamOptions(ImageOptions):
 
 
 class SamQuestion(Question):
-    """What is to be segmented, in pixels of each image."""
+    """What is to be segmented, in pixels of each image; everything, where neither points nor boxes are given."""
 
     points: tuple[tuple[float, ...], ...] = ()  # [x, y] on one object, or [x, y, 0] beside it
     boxes: tuple[tuple[float, float, float, float], ...] = ()  # x0, y0, x1, y1 of an object each
     multimask: bool | None = None  # three masks for each prompt, or one; None: three for a lone point or box
+
+    automatic: AutomaticSettings = AutomaticSettings()  # how everything is found, and what of it is kept
 
     @model_validator(mode="after")
     def _points_are_points(self) -> SamQuestion:
@@ -128,6 +131,7 @@ class SamStage(Stage):
 
     options: ClassVar[type[Config]] = SamOptions
     question: ClassVar[type[Config]] = SamQuestion
+    resizes_patches: ClassVar[bool] = True  # MAE's ViT-H has patches of 14 pixels, SAM's of 16
 
     def __init__(self, options: SamOptions, data: DataFacts) -> None:
         super().__init__(options, data)
@@ -300,17 +304,22 @@ class SamStage(Stage):
         return trial_pictures(batch, predictions)
 
     def answer(self, batch: Batch, question: SamQuestion) -> list[Answer]:
-        """Masks of what the question points at, in COCO's run-length encoding, best first by predicted IoU.
+        """Masks of what the question points at, best first by predicted IoU, or of everything; in COCO's run-length
+        encoding.
 
         Raises:
-            ConfigError: nothing is asked, or a prompt is impossible in one of the images.
+            ConfigError: a prompt is impossible in one of the images, or crops are wanted.
         """
-        views = tuple(v for one in instances_of(batch) if (v := one.view) is not None)
-        ask = question.ask()
-        found = self.predictor().predict(
-            EmbeddedImages(self.embed(batch), views), [ask] * len(batch), multimask=question.multimask
-        )
         assert batch.images is not None
+        views = tuple(v for one in instances_of(batch) if (v := one.view) is not None)
+        embedded, predictor = self.embed(batch), self.predictor()
+        if not question.points and not question.boxes:
+            return [
+                everything_of(image, view, automatic_masks(predictor, one, question.automatic))
+                for image, view, one in zip(batch.images, views, EmbeddedImages(embedded, views).each(), strict=True)
+            ]
+        ask = question.ask()
+        found = predictor.predict(EmbeddedImages(embedded, views), [ask] * len(batch), multimask=question.multimask)
         return [answer_of(image, view, ask, one) for image, view, one in zip(batch.images, views, found, strict=True)]
 
     def trainable(self, name: str) -> bool:

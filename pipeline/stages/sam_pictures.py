@@ -5,6 +5,7 @@ Legend: H W pixels of the stored image, h w of what is shown.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from jaxtyping import Bool, Float, UInt8
 from pycocotools import mask as coco_mask
 from torch import Tensor
 from torch.nn import functional as F
+from torchvision.utils import draw_segmentation_masks
 
 from pipeline.data.batch import Batch, Instances
 from pipeline.data.instances import decode_masks, view_mask
@@ -19,8 +21,10 @@ from pipeline.data.views import View
 from pipeline.evaluate.base import Predictions
 from pipeline.evaluate.promptable import NUM_CLICKS
 from pipeline.models.rcnn_masks import encode_masks
+from pipeline.models.sam_automatic import AutomaticMask
 from pipeline.models.sam_predictor import Ask, Found
 from pipeline.stages.base import Answer, Picture
+from pipeline.stages.overlays import PALETTE
 from pipeline.stages.sam_trials import SHOWN
 
 NUM_PICTURES = 8
@@ -44,6 +48,24 @@ def answer_of(image: UInt8[Tensor, "3 _ _"], view: View, ask: Ask, found: Found)
             panels.append((f"predicted IoU {iou:.2f}", tinted(shown, small)))
         pictures.append(Picture(f"object {number}", tuple((caption, enlarge(panel)) for caption, panel in panels)))
     return Answer({"objects": objects}, tuple(pictures))
+
+
+def everything_of(image: UInt8[Tensor, "3 _ _"], view: View, masks: Sequence[AutomaticMask]) -> Answer:
+    """Masks as SA-1B has them, the surest first; and all of them over the image, small ones above large ones."""
+    h, w = view.size
+    shown = image[:, :h, :w].cpu()
+    ordered = sorted(masks, key=lambda one: -one.predicted_iou)
+    told = [{**one._asdict(), "id": number} for number, one in enumerate(ordered)]
+    covered = torch.zeros(len(ordered), h, w, dtype=torch.bool)
+    for place, one in zip(covered, sorted(ordered, key=lambda one: -one.area), strict=True):
+        stored = decode_masks([one.segmentation], view.source)
+        mask = F.interpolate(stored[None].float(), (h, w), mode="area")[0, 0] >= 0.5
+        covered &= ~mask
+        place |= mask
+    colours = [PALETTE[i % len(PALETTE)] for i in range(len(ordered))]
+    drawn = draw_segmentation_masks(shown, covered, alpha=0.55, colors=colours) if ordered else shown
+    panels = (("original", enlarge(shown)), (f"{len(ordered)} masks", enlarge(drawn)))
+    return Answer({"annotations": told}, (Picture("everything", panels),))
 
 
 def mask_facts(mask: Bool[Tensor, "H W"], predicted_iou: float) -> dict[str, Any]:

@@ -78,9 +78,33 @@ def test_released_checkpoints_name_their_size(tmp_path: Path) -> None:
 
 
 def test_a_trunk_that_segment_anything_has_none_of_is_refused(tmp_path: Path) -> None:
-    stage = tiny_stage(model={**MODEL, "position_trained": False})
-    with pytest.raises(ConfigError, match="position_trained"):
+    stage = tiny_stage(model={**MODEL, "conv_blocks": [0]})
+    with pytest.raises(ConfigError, match="convolutions between blocks"):
         convert.save(stage, str(tmp_path / "sam.pth"), "segment_anything")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"position_trained": False},
+        {"position_image_size": 16},
+        {"relative_positions": False},
+        {"relative_positions": False, "window": None, "global_blocks": []},
+    ],
+)
+def test_what_segment_anything_always_has_is_filled_in_so_that_it_computes_the_same(
+    change: dict[str, object], tmp_path: Path
+) -> None:
+    stage = tiny_stage(model={**MODEL, **change}).eval()
+    convert.save(stage, str(tmp_path / "sam.pth"), "segment_anything")
+    again = convert.load(str(tmp_path / "sam.pth"), "segment_anything", decoder_heads=2)
+    assert isinstance(again, SamStage)
+    assert again.config.model.relative_positions
+    pixels = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(
+        again.model.embed(pixels).features, stage.model.embed(pixels).features, rtol=0, atol=1e-5
+    )
 
 
 def test_a_damaged_checkpoint_is_named(official: str, tmp_path: Path) -> None:

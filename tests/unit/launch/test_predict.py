@@ -272,8 +272,8 @@ def test_sam_segments_what_points_and_boxes_ask_for_in_pixels_of_each_image(imag
     assert len(told[0]["pictures"]) == 2
     with pytest.raises(ConfigError, match="outside of an image of 56x40"):
         predicted(stage, [str(images)], tmp_path, questions=["points=[[60, 30]]"])
-    with pytest.raises(ConfigError, match="nothing is asked"):
-        predicted(stage, [str(images)], tmp_path)
+    with pytest.raises(ConfigError, match="crops need"):
+        predicted(stage, [str(images)], tmp_path, questions=["automatic={crop_layers: 1}"])
 
 
 def test_a_detector_tells_cocos_results_in_pixels_of_the_image(tmp_path: Path) -> None:
@@ -301,3 +301,16 @@ def test_a_detector_tells_cocos_results_in_pixels_of_the_image(tmp_path: Path) -
         assert height == 0 or top + height <= y + h + 1
     assert (tmp_path / "out" / "000000000042.png").exists()
     assert any(name in line for line in lines for name in CLASSES)
+
+
+def test_sam_segments_everything_where_nothing_is_pointed_at(images: Path, tmp_path: Path) -> None:
+    from tests.unit.stages.sam_batches import tiny_stage
+
+    loose = "automatic={points_per_side: 3, min_iou: 0.0, min_stability: 0.0}"
+    told, _ = predicted(tiny_stage().eval(), [str(images)], tmp_path, questions=[loose])
+    assert any(one["annotations"] for one in told)
+    for one in told:
+        ious = [mask["predicted_iou"] for mask in one["annotations"]]
+        assert ious == sorted(ious, reverse=True)
+        assert all(mask["segmentation"]["size"] == [40, 56] for mask in one["annotations"])
+        assert len(one["pictures"]) == 1

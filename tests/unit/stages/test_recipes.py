@@ -90,6 +90,11 @@ VIT_C = {
     "label_smoothing": 0.1, "betas": (0.9, 0.999), "optimizer": "adamw",
     "ema": pytest.approx(1e-5 * 2048 / 400, rel=2e-3),  # pycls: 32 times that, every 32 steps
 }  # fmt: skip
+SAM = {
+    "patch": 16, "wd": 0.1, "betas": (0.9, 0.999), "schedule": "step", "epochs": pytest.approx(90_000 * 256 / EPOCH),
+    "clicks": 8, "repeats": 2, "point_share": 0.5, "box_noise": 0.1, "max_box_noise": 20, "max_objects": 64,
+    "max_area": 0.9, "focal_weight": 20, "dice_weight": 1, "iou_weight": 1, "flip": False, "jitter": None, "cls": False,
+}  # fmt: skip
 SMALL_RATE, LARGE_RATE = {"lr": 1e-3, "wd": 0.24}, {"lr": 6e-4, "wd": 0.28}
 VITDET = {
     "patch": 16, "batch": 64, "lr": 1e-4, "wd": 0.1, "betas": (0.9, 0.999), "schedule": "step", "cls": False,
@@ -163,6 +168,9 @@ TABLE: list[tuple[str, str | None, dict[str, Any]]] = [
         )
         for size in (None, "L", "H")
     ),
+    ("finetune/sam", None, SAM | {"shape": B, "lr": 8e-4, "decay": 0.6, "drop_path": 0.6, "batch": 128}),
+    ("finetune/sam", "L", SAM | {"shape": L, "lr": 4e-4, "decay": 0.8, "drop_path": 0.4, "batch": 128}),
+    ("finetune/sam", "H", SAM | {"shape": H, "lr": 8e-4, "decay": 0.8, "drop_path": 0.4, "batch": 256}),
 ]  # fmt: skip
 
 
@@ -230,6 +238,16 @@ def test_the_official_flips_text_tower_can_be_said(tmp_path: Path) -> None:
     with torch.device("meta"):
         stage = stage_class("flip")(options, DataFacts())
     assert stage.text.token_embedding.weight.shape == (30523, 512)
+
+
+@pytest.mark.parametrize(("size", "steps"), [(None, 180_000), ("L", 180_000), ("H", 90_000)])
+def test_segment_anything_drops_its_rate_where_the_paper_does(size: str | None, steps: int) -> None:
+    config, _ = read("configs/finetune/sam.yaml", size)
+    batch = config.data.global_batch
+    assert config.length_samples == steps * batch
+    assert config.optim.warmup_samples == 250 * batch
+    passed = [round(share * steps) for share in config.optim.drops]
+    assert passed == [steps * 2 // 3, pytest.approx(86_666 * steps / 90_000, abs=1)]
 
 
 def test_scaled_rates_are_the_papers() -> None:

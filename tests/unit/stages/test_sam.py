@@ -162,3 +162,36 @@ def test_the_image_a_click_is_about_may_be_larger_than_the_input() -> None:
     found = stage.predict(batch(large))
     assert found["area"][0, 0] == 3500
     assert (found["places"][0, 0, :2] <= SIDE).all()
+
+
+@pytest.mark.parametrize("source", ["mae", "flip", "classify", "vitdet"])
+def test_any_stages_trunk_may_start_it(source: str) -> None:
+    """Of another image and patch size, with a cls token or without, before relative positions or after."""
+    from pipeline.config import validate
+    from pipeline.convert.loading import load_initial
+    from pipeline.stages import stage_class
+    from pipeline.stages.base import DataFacts
+    from tests.unit.stages.sam_batches import MODEL
+
+    plain = {"width": 32, "depth": 2, "heads": 2, "image_size": 24, "patch_size": 4, "position_trained": True}
+    options: dict[str, dict[str, object]] = {
+        "mae": {"model": plain, "decoder": {"width": 16, "depth": 1, "heads": 2}},
+        "flip": {"model": plain, "text": {"context_length": 8, "width": 16, "heads": 2, "layers": 1}, "embed_dim": 16},
+        "classify": {"model": plain},
+        "vitdet": {"model": MODEL, "detector": {"pyramid_channels": 16, "box_width": 16}},
+    }
+    cls = stage_class(source)
+    torch.manual_seed(1)
+    giver = cls(validate(cls.options, options[source], where="test"), DataFacts(("a", "b")))
+    with torch.no_grad():
+        for parameter in giver.trunk.parameters():
+            parameter.add_(0.1)
+    stage = tiny_stage()
+    report = load_initial(stage, dict(giver.state_dict()), ("trunk.",), where="there")
+    assert torch.equal(stage.trunk.blocks[1].mlp.fc1.weight, giver.trunk.blocks[1].mlp.fc1.weight)
+    new = {name for name in report.new if name.startswith("trunk.")}
+    assert all(".rel_pos_" in name for name in new)
+    assert bool(new) == (source != "vitdet")
+    resized = set() if source == "vitdet" else {"trunk.patch_embed.proj.weight", "trunk.pos_embed"}
+    assert set(report.resized) == resized
+    assert not torch.equal(stage.trunk.pos_embed, tiny_stage().trunk.pos_embed)
