@@ -8,7 +8,16 @@ from typing import Any
 from pipeline.errors import UserError
 from pipeline.run_dir import RunDir
 
-_HEADLINES = ("/top1", "/zeroshot_top1", "/knn_top1", "/reconstruction_mse", "_i2t_r1", "_t2i_r1")
+_HEADLINES = (
+    "/top1",
+    "/zeroshot_top1",
+    "/knn_top1",
+    "/reconstruction_mse",
+    "_i2t_r1",
+    "_t2i_r1",
+    "/box_ap",
+    "/mask_ap",
+)
 
 
 class AttemptTeller:
