@@ -207,7 +207,7 @@ def _under_faults(folder: Path, pairs: int) -> Comparison:
         _engine("Ti", 112) as engine,
     ):
         server.bucket("bench-bucket")
-        batch = _batch(64, 112)
+        batch = _batch(32, 112)
         saver = _Saver(engine, "s3://bench-bucket/checkpoints")
         _steps(engine, batch, None)
         for _ in range(pairs):
