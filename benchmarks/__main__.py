@@ -16,6 +16,7 @@ BENCHMARKS = {
     "loader": "benchmarks.loader",
     "order": "benchmarks.order",
     "checkpoint": "benchmarks.checkpoint",
+    "mae": "benchmarks.mae",
 }
 
 

@@ -15,6 +15,7 @@ import json
 import os
 import resource
 import shlex
+import socket
 import statistics
 import subprocess
 import sys
@@ -226,6 +227,13 @@ def table(comparisons: Sequence[Comparison]) -> str:
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
+
+
+def alone() -> None:
+    """Make a process group of this process meet on a port that nobody else uses."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        os.environ.setdefault("MASTER_PORT", str(listener.getsockname()[1]))
 
 
 def command_line() -> str:

@@ -15,8 +15,8 @@ import psutil
 REPOSITORY = Path(__file__).resolve().parent.parent
 # Instruction sets that decide how fast matrix products and image codecs are.
 CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "amx_int8", "asimd", "bf16", "sve")
-PACKAGES = ("torch", "torchvision", "deepspeed", "ray", "open_clip_torch", "webdataset", "timm", "numpy", "pillow",
-            "simplejpeg", "pyarrow", "fsspec", "s3fs", "safetensors", "vitrail")  # fmt: skip
+PACKAGES = ("torch", "torchvision", "deepspeed", "ray", "open_clip_torch", "webdataset", "timm", "transformers",
+            "numpy", "pillow", "simplejpeg", "pyarrow", "fsspec", "s3fs", "safetensors", "vitrail")  # fmt: skip
 
 
 def machine() -> dict[str, Any]:

@@ -336,7 +336,8 @@ class DeepSpeedEngine:
     def _update(self, any_bad: bool) -> tuple[float, bool]:
         """Reduce gradients and update; the gradient's norm and whether anything was changed."""
         if self.zero_stage == 0:
-            self._ds.buffered_allreduce_fallback(elements_per_buffer=BUCKET_ELEMENTS)
+            if self.world.size > 1:  # it would copy every gradient back and forth for nothing
+                self._ds.buffered_allreduce_fallback(elements_per_buffer=BUCKET_ELEMENTS)
             grads = [p.grad for group in self._groups for _, p in group if p.grad is not None]
             norm = torch.nn.utils.get_total_norm([grad.float() for grad in grads])
             if any_bad or not bool(torch.isfinite(norm)):  # DeepSpeed itself would apply NaN in fp32
