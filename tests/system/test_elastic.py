@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ from tests import train_cases
 from tests.unit.data.conftest import numbered, write_data_set
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
-NUM_SAMPLES, GLOBAL_BATCH, NUM_EPOCHS = 96, 12, 5
+NUM_SAMPLES, GLOBAL_BATCH, NUM_EPOCHS = 96, 12, 8
 
 # What the ranks were given, by position in the run; and steps slow enough to be interrupted.
 RECORDER = """
@@ -85,6 +87,8 @@ def test_a_lost_node_costs_a_worker_and_no_sample_and_its_return_brings_it_back(
         wait_for(lambda: commits(checkpoints)[-1] > reached, "progress of two workers")
         add(cluster)
         wait_for(lambda: run.status().get("world_size") == 3, "an attempt with three workers again")
+        drain(cluster)
+        wait_for(lambda: run.status().get("world_size") == 2, "an attempt without the node that is about to leave")
         code, answer = command.finish()
     finally:
         command.kill_everything()
@@ -92,8 +96,19 @@ def test_a_lost_node_costs_a_worker_and_no_sample_and_its_return_brings_it_back(
     num_steps = NUM_EPOCHS * NUM_SAMPLES // GLOBAL_BATCH
     assert (answer["status"], answer["step"]) == ("done", num_steps)
     assert "room for 3 workers instead of 2: saving, to start again" in command.said
+    assert "is being drained: saving, to start again" in command.said
     assert [line["step"] for line in run.metrics() if line["kind"] == "train"] == list(range(1, num_steps + 1))
     check_samples(place, num_steps)
+
+
+def drain(cluster: Any) -> None:
+    """Announce that one of the nodes will leave, as a cloud does before it takes a machine back."""
+    node = next(iter(cluster.worker_nodes))
+    reason = ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "a test", "--deadline-remaining-seconds"]
+    ray = str(Path(sys.executable).parent / "ray")
+    command = [ray, "drain-node", "--address", cluster.address, "--node-id", node.node_id, *reason, "600"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def check_samples(place: Path, num_steps: int) -> None:
