@@ -17,6 +17,7 @@ BENCHMARKS = {
     "order": "benchmarks.order",
     "checkpoint": "benchmarks.checkpoint",
     "mae": "benchmarks.mae",
+    "sam": "benchmarks.sam",
 }
 
 

@@ -2,7 +2,7 @@
 
 The `json` member of a sample may hold `annotations`, a list of {bbox [x, y, width, height], category_id,
 segmentation {size [h, w], counts (compressed, a string)}, iscrowd, area} in pixels of the stored image. Category ids
-are class numbers from 0.
+are class numbers from 0; without one, as in SA-1B, whose json members are read as they are, an object is of class 0.
 
 Rules: a box is clipped to the image; an object whose clipped box is narrower or lower than one pixel is left out, as
 in detectron2's filter of empty instances; crowd regions stay and are marked, for a loss or an evaluation to pass over.
@@ -67,7 +67,7 @@ def _parse(item: Any, height: int, width: int, as_annotated: bool) -> _Object | 
     box = (x, y, x + w, y + h)
     if not as_annotated:
         box = (max(x, 0.0), max(y, 0.0), min(x + w, float(width)), min(y + h, float(height)))
-    label = item["category_id"]
+    label = item.get("category_id", 0)
     if not isinstance(label, int) or label < 0:
         raise ValueError(f"category_id {label!r} is no class number")
     mask = item["segmentation"]

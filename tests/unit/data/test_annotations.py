@@ -42,6 +42,29 @@ def test_boxes_are_clipped_and_those_without_area_left_out() -> None:
     assert len(instances.masks) == 1
 
 
+def test_sa_1b_is_read_as_it_is() -> None:
+    """Its annotations have no class, and much that nobody asks for."""
+    mask = annotation([3, 4, 10, 5])["segmentation"]
+    theirs = {
+        "image": {"image_id": 1, "width": 30, "height": 20, "file_name": "sa_1.jpg"},
+        "annotations": [
+            {
+                "id": 7,
+                "segmentation": mask,
+                "bbox": [3.0, 4.0, 9.0, 4.0],
+                "area": 50,
+                "predicted_iou": 0.93,
+                "stability_score": 0.97,
+                "crop_box": [0.0, 0.0, 30.0, 20.0],
+                "point_coords": [[7.5, 6.0]],
+            }
+        ],
+    }
+    instances = read_instances(RawSample(0, "sa_1", {"json": json.dumps(theirs).encode()}), 20, 30)
+    assert instances.labels.tolist() == [0]
+    assert coco_mask.area(dict(instances.masks[0])) == 50
+
+
 def test_an_image_without_objects() -> None:
     instances = read_instances(sample(), 20, 30)
     assert instances.boxes.shape == (0, 4)

@@ -79,3 +79,40 @@ def hugging_face_config(decoder_eps: float = 1e-6) -> Any:
             layer_norm_eps=decoder_eps,
         ),
     )
+
+
+def load_into_official(path: str, stage: Any) -> Sam:
+    """The package's model of a stage's shape, with the checkpoint that was written of it."""
+    model, sam = stage.config.model, stage.config.sam
+    width, depth, mlp_width, heads = model.shape
+    side, grid = model.image_hw[0], model.grid[0]
+    made = Sam(
+        image_encoder=ImageEncoderViT(
+            img_size=side,
+            patch_size=model.patch_size,
+            embed_dim=width,
+            depth=depth,
+            num_heads=heads,
+            mlp_ratio=mlp_width / width,
+            out_chans=sam.channels,
+            norm_layer=partial(nn.LayerNorm, eps=1e-6),
+            use_rel_pos=True,
+            window_size=model.window or 0,
+            global_attn_indexes=tuple(range(depth)) if model.window is None else model.global_blocks,
+        ),
+        prompt_encoder=PromptEncoder(
+            embed_dim=sam.channels,
+            image_embedding_size=(grid, grid),
+            input_image_size=(side, side),
+            mask_in_chans=sam.mask_channels,
+        ),
+        mask_decoder=MaskDecoder(
+            transformer_dim=sam.channels,
+            transformer=TwoWayTransformer(
+                depth=sam.depth, embedding_dim=sam.channels, mlp_dim=sam.mlp_width, num_heads=sam.heads
+            ),
+            iou_head_hidden_dim=sam.iou_width,
+        ),
+    )
+    made.load_state_dict(torch.load(path, weights_only=True), strict=True)
+    return made.eval()
