@@ -13,6 +13,7 @@ from benchmarks.harness import RESULTS, UnequalWork, save, table
 BENCHMARKS = {
     "startup": "benchmarks.startup",
     "decode": "benchmarks.decode",
+    "flip": "benchmarks.flip",
     "loader": "benchmarks.loader",
     "order": "benchmarks.order",
     "checkpoint": "benchmarks.checkpoint",

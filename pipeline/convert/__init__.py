@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from pipeline.convert.detectron2 import Detectron2
 from pipeline.convert.files import read_source, write_target
+from pipeline.convert.flip_jax import FlipJax
 from pipeline.convert.hf_clip import HuggingFaceClip
 from pipeline.convert.huggingface import HuggingFaceVit, HuggingFaceVitMae
 from pipeline.convert.mae import Mae, MaeEncoder
@@ -39,6 +40,7 @@ FORMATS: dict[str, Format] = {
         HuggingFaceVit(),
         OpenClip(),
         HuggingFaceClip(),
+        FlipJax(),
         Detectron2(),
         SegmentAnythingFormat(),
         HuggingFaceSam(),

@@ -21,6 +21,7 @@ from torch import Tensor
 from pipeline import storage
 from pipeline.config import Document
 from pipeline.convert.arrays import ForbiddenObject, as_tensors, dump_arrays, load_arrays
+from pipeline.convert.named_arrays import ARCHIVE, dump_archive, read_arrays
 from pipeline.convert.weights import Format, Source, Written, listed
 from pipeline.errors import CheckpointError, ConfigError, StorageError
 
@@ -41,6 +42,8 @@ def read_source(url: str, form: Format) -> Source:
         CheckpointError: there is none, it is damaged or truncated, or it holds code or no tensors.
     """
     config = form.config_file or CONFIG
+    if form.named_arrays and (found := read_arrays(url)) is not None:
+        return Source(url, found, {})
     if url.endswith((SAFETENSORS, *PICKLES)):
         state, said = _read_file(url)
         beside = url.rpartition("/")[0]
@@ -68,6 +71,9 @@ def write_target(url: str, written: Written, form: Format) -> list[str]:
     state = {name: value.detach().cpu().contiguous().clone() for name, value in written.state.items()}
     if url.endswith(SAFETENSORS):
         storage.write(url, _safetensors(state, written.config))
+        return [url]
+    if url.endswith(ARCHIVE) and form.named_arrays:
+        storage.write(url, dump_archive(state))
         return [url]
     if url.endswith(ARRAYS) and form.arrays:
         storage.write(url, dump_arrays(state, form.wrapped_in))

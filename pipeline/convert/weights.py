@@ -78,6 +78,7 @@ class Format(abc.ABC):
     takes: ClassVar[tuple[str, ...]]  # fields of Known that mean something here
     wrapped_in: ClassVar[str | None] = None  # key around the tensors in a pickle
     config_file: ClassVar[str | None] = None  # written beside the weights when the target is a folder
+    named_arrays: ClassVar[bool] = False  # kept as .npz, and read from t5x's folders too
     folder_files: ClassVar[tuple[str, ...]] = ()  # names of weights in a folder, before those all formats share
     pickles: ClassVar[bool] = True  # whether the format is also found in PyTorch's own files
     arrays: ClassVar[bool] = False  # whether it is also found in pickles of numpy arrays (.pkl)

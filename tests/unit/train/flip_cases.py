@@ -18,8 +18,8 @@ from pipeline.train.engine_deepspeed import DeepSpeedEngine
 from tests.unit.train.engine_cases import whole
 
 OPTIONS: dict[str, Any] = {
-    "model": {"width": 16, "depth": 2, "heads": 2, "image_size": 32, "patch_size": 8},
-    "text": {"context_length": 12, "width": 16, "heads": 2, "layers": 2, "vocab_size": 600},
+    "model": {"width": 16, "depth": 1, "heads": 2, "image_size": 32, "patch_size": 8},
+    "text": {"context_length": 12, "width": 16, "heads": 2, "layers": 1, "vocab_size": 600},
     "embed_dim": 8,
     "text_mask_ratio": 0.25,
     "init_scale": 5.0,
