@@ -21,6 +21,8 @@ PATCHES = "trunk.patch_embed.proj.weight"
 SAME_MODEL = "make options.model the same as in the run the weights come from"
 UNSEEN_IN_SHAPES = ("heads", "gelu", "norm_eps", "position")
 """Options of the trunk that change what the same weights compute, though every shape fits."""
+TEXT_UNSEEN_IN_SHAPES = ("tokenizer", "vocab_size", "heads", "causal", "pooling", "mask_padding", "gelu", "norm_eps")
+"""The same of a text tower: with other tokens an embedding's rows mean other words."""
 NO_POSITIONS = ("position", "none")
 
 
@@ -58,6 +60,25 @@ def check_same_trunk(ours: Mapping[str, Any], theirs: Mapping[str, Any], *, wher
             f"the trunk isn't the same: {', '.join(differing)}",
             where=where,
             fix=SAME_MODEL,
+        )
+
+
+def check_same_text(ours: Mapping[str, Any], theirs: Mapping[str, Any], *, where: str) -> None:
+    """Compare what no tensor's shape tells of two text towers, given as the options written ({}: unknown, or defaults).
+
+    Raises:
+        CheckpointError: they differ: the tokens' numbers, or what is computed from them, would mean something else.
+    """
+    differing = [
+        f"{key} {theirs.get(key)} there and {ours.get(key)} here"
+        for key in TEXT_UNSEEN_IN_SHAPES
+        if theirs and theirs.get(key) != ours.get(key)
+    ]
+    if differing:
+        raise CheckpointError(
+            f"the text tower isn't the same: {', '.join(differing)}",
+            where=where,
+            fix="make options.text the same as in the run the weights come from, or leave text. out of init_prefixes",
         )
 
 

@@ -29,6 +29,7 @@ class DataFacts(NamedTuple):
 
     classes: tuple[str, ...] = ()  # label names, from the manifest
     num_samples: int = 0
+    measured_classes: tuple[str, ...] = ()  # label names of the evaluation sets, where the training data have none
 
 
 class Losses(NamedTuple):

@@ -7,6 +7,8 @@ Legend: B pairs, D width of the trunk, E width of the common embedding, L tokens
 
 from __future__ import annotations
 
+import functools
+import logging
 import math
 from collections.abc import Mapping
 from typing import Annotated, ClassVar, Literal
@@ -17,6 +19,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pipeline import ranks
 from pipeline.config import Config
 from pipeline.data.batch import Batch, Transform
 from pipeline.errors import ConfigError
@@ -38,8 +41,16 @@ LOGIT_SCALE_MAX = math.log(100)
 NUM_PICTURES = 6
 NUM_FOUND = 4  # images shown for a caption
 
+log = logging.getLogger("vitrail")
+
 Ratio = Annotated[float, Field(ge=0, lt=1)]
 Measure = Literal["zeroshot", "retrieval", "knn", "linear_probe"]
+
+
+@functools.cache
+def warn_alone() -> None:
+    """Once a process."""
+    log.warning("a batch of one pair has no negatives: nothing can be learnt from it; raise data.global_batch")
 
 
 class RatioFrom(Config):
@@ -136,7 +147,8 @@ class FlipStage(ContrastiveStage):
         self.logit_bias: nn.Parameter | None = None
         if options.loss == "siglip":
             self.logit_bias = nn.Parameter(torch.full((1,), options.init_bias))
-        self.classes = class_names(options.class_names, data.classes)
+        self.labels = data.classes or data.measured_classes
+        self.classes = class_names(options.class_names, self.labels)
         self._check_freeze()
 
     @property
@@ -167,6 +179,8 @@ class FlipStage(ContrastiveStage):
             each = clip_loss(images, texts, weight, scale)
         else:
             each = siglip_loss(images, texts, weight, scale, self.logit_bias)
+        if len(weight) == 1 and ranks.world().size == 1:
+            warn_alone()
         total = (weight * each).sum()
         parts = {"contrastive": total.detach(), "logit_scale": scale.detach().squeeze(0) * weight.sum()}
         if self.logit_bias is not None:
@@ -208,8 +222,8 @@ class FlipStage(ContrastiveStage):
 
     def transform(self, train: bool) -> Transform:
         """Images and tokens; labels where the data have any, for zero-shot classification."""
-        labels = bool(self.data.classes) and not train
-        return captioned_transform(self.config, self.data, train=train, labels=labels, tokenizer=self.tokenizer)
+        num_classes = 0 if train else len(self.labels)
+        return captioned_transform(self.config, train=train, num_classes=num_classes, tokenizer=self.tokenizer)
 
     def evaluations(self) -> Mapping[str, Evaluation]:
         """Zero-shot classification, retrieval both ways, nearest neighbours and a linear probe, as asked for."""

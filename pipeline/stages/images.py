@@ -127,10 +127,8 @@ def image_transform(
     return ImageExample(image=image)
 
 
-def captioned_transform(
-    options: ImageOptions, data: DataFacts, *, train: bool, labels: bool, tokenizer: Tokenize
-) -> Transform:
-    """Samples to uint8 images and the tokens of their captions, with labels where asked for.
+def captioned_transform(options: ImageOptions, *, train: bool, num_classes: int, tokenizer: Tokenize) -> Transform:
+    """Samples to uint8 images and the tokens of their captions, with labels where there are classes.
 
     In training a pair without a caption, or with an empty one, is absent: it would teach that nothing looks like this
     image. In evaluation it stays, with the tokens of an empty caption, and one without a label gets label -1: a set
@@ -140,7 +138,6 @@ def captioned_transform(
     if train:
         image = TrainImage(size=size, scale=options.crop_scale, flip=options.flip)
         return CaptionedExample(image=image, text=tokenizer)
-    num_classes = len(data.classes) if labels else 0
     return MeasuredExample(image=EvalImage(size=size), text=tokenizer, num_classes=num_classes)
 
 

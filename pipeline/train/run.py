@@ -14,7 +14,7 @@ import torch
 
 from pipeline import config as configs
 from pipeline import ranks, storage
-from pipeline.convert.loading import check_same_trunk, load_initial
+from pipeline.convert.loading import check_same_text, check_same_trunk, load_initial
 from pipeline.errors import CheckpointError, DataError, UserError
 from pipeline.run_dir import RunDir, command_line
 from pipeline.stages import stage_class
@@ -94,7 +94,8 @@ def _train(config: TrainConfig, stop: StopSignal, attempt_hint: str | None, watc
     ranks.from_first(lambda: run.prepare(document, resolved.document(), command_line(), complete=_complete))
     try:
         seeded_init(config.seed)
-        stage = cls(options, DataFacts(data.classes, data.num_samples))
+        measured = next((one.classes for one in data.sets.values() if one.classes), ())
+        stage = cls(options, DataFacts(data.classes, data.num_samples, measured))
         return _Run(config, run, resolved, stage, data, attempt_hint, watchdog).go(stop)
     except Exception as error:
         if ranks.world().rank == 0:
@@ -214,7 +215,10 @@ class _Run:
         if found.commits or found.skipped:
             return
         ours = self.stage.trunk.config.model_dump(mode="json")
-        ranks.from_first(lambda: check_same_trunk(ours, read_info(source).get("trunk", {}), where=source))
+        theirs = ranks.from_first(lambda: read_info(source))
+        check_same_trunk(ours, theirs.get("trunk", {}), where=source)
+        if "text.".startswith(self.config.init_prefixes):
+            check_same_text(self._text_options(), theirs.get("text", {}), where=source)
         saved = ranks.from_first(lambda: _Saved(read_saved(source, self.config.init_weights)))
         weights = ranks.broadcast_tensors(saved.tensors)
         report = load_initial(self.stage, weights, self.config.init_prefixes, where=source)
@@ -279,11 +283,17 @@ class _Run:
             "options": self.config.model_dump(mode="json")["options"],
             "train": self.config.data.train,
             "trunk": self.stage.trunk.config.model_dump(mode="json"),
+            "text": self._text_options(),
             "zero_stage": self.resolved.zero_stage,
             "precision": self.resolved.precision,
             "ema": None if self.config.ema is None else self.config.ema.model_dump(mode="json"),
             "data": self.data.identity(),
         }
+
+    def _text_options(self) -> dict[str, object]:
+        """Of a stage with a text tower; {} for others."""
+        text = getattr(getattr(self.stage, "config", None), "text", None)
+        return dict(text.model_dump(mode="json")) if isinstance(text, configs.Config) else {}
 
     def _status_at_start(self, attempt: Attempt, state: State) -> None:
         if not self.is_first:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import math
 import pickle
@@ -13,9 +14,11 @@ from torch.nn import functional as F
 
 from pipeline.config import validate
 from pipeline.data.batch import Batch, RawSample
-from pipeline.errors import ConfigError, DataError
+from pipeline.data.images import UnreadableSample
+from pipeline.errors import CheckpointError, ConfigError, DataError
+from pipeline.evaluate.prompts import class_names, templates
 from pipeline.stages.base import DataFacts
-from pipeline.stages.flip import FlipOptions, FlipStage
+from pipeline.stages.flip import FlipOptions, FlipStage, warn_alone
 
 OPTIONS = {
     "model": {"width": 32, "depth": 2, "heads": 2, "image_size": 32, "patch_size": 8},
@@ -173,3 +176,122 @@ def test_the_transform_travels_to_workers_and_checks_labels() -> None:
 def test_impossible_options_are_refused(changes: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         build(**changes)
+
+
+def sample(**members: bytes) -> RawSample:
+    buffer = io.BytesIO()
+    Image.new("RGB", (50, 40), (200, 30, 30)).save(buffer, "PNG")
+    return RawSample(0, "k", {"png": buffer.getvalue(), **members})
+
+
+def test_a_pair_without_a_caption_is_absent_in_training_and_measured_without_it() -> None:
+    stage = build(evaluate=["zeroshot", "retrieval"])
+    for members in ({}, {"txt": b"  "}):
+        with pytest.raises(UnreadableSample, match=r"caption is empty|no txt member"):
+            stage.transform(train=True)(sample(**members), 0)
+        example = stage.transform(train=False)(sample(**members), 0)
+        assert torch.equal(example.text, stage.tokenizer([""])[0])
+        assert example.label == -1
+    batch = batch_of(stage.eval(), 9)
+    text, labels = batch.text.clone(), batch.labels.clone()
+    text[:2], labels[5] = stage.tokenizer([""])[0], -1
+    some = Batch(batch.ids, batch.seeds, batch.weight, 0, batch.images, text, labels)
+    with torch.no_grad():
+        measured = stage.evaluations()["image_text"](stage.predict, lambda name: [some], ("v",))
+    assert sum(map(sum, measured.details["v/zeroshot_confusion"])) == 8
+    assert measured["v/retrieval_i2t_mean_rank"] <= 7
+
+
+def test_labels_of_the_evaluation_sets_serve_where_the_training_data_have_none() -> None:
+    torch.manual_seed(0)
+    stage = FlipStage(validate(FlipOptions, OPTIONS, where="test"), DataFacts((), 10, CLASSES))
+    assert stage.transform(train=False)(sample(txt=b"a", cls=b"2"), 0).label == 2
+    assert stage.evaluations()["image_text"].classes == CLASSES
+
+
+def test_masks_follow_their_schedule_by_samples_seen() -> None:
+    stage = build(mask_ratio=[{"from_samples": 0, "ratio": 0.75}, {"from_samples": 100, "ratio": 0.0}]).train()
+    seen: list[int] = []
+    stage.trunk.blocks[0].register_forward_pre_hook(lambda module, args: seen.append(args[0].shape[1]))
+    batch = batch_of(stage)
+    for position in (0, 99, 100):
+        stage.embed(dataclasses.replace(batch, position=position))
+    assert seen == [5, 5, 17]
+
+
+def test_frozen_parts_are_not_trained_and_a_misspelt_one_is_refused() -> None:
+    stage = build(freeze=["trunk.", "logit_scale"])
+    assert not stage.trainable("trunk.cls_token")
+    assert stage.trainable("image_projection.weight")
+    with pytest.raises(ConfigError, match=r"begins with 'trunks'"):
+        build(freeze=["trunks"])
+
+
+def test_siglip_has_a_bias_that_starts_as_the_papers() -> None:
+    stage = build(loss="siglip")
+    assert stage.logit_bias.item() == -10
+    assert stage.logit_scale.exp().item() == pytest.approx(10)
+    batch = batch_of(stage)
+    losses = stage.loss(batch)
+    from open_clip.loss import SigLipLoss
+
+    images, texts = stage.embed(batch)
+    theirs = SigLipLoss()(images, texts, stage.logit_scale.exp(), stage.logit_bias)
+    torch.testing.assert_close(losses.total / 6, theirs)
+    assert losses.parts["logit_bias"].item() / 6 == pytest.approx(-10)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"mask_ratio": 0.99}, "keeps none of 16 patches"),
+        ({"mask_ratio": [{"from_samples": 5, "ratio": 0.5}]}, "must begin from_samples 0"),
+        ({"class_names": ["one", "two"]}, "2 names for the data's 3 classes"),
+        ({"class_names": "nowhere.txt"}, "no such file"),
+        ({"templates": "imagenets"}, "no list of templates"),
+        ({"projection": False}, "must be the trunk's width"),
+    ],
+)
+def test_what_cannot_be_is_refused_with_what_to_do(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as refused:
+        build(**changes).evaluations()
+    assert "Fix:" in str(refused.value)
+
+
+def test_open_clips_templates_and_class_names_are_there_by_name() -> None:
+    from open_clip.zero_shot_metadata import IMAGENET_CLASSNAMES, OPENAI_IMAGENET_TEMPLATES
+
+    assert len(templates("openai_imagenet")) == 80
+    assert [t.replace("{}", "cat") for t in templates("openai_imagenet")] == [
+        t("cat") for t in OPENAI_IMAGENET_TEMPLATES
+    ]
+    assert class_names("imagenet", ["x"] * 1000) == tuple(IMAGENET_CLASSNAMES)
+
+
+def test_neighbours_and_a_linear_probe_are_measured_when_asked_for() -> None:
+    """Images of three plain colours: both must name them."""
+    stage = build(evaluate=["knn", "linear_probe"]).eval()
+    assert set(stage.evaluations()) == {"knn", "linear_probe"}
+    batch = batch_of(stage, 30)
+    colours = torch.tensor([[250, 20, 20], [20, 250, 20], [20, 20, 250]], dtype=torch.uint8)
+    images = colours[batch.labels].view(30, 3, 1, 1).expand(-1, -1, 32, 32)
+    plain = dataclasses.replace(batch, images=images.contiguous())
+    figures: dict[str, float] = {}
+    with torch.no_grad():
+        for evaluation in stage.evaluations().values():
+            figures |= evaluation(stage.predict, lambda name: [plain], ("heldout",))
+    assert figures["heldout/knn_top1"] == figures["heldout/linear_probe_top1"] == 1
+
+
+def test_a_batch_of_one_pair_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    warn_alone.cache_clear()
+    stage = build()
+    assert stage.loss(batch_of(stage, 1)).total.isfinite()
+    assert "no negatives" in caplog.text
+
+
+def test_weights_with_other_tokens_are_refused() -> None:
+    from pipeline.convert.loading import check_same_text
+
+    with pytest.raises(CheckpointError, match="vocab_size 4096 there and None here"):
+        check_same_text({"width": 32}, {"width": 32, "vocab_size": 4096}, where="a run")
