@@ -74,7 +74,7 @@ def guide_files(tmp_path: Path) -> Path:
 
 
 def guide_configurations() -> Iterator[tuple[str, str, str]]:
-    """Kind, file name and text of each YAML block; its first line is `# kind: name`. Parts of files are fenced `yml`."""
+    """Kind, file name and text of each YAML block; its first line is `# kind: name`. Parts are fenced `yml`."""
     for block in blocks(GUIDE, "yaml"):
         match = re.match(r"# (\w+): (\S+\.yaml)\n", block)
         assert match, f"a YAML block of the guide lacks its `# kind: name` line:\n{block}"
