@@ -124,8 +124,8 @@ def _places(source: str, sets: Sequence[str], train: str | None) -> dict[str, st
     if TRAIN in named and train is None:
         train = named.pop(TRAIN)
         named = named or {TRAIN + "_set": train}
-    found = train or of_run.get("train")
-    return {**named, **({TRAIN: str(found)} if found else {})}
+    found = train or of_run.get("train")  # of a mixture, no single set is "the" training set: it must be named
+    return {**named, **({TRAIN: found} if found and isinstance(found, str) else {})}
 
 
 def _named(given: str) -> tuple[str, str]:

@@ -277,11 +277,12 @@ class _Run:
             )
 
     def _info(self) -> dict[str, object]:
+        config = self.config.model_dump(mode="json")
         return {
             "stage": self.config.stage,
             "name": self.config.name,
-            "options": self.config.model_dump(mode="json")["options"],
-            "train": self.config.data.train,
+            "options": config["options"],
+            "train": config["data"]["train"],
             "trunk": self.stage.trunk.config.model_dump(mode="json"),
             "text": self._text_options(),
             "zero_stage": self.resolved.zero_stage,
