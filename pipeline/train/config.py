@@ -6,9 +6,9 @@ options (with the model's) stand under `options`, checked by the stage's options
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 
 from pipeline.config import Config
 
@@ -30,6 +30,12 @@ class SourceConfig(Config):
         return self
 
 
+TrainingSets = Annotated[
+    Annotated[str, Tag("folder")] | Annotated[tuple[SourceConfig, ...], Tag("sources")],
+    Discriminator(lambda value: "folder" if isinstance(value, str) else "sources"),  # so that messages name one of them
+]
+
+
 class CacheConfig(Config):
     """Where what is read from S3 is kept on this machine."""
 
@@ -40,7 +46,7 @@ class CacheConfig(Config):
 class DataConfig(Config):
     """What is read, and how."""
 
-    train: str | tuple[SourceConfig, ...]  # folder of a data set: a path or s3:// URL; or several with their weights
+    train: TrainingSets  # folder of a data set: a path or s3:// URL; or several with their weights
     evaluate: dict[str, str] = {}  # name -> folder; evaluations see the names
     global_batch: int = Field(gt=0)
     workers: int = Field(default=1, ge=0)  # loader processes per rank; 0 reads in the training process
