@@ -19,6 +19,7 @@ BENCHMARKS = {
     "checkpoint": "benchmarks.checkpoint",
     "mae": "benchmarks.mae",
     "sam": "benchmarks.sam",
+    "vitdet": "benchmarks.vitdet",
 }
 
 

@@ -91,14 +91,10 @@ class SimplePyramid(nn.Module):
         return (*levels, _coarser(levels[-1]))
 
 
-class TappedPyramid(nn.Module):
-    """FPN over four taps of the trunk, one after each quarter of its blocks (Li et al. 2021, arXiv 2111.11429).
+class RescaledTaps(nn.Module):
+    """Four taps of the trunk at strides of 1/4, 1/2, 1 and 2 patches, at the trunk's width (Li et al. 2021)."""
 
-    The taps are brought to strides of 1/4, 1/2, 1 and 2 patches at the trunk's width; then comes the usual top-down
-    pyramid, torchvision's, with a norm after its convolutions where the paper has BatchNorm.
-    """
-
-    def __init__(self, width: int, channels: int, norm: HeadNorm) -> None:
+    def __init__(self, width: int) -> None:
         super().__init__()
         up = nn.ConvTranspose2d
         self.up4 = nn.Sequential(
@@ -107,13 +103,29 @@ class TappedPyramid(nn.Module):
         )  # fmt: skip
         self.up2 = up(width, width, 2, stride=2)
         self.down2 = nn.MaxPool2d(2)
+
+    def forward(self, maps: tuple[Float[Tensor, "b d r c"], ...]) -> tuple[Float[Tensor, "b d _ _"], ...]:
+        """The shallowest tap becomes the finest map."""
+        first, second, third, fourth = maps
+        return self.up4(first), self.up2(second), third, self.down2(fourth)
+
+
+class TappedPyramid(nn.Module):
+    """FPN over four taps of the trunk, one after each quarter of its blocks (Li et al. 2021, arXiv 2111.11429).
+
+    Above the rescaled taps comes the usual top-down pyramid, torchvision's, with a norm after its convolutions where
+    the paper has BatchNorm.
+    """
+
+    def __init__(self, width: int, channels: int, norm: HeadNorm) -> None:
+        super().__init__()
+        self.rescale = RescaledTaps(width)
         self.fpn = FeaturePyramidNetwork([width] * 4, channels, norm_layer=norm_layer(norm))
 
     def forward(self, maps: tuple[Float[Tensor, "b d r c"], ...]) -> tuple[Float[Tensor, "b f _ _"], ...]:
         """p2 to p6 of four maps, the shallowest first."""
-        first, second, third, fourth = maps
-        scaled = (self.up4(first), self.up2(second), third, self.down2(fourth))
-        levels = list(self.fpn(OrderedDict((str(i), x) for i, x in enumerate(scaled))).values())
+        scaled = OrderedDict((str(i), x) for i, x in enumerate(self.rescale(maps)))
+        levels = list(self.fpn(scaled).values())
         return (*levels, _coarser(levels[-1]))
 
 

@@ -18,6 +18,7 @@ STAGES: dict[str, str] = {
     "classify": "pipeline.stages.classify:ClassifyStage",
     "probe": "pipeline.stages.probe:ProbeStage",
     "vitdet": "pipeline.stages.vitdet:VitDetStage",
+    "segment": "pipeline.stages.segment:SegmentStage",
     "sam": "pipeline.stages.sam:SamStage",
 }
 """Where each stage's class is; imported by `stage_class`, so that one stage's libraries don't slow another's start."""

@@ -10,8 +10,9 @@ from torch import Tensor
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
 from pipeline.data.batch import Batch, Instances
-from pipeline.data.instances import decode_masks, view_mask
+from pipeline.data.instances import decode_masks, view_instances, view_mask
 from pipeline.evaluate.base import Predictions
+from pipeline.evaluate.segmentation import class_map
 from pipeline.models.rcnn_masks import paste_masks
 from pipeline.stages.base import Picture
 
@@ -52,6 +53,35 @@ def detection_pictures(
             panels.insert(0, ("there is", _truth(image, truth, classes)))
         pictures.append(Picture(f"sample {int(batch.ids[i])}", tuple(panels)))
     return pictures
+
+
+def class_map_pictures(batch: Batch, maps: Tensor, classes: Sequence[str], *, most: int) -> list[Picture]:
+    """The first present images of an evaluation batch, with each pixel's class as it is and as it was told."""
+    assert batch.images is not None
+    assert batch.instances is not None
+    pictures = []
+    for i in (batch.weight > 0).nonzero().flatten()[:most].tolist():
+        image, truth = batch.images[i].cpu(), batch.instances[i]
+        size = (image.shape[1], image.shape[2])
+        panels = [("told", _painted(image, maps[i], classes))]
+        if len(truth.labels):
+            view = truth.view
+            stored = view is not None and all(mask["size"] == list(view.source) for mask in truth.masks)
+            shown = view_instances(truth, view) if stored and view is not None else truth
+            panels.insert(0, ("there is", _painted(image, class_map(shown, size), classes)))
+        pictures.append(Picture(f"sample {int(batch.ids[i])}", tuple(panels)))
+    return pictures
+
+
+def _painted(image: Tensor, numbers: Tensor, classes: Sequence[str]) -> Tensor:
+    """Every class but the background in a colour of its own."""
+    present = sorted({number for number in numbers.flatten().tolist() if number})
+    if not present:
+        return image
+    masks = torch.stack([numbers == number for number in present])
+    colours = [PALETTE[(number - 1) % len(PALETTE)] for number in present]
+    painted: Tensor = draw_segmentation_masks(image, masks, alpha=0.6, colors=colours)
+    return painted
 
 
 def overlay(

@@ -1,0 +1,110 @@
+"""Semantic segmentation from a plain trunk: a linear head, or UPerNet on taps.
+
+Legend: B images, H W pixels, K classes and the background, which is class 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar, Literal
+
+import torch
+from jaxtyping import Float
+from pydantic import Field, model_validator
+from torch import Tensor
+from torch.nn import functional as F
+
+from pipeline.config import Config
+from pipeline.data.batch import Batch, Transform
+from pipeline.data.instances import Fitted, InstanceExample, LargeScaleJitter
+from pipeline.evaluate.base import Evaluation, Predictions
+from pipeline.evaluate.segmentation import SegmentationEvaluation, class_map
+from pipeline.models.pyramid import HeadNorm, as_map, quarter_taps
+from pipeline.models.segmenter import LinearSegmenter, UPerNet
+from pipeline.models.vit import ViT
+from pipeline.stages.base import DataFacts, Losses, Picture, Stage
+from pipeline.stages.dense import PlacedExample, check_dense_model, content_pixels, content_size, instances_of
+from pipeline.stages.images import ImageOptions, require_classes
+from pipeline.stages.overlays import class_map_pictures
+
+BACKGROUND = "background"
+MAX_PICTURES = 8
+
+
+class SegmentOptions(ImageOptions):
+    """Options of stage `segment`."""
+
+    head: Literal["linear", "upernet"] = "linear"
+    channels: int = Field(default=512, gt=0)  # of UPerNet
+    head_norm: HeadNorm = "layer"  # of UPerNet; the papers have batch norm
+    freeze_trunk: bool = False  # train the head alone, the linear protocol
+    jitter: tuple[float, float] = (0.5, 2.0)  # range of the factor an image is resized by, in training
+
+    @model_validator(mode="after")
+    def _dense(self) -> SegmentOptions:
+        check_dense_model(self, "segment")
+        return self
+
+
+class SegmentStage(Stage):
+    """Trunk and head; the classes of a data set's objects and a background."""
+
+    options: ClassVar[type[Config]] = SegmentOptions
+    resizes_patches: ClassVar[bool] = True
+
+    def __init__(self, options: SegmentOptions, data: DataFacts) -> None:
+        super().__init__(options, data)
+        require_classes(data, "segment")
+        self.config = options
+        self.classes = (BACKGROUND, *data.classes)
+        self.trunk = ViT(options.model)
+        width = self.trunk.width
+        self.taps = quarter_taps(len(self.trunk.blocks)) if options.head == "upernet" else ()
+        self.head = (
+            UPerNet(width, options.channels, len(self.classes), options.head_norm)
+            if options.head == "upernet"
+            else LinearSegmenter(width, len(self.classes))
+        )
+
+    def loss(self, batch: Batch) -> Losses:
+        """Cross-entropy of each image's own pixels, padding left out."""
+        logits = self.logits(batch)
+        canvas = self.config.model.image_hw
+        losses, right = [], []
+        for scores, one in zip(logits, instances_of(batch), strict=True):
+            height, width = content_size(one, canvas)
+            truth = class_map(one, canvas)[:height, :width].to(scores.device)
+            shown = scores[:, :height, :width]
+            losses.append(F.cross_entropy(shown.unsqueeze(0), truth.unsqueeze(0)))
+            right.append((shown.detach().argmax(0) == truth).float().mean())
+        total = (torch.stack(losses) * batch.weight).sum()
+        return Losses(total, {"pixel_accuracy": (torch.stack(right) * batch.weight).sum()})
+
+    def predict(self, batch: Batch) -> Predictions:
+        """`map` [B,H,W]: each pixel's class."""
+        return {"map": self.logits(batch).argmax(1)}
+
+    def logits(self, batch: Batch) -> Float[Tensor, "b k h w"]:
+        """Of every pixel of the images at hand, in fp32."""
+        tokens = self.trunk(content_pixels(batch, self.config), taps=self.taps, seeds=batch.seeds)
+        maps = tuple(as_map(x, tokens.grid) for x in tokens.taps or (tokens.patches,))
+        logits = self.head(maps).float()
+        return F.interpolate(logits, size=self.config.model.image_hw, mode="bilinear", align_corners=False)
+
+    def transform(self, train: bool) -> Transform:
+        canvas = self.config.model.image_hw
+        if train:
+            return InstanceExample(LargeScaleJitter(canvas, self.config.jitter, self.config.flip))
+        return InstanceExample(Fitted(canvas), objects="stored")
+
+    def view(self) -> Transform:
+        return PlacedExample(Fitted(self.config.model.image_hw))
+
+    def evaluations(self) -> Mapping[str, Evaluation]:
+        return {"segmentation": SegmentationEvaluation(self.classes)}
+
+    def pictures(self, batch: Batch, predictions: Predictions) -> list[Picture]:
+        return class_map_pictures(batch, predictions["map"].cpu(), self.classes, most=MAX_PICTURES)
+
+    def trainable(self, name: str) -> bool:
+        return not (self.config.freeze_trunk and name.startswith("trunk."))
