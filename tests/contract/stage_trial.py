@@ -45,7 +45,7 @@ TINY: dict[str, dict[str, Any]] = {
     "classify": {"model": MODEL | {"drop_path": 0.2}, "head_init_std": 0.02, "mixup": 0.2, "cutmix": 1.0},
     "probe": {"model": MODEL | {"drop_path": 0.2}, "lr_multipliers": [0.5, 1.0]},
     "segment": {
-        "model": MODEL | {"cls_token": False, "final_norm": False}, "head": "upernet", "channels": 8,
+        "model": MODEL | {"cls_token": False, "final_norm": False}, "head": "upernet", "channels": 64,
     },
     "vitdet": {
         "model": MODEL | DENSE,
