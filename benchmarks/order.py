@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import resource
 import time
 from typing import Any
@@ -78,7 +79,6 @@ def quality(pairs: int) -> Comparison:
         outcome["permutation"] = np.random.default_rng(1).permutation(count)
         return int(outcome["permutation"].sum())
 
-    notes: dict[str, Any] = {}
     comparison = compare(
         "order-quality",
         f"{count:,} samples in order of {NUM_CLASSES} classes, blocks of 256, 16 lanes, windows of 1024",
@@ -87,10 +87,8 @@ def quality(pairs: int) -> Comparison:
         check=lambda ours, peer: ours == peer == count * (count - 1) // 2,
         pairs=pairs,
         work=Work(count, "samples"),
-        notes=notes,
     )
-    notes |= {side: measures(ids) for side, ids in outcome.items()}
-    return comparison
+    return dataclasses.replace(comparison, notes={side: measures(ids) for side, ids in outcome.items()})
 
 
 def measures(ids: Ids, num_classes: int = NUM_CLASSES, batch: int = QUALITY_BATCH) -> dict[str, float]:
