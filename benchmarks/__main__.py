@@ -14,6 +14,7 @@ BENCHMARKS = {
     "startup": "benchmarks.startup",
     "decode": "benchmarks.decode",
     "flip": "benchmarks.flip",
+    "prep": "benchmarks.prep",
     "loader": "benchmarks.loader",
     "order": "benchmarks.order",
     "checkpoint": "benchmarks.checkpoint",

@@ -31,7 +31,7 @@ from data_prep import finish, packing, partitions, planning, retry, scanning
 from data_prep.account import PrepReport, Progress, Refused, by_reason, describe, total
 from data_prep.config import PrepConfig
 from data_prep.packing import Job
-from data_prep.planning import Fingerprint, Plan
+from data_prep.planning import Fingerprint, Partition, Plan
 from data_prep.segments import Segment, create_segment, next_segment, read_positions, read_segments
 from data_prep.shards import Committed, json_bytes
 from data_prep.sources import Source, open_source
@@ -67,18 +67,30 @@ def build(
         StorageError: a place can't be used.
         Stopped: `stop` said so.
     """
-    return _Build(config, retry.checked(retry_reasons), progress, stop).run()
+    return Build(config, open_source(config.source), retry.checked(retry_reasons), progress, stop).run()
 
 
-class _Build:
-    """One attempt at a build."""
+class Build:
+    """One attempt at a build.
+
+    Args:
+        source: what `config.source` describes.
+        pack: makes and commits a partition.
+    """
 
     def __init__(
-        self, config: PrepConfig, retry_reasons: tuple[str, ...], progress: ProgressCallback, stop: Callable[[], bool]
+        self,
+        config: PrepConfig,
+        source: Source,
+        retry_reasons: tuple[str, ...] = (),
+        progress: ProgressCallback = lambda _: None,
+        stop: Callable[[], bool] = lambda: False,
+        pack: Callable[[Job, Partition], Committed] = packing.pack,
     ) -> None:
         self.config = config
         self.url = config.output
-        self.source: Source = open_source(config.source)
+        self.source = source
+        self.pack = pack
         self.retry_reasons = retry_reasons
         self.progress = progress
         self.stop = stop
@@ -273,7 +285,7 @@ class _Build:
         started = time.monotonic()
         written_bytes = 0
         todo = (part for part in plan.partitions() if (segment.number, part.split, part.number) not in committed)
-        run = partitions.run(functools.partial(packing.pack, job), todo, self.config.ray, stop=self.stop)
+        run = partitions.run(functools.partial(self.pack, job), todo, self.config.ray, stop=self.stop)
         with contextlib.closing(run):
             for result in run:
                 if result.fingerprint != job.fingerprint:

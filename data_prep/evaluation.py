@@ -20,7 +20,6 @@ from data_prep.folders import is_image
 from data_prep.signatures import perceptual_hash
 from pipeline import storage
 from pipeline.data.manifest import MANIFEST_NAME, read_index, read_manifest
-from pipeline.data.shards import parse_sample
 from pipeline.errors import DataError
 
 _IMAGES_A_TASK = 1024
@@ -90,6 +89,8 @@ def _of_files(files: tuple[str, ...]) -> list[tuple[bytes, bytes]]:
 
 def _of_shard(folder: str, number: int) -> list[tuple[bytes, bytes]]:
     """(digest of the source, stored image) of each sample."""
+    from pipeline.data.shards import parse_sample  # imports torch, which nothing else here needs
+
     manifest = read_manifest(folder)
     shard = manifest.shards[number]
     archive = memoryview(storage.read(storage.join(folder, shard.name)))

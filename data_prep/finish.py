@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet
 
+from data_prep import page
 from data_prep.account import PrepReport, SplitCount, by_reason
 from data_prep.config import PrepConfig
 from data_prep.segments import Segment, read_positions
@@ -138,6 +139,7 @@ def finish(
         "segments": len(segments),
         **report.document(),
     }
+    page.write_page(report, manifests)
     storage.write(storage.join(url, REPORT_NAME), json_bytes(document))
     _clean_up(url)
     return report

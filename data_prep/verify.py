@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import io
+import itertools
 import json
 import tarfile
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow.parquet
@@ -16,7 +17,7 @@ from jaxtyping import Int64
 from data_prep.finish import REPORT_NAME, SIZES_NAME
 from pipeline import storage
 from pipeline.data.images import UnreadableSample, decode
-from pipeline.data.manifest import MANIFEST_NAME, Manifest, Shard, read_manifest
+from pipeline.data.manifest import MANIFEST_NAME, Manifest, Shard, read_index, read_manifest
 from pipeline.errors import DataError
 
 _IMAGES = ("jpg", "jpeg", "png", "webp")
@@ -191,9 +192,7 @@ def sample_problem(data: bytes, key: str | None) -> str | None:
         key: the key it must have, where that is known.
     """
     try:
-        with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
-            members = {member.name: tar.extractfile(member) for member in tar.getmembers()}
-            content = {name: file.read() for name, file in members.items() if file is not None}
+        content = _content(data)
     except (tarfile.TarError, ValueError, EOFError) as error:
         return f"no tar members ({error})"
     keys = {name.partition(".")[0] for name in content}
@@ -216,6 +215,48 @@ def sample_problem(data: bytes, key: str | None) -> str | None:
     except ValueError as error:
         return f"a member is damaged ({error})"
     return None if caption else "an empty caption"
+
+
+def _content(data: bytes) -> dict[str, bytes]:
+    """Name -> bytes of the regular files in a piece of a tar."""
+    with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
+        files = {member.name: tar.extractfile(member) for member in tar.getmembers()}
+        return {name: file.read() for name, file in files.items() if file is not None}
+
+
+def members_of(data: bytes) -> dict[str, bytes]:
+    """Extension -> bytes of one sample's members."""
+    return {name.partition(".")[2]: value for name, value in _content(data).items()}
+
+
+def first_members(manifest: Manifest, count: int) -> Iterator[tuple[str, dict[str, bytes]]]:
+    """(shard's name, extension -> bytes) of a split's first samples; the split is shuffled, so they are mixed.
+
+    Raises:
+        DataError: an index is missing or damaged.
+    """
+    for shard in manifest.shards:
+        offsets = read_index(manifest, shard)[: count + 1].tolist()
+        data = storage.read_range(storage.join(manifest.url, shard.name), offsets[0], offsets[-1])
+        for start, stop in itertools.pairwise(offsets):
+            yield shard.name, members_of(data[start - offsets[0] : stop - offsets[0]])
+        count -= len(offsets) - 1
+        if count <= 0:
+            return
+
+
+def first_samples(manifest: Manifest, count: int) -> list[dict[str, Any]]:
+    """The first samples of a split in words: shard, caption, members, and what the JSON tells.
+
+    Raises:
+        DataError: see `first_members`.
+    """
+    found: list[dict[str, Any]] = []
+    for name, members in first_members(manifest, count):
+        facts = json.loads(members.get("json", b"{}"))
+        caption = members.get("txt", b"").decode("utf-8", "replace")
+        found.append({"shard": name, "caption": caption, **facts, "members": sorted(members)})
+    return found
 
 
 def _sidecar_samples(manifest: Manifest, shard: Shard) -> tuple[list[str], list[str]]:

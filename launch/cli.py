@@ -237,12 +237,13 @@ def show(
     verify: Annotated[
         bool, typer.Option("--verify", help="Of a run: read every checkpoint and compare its hashes.")
     ] = False,
+    samples: Annotated[int, typer.Option(min=0, help="Of a data set: samples of each split to show.")] = 4,
     as_json: AsJson = False,
 ) -> None:
-    """Show a run's state, figures and checkpoints, or a data set's counts."""
+    """Show a run's state, figures and checkpoints, or a data set's counts and samples."""
     from launch.look import describe
 
-    document, lines = describe(place, verify=verify)
+    document, lines = describe(place, verify=verify, num_samples=samples)
     _reply(document, lines, as_json)
 
 

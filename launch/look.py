@@ -18,8 +18,9 @@ Told = tuple[dict[str, Any], list[str]]
 SILENT_S = 600.0  # without news from a run that says it is running
 
 
-def describe(place: str, *, verify: bool = False) -> Told:
-    """State, figures, attempts and checkpoints of a run directory, or counts of a data set (or of each of its splits).
+def describe(place: str, *, verify: bool = False, num_samples: int = 0) -> Told:
+    """State, figures, attempts and checkpoints of a run directory, or counts and some samples of a data set (or of each
+    of its splits).
 
     Args:
         verify: read every checkpoint and compare hashes, instead of looking at presence and sizes only.
@@ -36,6 +37,8 @@ def describe(place: str, *, verify: bool = False) -> Told:
             where=place,
             fix="check the path; `vitrail runs FOLDER` lists runs",
         )
+    from data_prep.verify import first_samples
+
     document: dict[str, Any] = {}
     lines: list[str] = []
     for name, manifest in manifests.items():
@@ -51,7 +54,18 @@ def describe(place: str, *, verify: bool = False) -> Told:
         classes = f", {len(manifest.classes)} classes" if manifest.classes else ""
         size = f"{len(manifest.shards)} shards, {size_bytes / 2**20:.1f} MiB"
         lines.append(f"{name}: {manifest.num_samples} samples in {size}{classes}")
+        if num_samples:
+            found = first_samples(manifest, num_samples)
+            document[name]["samples"] = found
+            lines += [_sample_line(facts) for facts in found]
     return {"data_set": place, "splits": document}, lines
+
+
+def _sample_line(facts: dict[str, Any]) -> str:
+    """A sample in one line; captions are strangers' text, so what a terminal would obey is left out."""
+    caption = "".join(c if c.isprintable() else " " for c in str(facts.get("caption") or ""))
+    size = f"{facts.get('width', '?')}x{facts.get('height', '?')}"
+    return f"  {facts['shard']} {facts.get('key', '?')}  {size:>9}  {caption[:90]}"
 
 
 def splits_of(place: str) -> dict[str, Manifest]:

@@ -109,7 +109,7 @@ def test_twenty_random_kills_lose_nothing_and_show_nothing_unfinished(s3: S3Serv
                 with contextlib.suppress(psutil.Error):
                     rng.choice(busy).kill()
                     kills.append("worker")
-            elif driver.poll() is None and (busy or rng.random() < 0.1):
+            elif driver.poll() is None and (busy or rng.random() < 0.01):
                 end_family(driver.pid)
                 kills.append("driver")
         driver.wait(timeout=max(1, deadline - time.monotonic()))
