@@ -112,7 +112,7 @@ def test_twenty_random_kills_lose_nothing_and_show_nothing_unfinished(s3: S3Serv
             elif driver.poll() is None and (busy or rng.random() < 0.01):
                 end_family(driver.pid)
                 kills.append("driver")
-        driver.wait(timeout=max(1, deadline - time.monotonic()))
+        driver.communicate(timeout=max(1, deadline - time.monotonic()))  # reads what Ray says of the dead, too
         if driver.returncode == 0:
             break
     watcher.done.set()
