@@ -115,6 +115,9 @@ def _histograms(table: pa.Table) -> Iterable[str]:
 
 
 def _bars(title: str, values: np.ndarray) -> str:
+    values = values[np.isfinite(values)]
+    if not len(values):
+        return ""
     low, high = int(values.min()), int(values.max()) + 1
     edges = np.unique(np.linspace(low, high, 13).round().astype(int))
     counts, edges = np.histogram(values, edges)
