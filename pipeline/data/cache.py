@@ -21,6 +21,7 @@ from pathlib import Path
 PIECE_BYTES = 2**20
 _DIGEST_BYTES = 16
 _KEPT_SHARE = 0.9  # of the limit, after making room
+_ABANDONED_S = 3600.0  # half-written files that old are of writers that died
 _TOUCH_S = 60.0  # a piece's last use is known to about this
 
 logger = logging.getLogger(__name__)
@@ -81,24 +82,37 @@ class RangeCache:
         needed = sum(len(data) + _DIGEST_BYTES for data in pieces.values())
         if not pieces or needed > self.limit_bytes:
             return
+        contents = {self._path(name, number): data + _digest(data) for number, data in pieces.items()}
+        partials: dict[Path, Path] = {}
         try:
-            self._reserve(needed)
-            for number, data in pieces.items():
-                path = self._path(name, number)
-                path.parent.mkdir(parents=True, exist_ok=True)
-                partial = path.parent / f".{secrets.token_hex(8)}"
-                partial.write_bytes(data + _digest(data))
+            partials = self._reserve({path: len(content) for path, content in contents.items()})
+            for path, partial in partials.items():
+                with partial.open("r+b") as file:  # not truncated: it keeps the room it was given
+                    file.write(contents[path])
                 os.replace(partial, path)
         except OSError as error:
+            for partial in partials.values():
+                partial.unlink(missing_ok=True)
             logger.warning("can't write the cache at %s (%s); doing without", self.folder, error.strerror or error)
 
-    def _reserve(self, needed: int) -> None:
-        """Count `needed` more bytes, making room first where they would go over the limit."""
+    def _reserve(self, sizes: dict[Path, int]) -> dict[Path, Path]:
+        """Make room where the limit asks for it, and files of the final sizes under names of their own.
+
+        Files rather than a number alone: another process that counts afresh meanwhile sees what is about to be written.
+        """
+        needed = sum(sizes.values())
+        partials = {}
         with self._total() as (read, write):
             total = read() + needed
             if total > self.limit_bytes:
                 total = self._make_room(int(self.limit_bytes * _KEPT_SHARE) - needed) + needed
+            for path, size in sizes.items():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                partials[path] = path.parent / f".{secrets.token_hex(8)}"
+                with partials[path].open("wb") as file:
+                    file.truncate(size)
             write(total)
+        return partials
 
     @contextlib.contextmanager
     def _total(self) -> Iterator[tuple[Callable[[], int], Callable[[int], None]]]:
@@ -122,16 +136,16 @@ class RangeCache:
 
     def _make_room(self, allowed: int) -> int:
         """Delete the pieces used longest ago until the rest takes at most `allowed` bytes; what it takes."""
-        found = []
+        found, total = [], 0
         for path in Path(self.folder).glob("??/*"):
             with contextlib.suppress(OSError):
                 facts = path.stat()
-                found.append((facts.st_mtime, facts.st_size, path))
-        for path in Path(self.folder).glob("??/.*"):  # of writers that died; younger ones may be at work
-            with contextlib.suppress(OSError):
-                if time.time() - path.stat().st_mtime > 3600:
+                if not path.name.startswith("."):
+                    found.append((facts.st_mtime, facts.st_size, path))
+                elif time.time() - facts.st_mtime > _ABANDONED_S:
                     path.unlink()
-        total = sum(size for _, size, _ in found)
+                    continue
+                total += facts.st_size
         for _, size, path in sorted(found, key=lambda item: item[0]):
             if total <= max(allowed, 0):
                 break

@@ -9,6 +9,7 @@ connection closes, whatever ends that.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 import queue
@@ -75,14 +76,15 @@ class WorkerProcess:
         return self._process.pid
 
     def send(self, task: Task | None) -> None:
-        """Hand over a task, or the word that there are no more. The first call waits for the process to be up."""
-        try:
+        """Hand over a task, or the word that there are no more. The first call waits for the process to be up.
+
+        One that has ended takes nothing any more; `receive` tells why, which it left behind in the pipe.
+        """
+        with contextlib.suppress(OSError):
             if self._setup is not None:
                 self._connection.send_bytes(self._setup)
                 self._setup = None
             self._connection.send_bytes(pickle.dumps(task, protocol=pickle.HIGHEST_PROTOCOL))
-        except OSError as error:
-            raise self._died() from error
 
     def receive(self, allocate: Allocate) -> Received | None:
         """The next part, waiting for it; None after the last.

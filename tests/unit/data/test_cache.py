@@ -78,6 +78,15 @@ def test_the_limit_holds_and_the_oldest_go_first(tmp_path: Path) -> None:
     assert used(tmp_path) <= limit
 
 
+def test_room_promised_to_one_writer_is_not_given_to_another(tmp_path: Path) -> None:
+    limit = 4 * PIECE_BYTES
+    cache, store = RangeCache(str(tmp_path), limit), Store(PIECE_BYTES)
+    cache._reserve({cache._path("slow", number): PIECE_BYTES for number in range(2)})  # and doesn't come to write
+    for i in range(6):
+        cache.read(f"object {i}", 0, PIECE_BYTES, PIECE_BYTES, store.fetch)
+        assert used(tmp_path) <= limit
+
+
 def test_many_readers_share_it(tmp_path: Path) -> None:
     limit, store, wrong = 4 * PIECE_BYTES, Store(), []
 

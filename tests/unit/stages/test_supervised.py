@@ -179,15 +179,17 @@ def test_a_misspelt_stage_names_the_nearest() -> None:
 
 def test_trunks_are_equal_over_stages_for_the_same_seed() -> None:
     """So that a random trunk in a probe is the one another stage would have started from."""
-    trunks = []
-    for name in STAGES:
-        extra = {"pooling": "cls"} if name == "classify" else {}
-        if name == "flip":
-            extra["text"] = {"context_length": 8, "width": 16, "heads": 2, "layers": 1}
-        trunks.append(build(name, **extra).trunk.state_dict())
-    for trunk in trunks[1:]:
-        assert trunk.keys() == trunks[0].keys()
-        assert all(torch.equal(trunk[key], trunks[0][key]) for key in trunk)
+    dense = {"model": MODEL | {"cls_token": False, "final_norm": False}}
+    own: dict[str, dict[str, object]] = {
+        "classify": {"pooling": "cls"},
+        "flip": {"text": {"context_length": 8, "width": 16, "heads": 2, "layers": 1}},
+        **dict.fromkeys(("vitdet", "segment", "sam"), dense),
+    }
+    trunks = {name: build(name, **own.get(name, {})).trunk.state_dict() for name in STAGES}
+    for name, trunk in trunks.items():
+        other = trunks["vitdet" if own.get(name) is dense else "mae"]
+        assert trunk.keys() == other.keys(), name
+        assert all(torch.equal(trunk[key], other[key]) for key in trunk), name
 
 
 def _pixels(batch: Batch) -> Tensor:
