@@ -22,9 +22,14 @@ PALETTE = ("#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#008080", "#f
 
 
 def detection_pictures(
-    batch: Batch, predictions: Predictions, classes: Sequence[str], *, most: int, above: float = SHOWN_ABOVE
+    batch: Batch, predictions: Predictions, classes: Sequence[str], *, most: int, above: float | None = None
 ) -> list[Picture]:
-    """The first present images of an evaluation batch, with their objects and with what was found."""
+    """The first present images of an evaluation batch, with their objects and with what was found.
+
+    Args:
+        above: score of a detection that is drawn; None: `SHOWN_ABOVE`, or the surest one of an image that has none, so
+            that a detector at its beginning shows where it looks.
+    """
     assert batch.images is not None
     assert batch.instances is not None
     pictures = []
@@ -32,7 +37,9 @@ def detection_pictures(
         image = batch.images[i].cpu()
         truth = batch.instances[i]
         count = int(predictions["counts"][i])
-        shown = (predictions["scores"][i, :count] > above).cpu()
+        shown = (predictions["scores"][i, :count] > (SHOWN_ABOVE if above is None else above)).cpu()
+        if above is None and count and not shown.any():
+            shown[0] = True  # the best come first
         boxes = predictions["boxes"][i, :count].float().cpu()[shown]
         labels = [
             f"{classes[int(c)]} {s:.2f}"
