@@ -31,7 +31,7 @@ def headline(spec: ReportSpec, groups: Sequence[Group]) -> Iterator[Markup]:
         result = measure(groups, row, row.num_samples)
         baselines = {label: _baseline(groups, row, result, value) for label, value in row.baselines.items()}
         body.append(element("tr", _headline_cells(row, groups, result, baselines, labels)))
-        if result is not None:
+        if result is not None and any(baselines.values()):  # a bar by itself compares nothing
             charts.append(_comparison(row, result, baselines))
     several = any(len(group.runs) > 1 for group in groups)
     yield _table(head, body)

@@ -339,6 +339,14 @@ def write_manifest(folder: Path, num_samples: int, info: dict[str, Any] | None =
     )
 
 
+def test_a_figure_that_is_compared_with_nothing_has_no_chart(make_run: Any) -> None:
+    row = {"title": "Error", "run": "mae", "figure": "heldout/reconstruction_mse"}
+    mae = make_run("mae", evaluations=[{"heldout/reconstruction_mse": 0.5}])
+    for baselines, charts in (({}, 0), ({"mean": 1.0}, 1)):
+        shown = page({"runs": {"mae": mae}, "rows": [{**row, "baselines": baselines}]})
+        assert sum(rect["class"] == "bar main" for rect in shown.all("rect")) == charts
+
+
 def test_what_stands_between_backticks_in_the_lead_is_code() -> None:
     from pipeline.report.html import _with_code
     from pipeline.report.markup import join
