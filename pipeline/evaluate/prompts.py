@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
 import json
-import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from pipeline import storage
 from pipeline.errors import ConfigError
+from pipeline.models.open_clip_file import open_clip_file
 
 TEMPLATES = {"openai_imagenet": "OPENAI_IMAGENET_TEMPLATES", "simple_imagenet": "SIMPLE_IMAGENET_TEMPLATES"}
 IMAGENET = "imagenet"
@@ -77,18 +75,5 @@ def _names(wanted: str | Sequence[str]) -> tuple[tuple[str, ...], str]:
 
 @functools.cache
 def _metadata() -> Any:
-    """open_clip's `zero_shot_metadata`, loaded by itself where the package isn't: importing that costs seconds."""
-    if "open_clip" in sys.modules:
-        import open_clip.zero_shot_metadata
-
-        return open_clip.zero_shot_metadata
-    package = importlib.util.find_spec("open_clip")
-    assert package is not None
-    assert package.submodule_search_locations
-    path = Path(package.submodule_search_locations[0]) / "zero_shot_metadata.py"
-    spec = importlib.util.spec_from_file_location("pipeline.evaluate._open_clip_metadata", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    """open_clip's `zero_shot_metadata`."""
+    return open_clip_file("zero_shot_metadata")

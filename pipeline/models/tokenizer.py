@@ -6,10 +6,7 @@ Legend: B texts, L tokens.
 from __future__ import annotations
 
 import functools
-import importlib.util
 import logging
-import sys
-from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -18,6 +15,7 @@ from torch import Tensor
 
 from pipeline import storage
 from pipeline.errors import ConfigError
+from pipeline.models.open_clip_file import open_clip_file
 
 BYTE_PAIRS = "clip"
 VOCAB_SIZE = 49408  # of CLIP's byte-pair encoding: 512 bytes, 48,894 merges, start and end
@@ -200,20 +198,5 @@ class _File:
 
 
 def _open_clip_tokenizer() -> Any:
-    """open_clip's tokenizer. Its module needs nothing of the package around it, whose import costs a loader's worker
-    seconds: where the package isn't loaded yet, the module is loaded by itself.
-    """
-    if "open_clip" in sys.modules:
-        from open_clip.tokenizer import SimpleTokenizer
-
-        return SimpleTokenizer()
-    package = importlib.util.find_spec("open_clip")
-    assert package is not None
-    assert package.submodule_search_locations
-    path = Path(package.submodule_search_locations[0]) / "tokenizer.py"
-    spec = importlib.util.spec_from_file_location("pipeline.models._open_clip_tokenizer", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.SimpleTokenizer()
+    """open_clip's tokenizer; its module needs nothing of the package around it."""
+    return open_clip_file("tokenizer").SimpleTokenizer()
