@@ -31,6 +31,20 @@ app = typer.Typer(
 )
 
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Changes to the configuration.")]
+WeightSource = Annotated[
+    str, typer.Argument(metavar="RUN|WEIGHTS", help="A run directory, or a weight file or folder.")
+]
+From = Annotated[
+    str | None, typer.Option("--from", metavar="FORMAT", help="The weights' format; default: our own, or a run.")
+]
+KnownFacts = Annotated[
+    list[str] | None,
+    typer.Option("--known", metavar="NAME=VALUE", help="What tensors don't tell, such as heads=12."),
+]
+StageSettings = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Change an option of the stage, such as mask_ratio=0.5."),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object, last on stdout.")]
 Ray = Annotated[
     str | None,
@@ -261,24 +275,16 @@ def runs(
 
 @app.command()
 def predict(
-    source: Annotated[str, typer.Argument(metavar="RUN|WEIGHTS", help="A run directory, or a weight file or folder.")],
+    source: WeightSource,
     images: Annotated[
         list[str], typer.Argument(metavar="IMAGE...", help="Files, folders, globs, s3:// or http(s):// URLs.")
     ],
     out: Annotated[
         str, typer.Option(metavar="DIR", help="Folder for pictures and predictions.json; s3:// too.")
     ] = "predictions",
-    source_format: Annotated[
-        str | None, typer.Option("--from", metavar="FORMAT", help="The weights' format; default: our own, or a run.")
-    ] = None,
-    known: Annotated[
-        list[str] | None,
-        typer.Option("--known", metavar="NAME=VALUE", help="What tensors don't tell, such as heads=12."),
-    ] = None,
-    settings: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Change an option of the stage, such as mask_ratio=0.5."),
-    ] = None,
+    source_format: From = None,
+    known: KnownFacts = None,
+    settings: StageSettings = None,
     questions: Annotated[
         list[str] | None,
         typer.Option("--ask", metavar="KEY=VALUE", help="What the stage wants to be asked, such as 'texts=[a cat]'."),
@@ -302,7 +308,7 @@ def predict(
 
 @app.command("eval")
 def evaluate(
-    source: Annotated[str, typer.Argument(metavar="RUN|WEIGHTS", help="A run directory, or a weight file or folder.")],
+    source: WeightSource,
     sets: Annotated[
         list[str] | None,
         typer.Argument(metavar="[NAME=]DATASET", help="Data sets to measure on; default: those of the run."),
@@ -316,16 +322,9 @@ def evaluate(
     pooling: Annotated[str, typer.Option(help="Of the neighbours' features: avg, cls or avg_with_cls.")] = "avg",
     k: Annotated[int, typer.Option(min=1, help="Neighbours.")] = 20,
     temperature: Annotated[float, typer.Option(min=1e-4, help="Of the neighbours' votes.")] = 0.07,
-    source_format: Annotated[
-        str | None, typer.Option("--from", metavar="FORMAT", help="The weights' format; default: our own, or a run.")
-    ] = None,
-    known: Annotated[
-        list[str] | None,
-        typer.Option("--known", metavar="NAME=VALUE", help="What tensors don't tell, such as heads=12."),
-    ] = None,
-    settings: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change an option of the stage.")
-    ] = None,
+    source_format: From = None,
+    known: KnownFacts = None,
+    settings: StageSettings = None,
     which: Which = "auto",
     batch: Annotated[int, typer.Option(min=1, help="Samples at a time.")] = 64,
     workers: Annotated[int, typer.Option(min=0, help="Processes that decode; 0: this one.")] = 0,

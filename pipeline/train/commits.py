@@ -79,11 +79,16 @@ def read_attempts(url: str) -> list[Attempt]:
     return [found[number] for number in sorted(found)]
 
 
-def find_commits(url: str) -> Found:
+def find_commits(url: str, known: dict[str, Commit] | None = None) -> Found:
     """Read all commits below checkpoints folder `url` and sort out those that can't be resumed.
 
     Looks at commit files and at the presence and size of the files they name; contents are verified when loaded.
+
+    Args:
+        url: the checkpoints folder.
+        known: commits read before, by path, which aren't read again, as a commit never changes; new ones are added.
     """
+    known = {} if known is None else known
     attempts = read_attempts(url)
     commits: list[Commit] = []
     skipped: list[str] = []
@@ -92,8 +97,11 @@ def find_commits(url: str) -> Found:
         match = _COMMIT.search(path)
         if not match:
             continue
-        commit, reason = _read_commit(path, sizes)
+        commit, reason = (known[path], "") if path in known else _read_commit(path)
         if commit is not None:
+            known[path] = commit
+            reason = _lacking(commit, sizes)
+        if commit is not None and not reason:
             fence = [a for a in attempts if a.number > commit.attempt and a.resumed_step < commit.step]
             if not fence:
                 commits.append(commit)
@@ -113,7 +121,10 @@ def read_commit(folder: str) -> tuple[Commit | None, str]:
     path = storage.join(folder, COMMIT_NAME)
     if not storage.exists(path):
         raise FileNotFoundError(path)
-    return _read_commit(path, {entry.url: entry.size_bytes for entry in storage.entries(folder)})
+    commit, reason = _read_commit(path)
+    if commit is not None:
+        reason = _lacking(commit, {entry.url: entry.size_bytes for entry in storage.entries(folder)})
+    return (None if reason else commit), reason
 
 
 def begin_attempt(url: str, resumed_step: int, *, enforced: bool) -> Attempt | None:
@@ -166,11 +177,17 @@ def delete_checkpoint(folder: str) -> None:
                 path.rmdir()
 
 
-def retire(url: str, attempt: Attempt, keep_last: int, keep_every_samples: int | None) -> None:
+def retire(
+    url: str,
+    attempt: Attempt,
+    keep_last: int,
+    keep_every_samples: int | None,
+    known: dict[str, Commit] | None = None,
+) -> None:
     """Delete checkpoints that needn't be kept: all but the newest `keep_last`, one per `keep_every_samples`, and
-    what earlier attempts left without a valid commit. The newest valid one always stays.
+    what earlier attempts left without a valid commit. The newest valid one always stays. `known` as `find_commits`'.
     """
-    found = find_commits(url)
+    found = find_commits(url, known)
     keep = {commit.url for commit in found.commits[:keep_last]}
     if keep_every_samples:
         marks: dict[int, str] = {}
@@ -194,7 +211,18 @@ def _own_hash(document: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(document, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-def _read_commit(path: str, sizes: Mapping[str, int]) -> tuple[Commit | None, str]:
+def _lacking(commit: Commit, sizes: Mapping[str, int]) -> str:
+    """Which of the commit's files isn't there in its size; "" when all are. `sizes` by URL."""
+    for file in commit.document["files"]:
+        size = sizes.get(f"{commit.url}/{file['name']}")
+        if size is None:
+            return f"{file['name']} is missing"
+        if size != file["size_bytes"]:
+            return f"{file['name']} has {size} bytes instead of {file['size_bytes']}"
+    return ""
+
+
+def _read_commit(path: str) -> tuple[Commit | None, str]:
     """The commit at `path`, or why it is none."""
     folder = path.removesuffix(f"/{COMMIT_NAME}")
     try:
@@ -204,13 +232,8 @@ def _read_commit(path: str, sizes: Mapping[str, int]) -> tuple[Commit | None, st
         if document["format_version"] != 1 and document.pop("sha256") != _own_hash(document):
             return None, f"its {COMMIT_NAME} was altered"
         commit = Commit(folder, int(document["step"]), int(document["attempt"]), document)
-        for file in document["files"]:
-            size = sizes.get(f"{folder}/{file['name']}")
-            if size is None:
-                return None, f"{file['name']} is missing"
-            if size != file["size_bytes"]:
-                return None, f"{file['name']} has {size} bytes instead of {file['size_bytes']}"
         _ = document["tensors"], document["progress"]
+        _ = [(file["name"], file["size_bytes"]) for file in document["files"]]
     except FileNotFoundError:
         return None, "removed meanwhile"
     except (ValueError, KeyError, TypeError) as error:

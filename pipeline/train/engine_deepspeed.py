@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import socket
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal
@@ -32,14 +33,19 @@ GROUP_SETTINGS = ("lr", "weight_decay", "lr_scale")
 
 
 def join_group() -> None:
-    """Enter the process group that the environment describes (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT)."""
+    """Enter the process group that the environment describes (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT); where it
+    describes none, one of this process alone.
+    """
     deepspeed = _deepspeed()
     if ranks.device().type == "cuda":
         torch.cuda.set_device(ranks.device())
     if not dist.is_initialized():
         for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("MASTER_ADDR", "127.0.0.1")):
             os.environ.setdefault(name, value)
-        os.environ.setdefault("MASTER_PORT", "29500")
+        if "MASTER_PORT" not in os.environ and os.environ["WORLD_SIZE"] == "1":
+            with socket.socket() as probe:  # at a fixed port two lone processes of one machine would meet
+                probe.bind((os.environ["MASTER_ADDR"], 0))
+                os.environ["MASTER_PORT"] = str(probe.getsockname()[1])
     with _quiet():
         deepspeed.init_distributed(verbose=False)
 

@@ -21,7 +21,7 @@ from pipeline import ranks, storage
 from pipeline.errors import CheckpointError, StorageError
 from pipeline.train import checkpoint_format as fmt
 from pipeline.train import commits as committed
-from pipeline.train.commits import Attempt
+from pipeline.train.commits import Attempt, Commit
 from pipeline.train.engine import Fragment, Span, TensorFacts
 
 T = TypeVar("T")
@@ -69,6 +69,7 @@ class Checkpoints:
         self.num_skipped = 0
         self.superseded = False  # a later attempt runs: this one's commits don't count any more
         self._keep = (keep_last, keep_every_samples)
+        self._known: dict[str, Commit] = {}  # commits read so far, by path
         self._info = dict(info)
         self._world = ranks.world()
         self._pending: queue.Queue[Save | None] = queue.Queue()
@@ -216,7 +217,7 @@ class Checkpoints:
         }
         _patiently(lambda: committed.write_commit(folder, document))
         try:
-            committed.retire(self.url, self.attempt, *self._keep)
+            committed.retire(self.url, self.attempt, *self._keep, self._known)
         except (OSError, StorageError) as error:
             log.warning("old checkpoints couldn't be removed: %s", error)
 

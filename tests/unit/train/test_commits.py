@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from pipeline import storage
 from pipeline.errors import CheckpointError
 from pipeline.train import commits
 from pipeline.train.commits import Attempt
@@ -139,3 +140,17 @@ def test_some_are_kept_for_good(url: str) -> None:
         commit(url, attempt, step)
     commits.retire(url, attempt, keep_last=2, keep_every_samples=30)
     assert steps(url) == [10, 9, 6, 3]
+
+
+def test_a_long_run_reads_each_commit_once(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    attempt = begin(url, 0)
+    read: list[str] = []
+    plainly = storage.read
+    monkeypatch.setattr(storage, "read", lambda path: read.append(path) or plainly(path))
+    known: dict[str, commits.Commit] = {}
+    for step in range(1, 7):
+        commit(url, attempt, step)
+        commits.retire(url, attempt, keep_last=2, keep_every_samples=30, known=known)
+    of_commits = [path for path in read if path.endswith("commit.json")]
+    assert len(of_commits) == len(set(of_commits)) == 6
+    assert steps(url) == [6, 5, 3]
