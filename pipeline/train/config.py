@@ -93,6 +93,7 @@ class OptimConfig(Config):
     clip_grad: float = Field(default=0.0, ge=0)  # 0 = none
     schedule: Literal["cosine", "constant", "step"] = "cosine"
     warmup_samples: int = Field(default=0, ge=0)
+    warmup_start: float = Field(default=0.0, ge=0, le=1)  # share of the peak at which warm-up begins
     min_lr: float = Field(default=0.0, ge=0)
     drops: tuple[float, ...] = ()  # step schedule: shares of the length at which lr falls by drop_factor
     drop_factor: float = Field(default=0.1, gt=0, lt=1)

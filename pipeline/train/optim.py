@@ -86,11 +86,12 @@ def peak_rate(config: OptimConfig, global_batch: int) -> float:
 def scheduled_rate(config: OptimConfig, peak_lr: float, samples: int, length_samples: int) -> float:
     """Learning rate for the global batch that starts after `samples` of `length_samples`.
 
-    Warm-up rises linearly from 0; then a half cosine down to `min_lr` (Loshchilov & Hutter 2016), a constant, or
-    steps by `drop_factor` at the shares of the length named in `drops`.
+    Warm-up rises linearly from `warmup_start` of the peak; then a half cosine down to `min_lr` (Loshchilov & Hutter
+    2016), a constant, or steps by `drop_factor` at the shares of the length named in `drops`.
     """
     if samples < config.warmup_samples:
-        return peak_lr * samples / config.warmup_samples
+        start = config.warmup_start
+        return peak_lr * (start * config.warmup_samples + (1 - start) * samples) / config.warmup_samples
     if config.schedule == "constant":
         return peak_lr
     if config.schedule == "step":

@@ -26,6 +26,16 @@ def test_cosine_rises_and_falls() -> None:
     assert quarter == pytest.approx(0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi / 4)))
 
 
+def test_warm_up_may_begin_above_zero_as_torch_and_detectron2_have_it() -> None:
+    config = OptimConfig(lr=0.4, warmup_samples=250, warmup_start=0.001, schedule="constant")
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.4)
+    peer = torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=0.001, total_iters=250)
+    for samples in range(300):
+        assert scheduled_rate(config, 0.4, samples, 1000) == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-9)
+        optimizer.step()
+        peer.step()
+
+
 def test_steps_and_constant() -> None:
     steps = OptimConfig(lr=1.0, schedule="step", drops=(0.5, 0.75))
     assert [scheduled_rate(steps, 1.0, s, 100) for s in (0, 49, 50, 75, 99)] == pytest.approx([1, 1, 0.1, 0.01, 0.01])
