@@ -6,14 +6,12 @@ Legend: B samples, N patches of the image, K kept patches, P = p * p * 3 values 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any
 
-import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pipeline.models.batch_norm import BatchNorm
 from pipeline.models.config import ModelConfig
 from pipeline.models.masking import take
 from pipeline.models.pixels import patchify
@@ -84,8 +82,8 @@ class ConvStem(nn.Module):
     A convolution that changes the number of channels has stride 2, one that keeps it stride 1. Initialisation is
     pycls's. Neighbouring patches see each other's pixels, so `keep` selects only after the stem.
 
-    Batch norm's statistics are those of a rank's micro batch, absent samples among them: the one part of the trunk
-    that is not the same for any number of ranks.
+    Batch norm's statistics are those of the micro batches of all ranks, absent samples among them (see `BatchNorm`):
+    the one part of the trunk in which samples of a batch meet.
     """
 
     def __init__(self, width: int, channels: tuple[int, ...]) -> None:
@@ -96,7 +94,7 @@ class ConvStem(nn.Module):
         for after in channels:
             stride = 1 if after == before else 2
             self.convs.append(nn.Conv2d(before, after, 3, stride=stride, padding=1, bias=False))
-            self.norms.append(StemNorm(after))
+            self.norms.append(BatchNorm(after))
             before = after
         self.proj = nn.Conv2d(before, width, 1)
         nn.init.normal_(self.proj.weight, std=math.sqrt(2 / width))
@@ -112,35 +110,3 @@ class ConvStem(nn.Module):
             x = F.relu(norm(conv(x)))
         patches = self.proj(x).flatten(2).transpose(1, 2)
         return patches if keep is None else take(patches, keep)
-
-
-class StemNorm(nn.Module):
-    """Batch norm that computes, and keeps its running averages, in fp32 or better: in bf16 they would stop moving."""
-
-    running_mean: Tensor
-    running_var: Tensor
-
-    def __init__(self, channels: int, *, eps: float = 1e-5, momentum: float = 0.1) -> None:
-        super().__init__()
-        self.eps = eps
-        self.momentum = momentum
-        self.weight = nn.Parameter(torch.ones(channels))
-        self.bias = nn.Parameter(torch.zeros(channels))
-        self.register_buffer("running_mean", torch.zeros(channels))
-        self.register_buffer("running_var", torch.ones(channels))
-
-    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
-        """Standardise each channel, by this batch's statistics in training and by the running ones otherwise."""
-        mean, variance = self.running_mean, self.running_var
-        weight, bias = self.weight.to(mean.dtype), self.bias.to(mean.dtype)
-        out = F.batch_norm(x.to(mean.dtype), mean, variance, weight, bias, self.training, self.momentum, self.eps)
-        return out.to(x.dtype)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        """Move, but don't round the averages."""
-        kept = {name: getattr(self, name) for name in ("running_mean", "running_var")}
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, value in kept.items():
-            if getattr(self, name).dtype.itemsize < value.dtype.itemsize:
-                setattr(self, name, value.to(getattr(self, name).device))
-        return self

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.ops import FeaturePyramidNetwork
 
-from pipeline.models.patch_embed import StemNorm
+from pipeline.models.batch_norm import BatchNorm
 
 NUM_LEVELS = 5
 STRIDES_IN_PATCHES = (0.25, 0.5, 1.0, 2.0, 4.0)
@@ -48,10 +48,9 @@ class ChannelNorm(nn.Module):
 def norm_layer(kind: HeadNorm) -> Callable[[int], nn.Module] | None:
     """What makes the norm of a number of channels; None for none.
 
-    `batch` takes its statistics from a rank's micro batch, as everywhere in this library, so with it gradients depend
-    on how a batch is shared out.
+    `batch` takes its statistics from the micro batches of all ranks.
     """
-    return {"layer": ChannelNorm, "batch": StemNorm, "none": None}[kind]
+    return {"layer": ChannelNorm, "batch": BatchNorm, "none": None}[kind]
 
 
 class NormedConv(nn.Conv2d):

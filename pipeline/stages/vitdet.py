@@ -21,7 +21,7 @@ from pipeline.data.batch import Batch, Instances, Transform
 from pipeline.data.instances import Fitted, InstanceExample, LargeScaleJitter, decode_masks
 from pipeline.evaluate.base import Evaluation, Predictions
 from pipeline.evaluate.coco import CocoEvaluation, readable, stored_detections
-from pipeline.models.patch_embed import StemNorm
+from pipeline.models.batch_norm import BatchNorm
 from pipeline.models.proposals import DetectorConfig, ProposalNetwork, Targets
 from pipeline.models.pyramid import NUM_LEVELS, SimplePyramid, TappedPyramid, as_map, quarter_taps
 from pipeline.models.rcnn import BoxHeads, Detections, level_strides, pool
@@ -137,8 +137,9 @@ class VitDetStage(Stage):
     def transform(self, train: bool) -> Transform:
         canvas = self.config.model.image_hw
         if train:
-            return InstanceExample(LargeScaleJitter(canvas, self.config.jitter, self.config.flip))
-        return InstanceExample(Fitted(canvas), objects="stored")
+            jitter = LargeScaleJitter(canvas, self.config.jitter, self.config.flip)
+            return InstanceExample(jitter, masks=self.masks is not None)
+        return InstanceExample(Fitted(canvas), objects="stored", masks=self.masks is not None)
 
     def view(self) -> Transform:
         return PlacedExample(Fitted(self.config.model.image_hw))
@@ -171,7 +172,7 @@ def exempt_from_decay(stage: nn.Module) -> list[str]:
 
     The norms between the convolutions of a `residual` are channel norms there, which it decays.
     """
-    norms = (nn.LayerNorm, nn.GroupNorm, StemNorm)
+    norms = (nn.LayerNorm, nn.GroupNorm, BatchNorm)
     found = [
         f"{module}.{name}"
         for module, part in stage.named_modules()

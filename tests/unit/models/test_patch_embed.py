@@ -8,8 +8,9 @@ from torch import nn
 
 from pipeline.config import validate
 from pipeline.errors import ConfigError
+from pipeline.models.batch_norm import BatchNorm
 from pipeline.models.config import SIZES, STEMS, ModelConfig
-from pipeline.models.patch_embed import ConvStem, NormedPatchEmbed, StemNorm
+from pipeline.models.patch_embed import ConvStem, NormedPatchEmbed
 from pipeline.models.pixels import patchify
 from pipeline.models.vit import ViT
 
@@ -66,11 +67,11 @@ def test_kept_patches_are_chosen_after_the_stem() -> None:
 
 
 def test_batch_norms_averages_stay_in_fp32() -> None:
-    norm = StemNorm(4).bfloat16()
+    norm = BatchNorm(4).bfloat16()
     assert norm.running_mean.dtype == torch.float32
     assert norm.weight.dtype == torch.bfloat16
     assert norm(torch.randn(2, 4, 3, 3).bfloat16()).dtype == torch.bfloat16
-    assert StemNorm(4).double().running_mean.dtype == torch.float64
+    assert BatchNorm(4).double().running_mean.dtype == torch.float64
     for _ in range(200):  # in bf16 the average would stick a few steps of rounding before its goal
         norm(torch.full((2, 4, 3, 3), 1.0).bfloat16())
     torch.testing.assert_close(norm.running_mean, torch.ones(4), rtol=1e-5, atol=0)

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-import torch
+import dataclasses
 
+import torch
+from torch import Tensor
+
+from pipeline import ranks
 from pipeline.config import validate
 from pipeline.data.batch import Batch, Instances
+from pipeline.models.batch_norm import BatchNorm
 from pipeline.models.rcnn_masks import encode_masks
-from pipeline.stages.base import DataFacts
+from pipeline.stages.base import DataFacts, seeded_init
 from pipeline.stages.vitdet import VitDetOptions, VitDetStage
 from pipeline.train.config import OptimConfig
 from pipeline.train.engine_deepspeed import DeepSpeedEngine
@@ -49,3 +54,38 @@ def losses_at_every_zero_stage() -> dict[int, list[float]]:
         losses[zero_stage] = [engine.step([batch_of(i, empty=i == 1)], 1e-3).loss for i in range(4)]
         engine.close()
     return losses
+
+
+def batch_norm_in_shares(shares: tuple[int, int]) -> dict[str, Tensor]:
+    """Output, gradients and averages of a batch norm whose rows lie on two ranks."""
+    draw = torch.Generator().manual_seed(0)
+    x, pull = (torch.randn(sum(shares), 3, 2, 2, generator=draw, dtype=torch.float64) + 1 for _ in range(2))
+    norm = BatchNorm(3).double()
+    torch.nn.init.normal_(norm.weight, generator=draw)
+    own = x.split(list(shares))[ranks.world().rank].requires_grad_()
+    out = norm(own)
+    (out * pull.split(list(shares))[ranks.world().rank]).sum().backward()
+    assert own.grad is not None
+    assert norm.weight.grad is not None
+    assert norm.bias.grad is not None
+    parts = {"out": out.detach(), "x": own.grad}
+    found = {name: torch.cat([part.reshape(-1, 3, 2, 2) for part in ranks.gather(t)]) for name, t in parts.items()}
+    found |= {name: ranks.sum_over_ranks(p.grad) for name, p in norm.named_parameters() if p.grad is not None}
+    return found | {"mean": norm.running_mean, "variance": norm.running_var}
+
+
+def gradients_with_batch_norm() -> dict[str, Tensor]:
+    """Of a detector with batch norm in its stem, pyramid and heads, over a batch that all ranks share."""
+    seeded_init(0)
+    model = OPTIONS["model"] | {"patch_embed": "conv_stem"}
+    detector = OPTIONS["detector"] | {"head_norm": "batch", "cascade": False}
+    options = {"model": model, "detector": detector, "pyramid": "fpn"}
+    stage = VitDetStage(validate(VitDetOptions, options, where="test"), DataFacts(("a", "b")))
+    batch = batch_of(0, empty=False)
+    first = batch.instances[0] if batch.instances else None
+    assert first is not None
+    batch = dataclasses.replace(batch, instances=(first, first._replace(boxes=first.boxes + 2)))
+    world = ranks.world()
+    for i in range(len(batch))[world.rank :: world.size] if world.size > 1 else (None,):
+        stage.loss(batch if i is None else batch.only(i)).total.backward()
+    return {name: ranks.sum_over_ranks(p.grad) for name, p in stage.named_parameters() if p.grad is not None}
