@@ -6,7 +6,8 @@ are class numbers from 0; without one, as in SA-1B, whose json members are read 
 
 Rules: a box is clipped to the image; an object whose clipped box is narrower or lower than one pixel is left out, as
 in detectron2's filter of empty instances; crowd regions stay and are marked, for a loss or an evaluation to pass over.
-An evaluation takes every object as annotated instead, since COCO's figures count them so.
+An evaluation takes every object as annotated instead, since COCO's figures count them so. Objects need a mask only
+where masks are asked for.
 """
 
 from __future__ import annotations
@@ -23,11 +24,14 @@ from pipeline.data.images import UnreadableSample
 MIN_SIDE = 1.0  # pixels
 
 
-def read_instances(sample: RawSample, height: int, width: int, *, as_annotated: bool = False) -> Instances:
+def read_instances(
+    sample: RawSample, height: int, width: int, *, as_annotated: bool = False, masks: bool = True
+) -> Instances:
     """The annotated objects of a sample's stored image of `height` x `width` pixels, by the rules above.
 
     Args:
         as_annotated: keep every object and every box as it is, for an evaluation.
+        masks: read masks, which every object must have then; False: boxes alone, masks aren't looked at.
 
     Raises:
         UnreadableSample: there are no annotations, or they aren't as described above.
@@ -36,7 +40,7 @@ def read_instances(sample: RawSample, height: int, width: int, *, as_annotated: 
     if data is None:
         raise UnreadableSample("no json member")
     try:
-        objects = [_parse(item, height, width, as_annotated) for item in json.loads(data)["annotations"]]
+        objects = [_parse(item, height, width, as_annotated, masks) for item in json.loads(data)["annotations"]]
     except (KeyError, TypeError, ValueError) as error:
         reason = f"{error.args[0]!r} is missing" if isinstance(error, KeyError) else str(error)
         raise UnreadableSample(f"damaged annotations ({reason})") from error
@@ -44,7 +48,7 @@ def read_instances(sample: RawSample, height: int, width: int, *, as_annotated: 
     return Instances(
         boxes=torch.tensor([item.box for item in kept], dtype=torch.float32).reshape(-1, 4),
         labels=torch.tensor([item.label for item in kept], dtype=torch.int64),
-        masks=tuple(item.mask for item in kept),
+        masks=tuple(item.mask for item in kept if item.mask is not None),
         crowd=torch.tensor([item.crowd for item in kept], dtype=torch.int64),
         areas=torch.tensor([item.area for item in kept], dtype=torch.float32),
     )
@@ -53,12 +57,12 @@ def read_instances(sample: RawSample, height: int, width: int, *, as_annotated: 
 class _Object(NamedTuple):
     box: tuple[float, float, float, float]  # corners
     label: int
-    mask: Mapping[str, object]
+    mask: Mapping[str, object] | None  # None: not asked for
     crowd: int
     area: float
 
 
-def _parse(item: Any, height: int, width: int, as_annotated: bool) -> _Object | None:
+def _parse(item: Any, height: int, width: int, as_annotated: bool, masks: bool) -> _Object | None:
     """One annotation; None for one without area."""
     x, y, w, h = (float(number) for number in item["bbox"])
     area = float(item.get("area", w * h))
@@ -70,11 +74,20 @@ def _parse(item: Any, height: int, width: int, as_annotated: bool) -> _Object | 
     label = item.get("category_id", 0)
     if not isinstance(label, int) or label < 0:
         raise ValueError(f"category_id {label!r} is no class number")
+    mask = _mask_of(item, height, width) if masks else None
+    if not as_annotated and (box[2] - box[0] < MIN_SIDE or box[3] - box[1] < MIN_SIDE):
+        return None
+    return _Object(box, label, mask, int(bool(item.get("iscrowd", 0))), area)
+
+
+def _mask_of(item: Any, height: int, width: int) -> dict[str, object]:
+    if not item.get("segmentation"):
+        raise ValueError(
+            "an object without segmentation, and masks are learnt or measured here; a detector of boxes alone, "
+            "options.detector.masks: false, needs none"
+        )
     mask = item["segmentation"]
     size, counts = mask["size"], mask["counts"]
     if list(size) != [height, width] or not isinstance(counts, str):
         raise ValueError(f"a mask of size {size} on an image of {[height, width]}, or not run-length encoded")
-    if not as_annotated and (box[2] - box[0] < MIN_SIDE or box[3] - box[1] < MIN_SIDE):
-        return None
-    encoded = {"size": [height, width], "counts": counts.encode("ascii")}
-    return _Object(box, label, encoded, int(bool(item.get("iscrowd", 0))), area)
+    return {"size": [height, width], "counts": counts.encode("ascii")}

@@ -35,7 +35,7 @@ class Instances(NamedTuple):
 
     boxes: Float[Tensor, "n 4"]  # x0 y0 x1 y1, pixels of the image at hand
     labels: Int[Tensor, " n"]
-    masks: tuple[Mapping[str, object], ...]  # COCO RLE: {"size": [h, w], "counts": bytes}
+    masks: tuple[Mapping[str, object], ...]  # COCO RLE: {"size": [h, w], "counts": bytes}; none where boxes suffice
     crowd: Int[Tensor, " n"]  # 1 = crowd region
     view: View | None = None  # how the image at hand shows the stored one; None: it is the stored one
     areas: Float[Tensor, " n"] | None = None  # as annotated, in pixels of the stored image, by which COCO counts sizes

@@ -26,6 +26,7 @@ from pipeline.data.samples import image_member
 from pipeline.data.views import View, fitted, large_scale_jitter
 
 RLE = Mapping[str, object]
+_EMPTY_BELOW = 1e-5  # pixels of a box's side
 
 
 def view_instances(instances: Instances, view: View) -> Instances:
@@ -33,8 +34,10 @@ def view_instances(instances: Instances, view: View) -> Instances:
 
     Masks are sampled at the nearest pixel centre, as Pillow and detectron2 do; each box is drawn anew around what its
     mask shows, as detectron2's `recompute_boxes` does for large-scale jitter, so a box never holds a part that was
-    cut away.
+    cut away. Objects without masks have their boxes moved and cut.
     """
+    if not instances.masks:
+        return _view_boxes(instances, view)
     kept, boxes, masks = [], [], []
     rows, columns = _sampled(view)
     for number, mask in enumerate(instances.masks):
@@ -52,6 +55,13 @@ def view_instances(instances: Instances, view: View) -> Instances:
         crowd=instances.crowd[index],
         view=view,
     )
+
+
+def _view_boxes(instances: Instances, view: View) -> Instances:
+    """Boxes alone; of no area in view are those left out that detectron2 leaves out (`filter_empty_instances`)."""
+    boxes = view.shown(instances.boxes)
+    kept = ((boxes[:, 2:] - boxes[:, :2]) > _EMPTY_BELOW).all(1)
+    return Instances(boxes[kept], instances.labels[kept], (), instances.crowd[kept], view)
 
 
 def view_mask(
@@ -139,6 +149,7 @@ class InstanceExample:
         objects: `"shown"` puts the objects through the view; `"stored"` leaves them in pixels of the stored image,
             all of them and as annotated, which is what an evaluation compares with (`View.stored` brings predictions
             there).
+        masks: take the objects' masks too, which they must have then; else boxes alone.
         interpolation: of the antialiased resize.
         fill: colour of the padding, by default the nearest to ImageNet's mean, which normalises to about zero. A stage
             that wants exact zeros clears what lies outside `instances.view.size`.
@@ -149,13 +160,16 @@ class InstanceExample:
 
     placement: Placement
     objects: Literal["shown", "stored"] = "shown"
+    masks: bool = True
     interpolation: Interpolation = "bilinear"
     fill: Colour = IMAGENET_FILL
 
     def __call__(self, sample: RawSample, seed: int) -> Example:
         data = image_member(sample)
         header = read_header(data)
-        stored = read_instances(sample, header.height, header.width, as_annotated=self.objects == "stored")
+        stored = read_instances(
+            sample, header.height, header.width, as_annotated=self.objects == "stored", masks=self.masks
+        )
         view = self.placement(header, seed)
         image = show(data, header, view, self.interpolation, self.fill)
         instances = view_instances(stored, view) if self.objects == "shown" else stored._replace(view=view)

@@ -172,10 +172,12 @@ def annotations_of(instances: Instances, image_id: int) -> list[Annotation]:
     areas = [float(coco_mask.area(dict(mask))) for mask in instances.masks]
     if instances.areas is not None:
         areas = instances.areas.tolist()
-    objects = []
-    for box, label, mask, crowd, area in zip(
-        sides, instances.labels.tolist(), instances.masks, instances.crowd.tolist(), areas, strict=True
-    ):
-        one = {"image_id": image_id, "category_id": label, "bbox": box, "area": area, "iscrowd": crowd}
-        objects.append(one | {"segmentation": dict(mask)})
+    objects: list[Annotation] = [
+        {"image_id": image_id, "category_id": label, "bbox": box, "area": area, "iscrowd": crowd}
+        for box, label, crowd, area in zip(
+            sides, instances.labels.tolist(), instances.crowd.tolist(), areas, strict=True
+        )
+    ]
+    for one, mask in zip(objects, instances.masks, strict=False):  # there are none where boxes alone are measured
+        one["segmentation"] = dict(mask)
     return objects

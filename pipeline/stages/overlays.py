@@ -121,7 +121,9 @@ def _truth(image: Tensor, instances: Instances, classes: Sequence[str]) -> Tenso
     ]
     boxes, masks = instances.boxes, instances.masks
     size = (image.shape[1], image.shape[2])
-    if view is not None and all(mask["size"] == list(view.source) for mask in masks):
+    if view is not None and instances.areas is not None and not masks:  # areas are those of stored objects
+        boxes = view.shown(boxes)
+    elif view is not None and all(mask["size"] == list(view.source) for mask in masks):
         boxes = view.shown(boxes)
         masks = tuple(view_mask(mask, view) for mask in masks)
-    return overlay(image, boxes, labels, torch.as_tensor(decode_masks(masks, size)))
+    return overlay(image, boxes, labels, torch.as_tensor(decode_masks(masks, size)) if masks else None)

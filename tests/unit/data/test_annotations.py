@@ -65,6 +65,16 @@ def test_sa_1b_is_read_as_it_is() -> None:
     assert coco_mask.area(dict(instances.masks[0])) == 50
 
 
+def test_boxes_alone_need_no_masks_and_look_at_none() -> None:
+    plain = {"bbox": [3, 4, 10, 5], "category_id": 2}
+    damaged = annotation([0, 0, 4, 4]) | {"segmentation": "no mask"}
+    instances = read_instances(sample(plain, damaged), 20, 30, masks=False)
+    assert instances.boxes.tolist() == [[3, 4, 13, 9], [0, 0, 4, 4]]
+    assert instances.masks == ()
+    assert instances.areas is not None
+    assert instances.areas.tolist() == [50, 16]
+
+
 def test_an_image_without_objects() -> None:
     instances = read_instances(sample(), 20, 30)
     assert instances.boxes.shape == (0, 4)
@@ -81,6 +91,7 @@ def test_an_image_without_objects() -> None:
         (annotation([1, 2, 3, 4], segmentation=[[1, 2, 3]]), "indices"),
         (annotation([1, 2, 3, 4], segmentation={"size": [5, 5], "counts": "x"}), "a mask of size"),
         ("no mapping", "indices"),
+        ({"bbox": [1, 2, 3, 4], "category_id": 1}, "an object without segmentation.*detector.masks: false"),
     ],
 )
 def test_damaged_annotations_are_unreadable(item: object, message: str) -> None:

@@ -209,3 +209,28 @@ def test_a_mask_of_another_images_size_is_refused() -> None:
 
 def test_no_masks_decode_to_none() -> None:
     assert decode_masks((), (4, 6)).shape == (0, 4, 6)
+
+
+def test_boxes_alone_are_moved_as_torchvision_moves_them() -> None:
+    """And those that the cut removes are left out; what masks would show plays no part."""
+    transform = InstanceExample(LargeScaleJitter((48, 48)), masks=False)
+    stored = instances_of(blobs())
+    num_kept = 0
+    for seed in range(30):
+        shown = transform(sample(), seed).instances
+        assert shown is not None
+        assert shown.view is not None
+        assert shown.masks == ()
+        view = shown.view
+        (top, left), (bottom, right) = (view.box.top, view.box.left), (view.box.bottom, view.box.right)
+        boxes = stored.boxes - torch.tensor([left, top, left, top])
+        boxes *= torch.tensor([view.size[1] / (right - left), view.size[0] / (bottom - top)]).repeat(2)
+        theirs = tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=view.size)  # type: ignore[call-arg]
+        if view.mirror:
+            theirs = v2.functional.horizontal_flip(theirs)
+        theirs = v2.functional.clamp_bounding_boxes(theirs)
+        kept = ((theirs[:, 2:] - theirs[:, :2]) > 1e-5).all(1)
+        torch.testing.assert_close(shown.boxes, theirs.as_subclass(torch.Tensor)[kept], rtol=1e-4, atol=1e-3)
+        assert shown.labels.tolist() == kept.nonzero().flatten().tolist()
+        num_kept += int(kept.sum())
+    assert 0 < num_kept < 30 * len(stored.labels), "some fell out of view"

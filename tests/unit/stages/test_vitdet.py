@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 from vitdet_case import SIDE, shown, weights_of
 
 from pipeline.config import validate
 from pipeline.convert.detectron2 import Detectron2, names
 from pipeline.convert.weights import Known, Source, build
-from pipeline.data.batch import Batch, Instances
+from pipeline.data.batch import Batch, Instances, RawSample, collate
 from pipeline.data.views import Box, View, fitted
 from pipeline.errors import ConfigError
+from pipeline.evaluate.base import Predictions
 from pipeline.evaluate.coco import stored_detections
 from pipeline.models.proposals import anchors_of, sample
 from pipeline.models.rcnn import pool
@@ -157,6 +160,31 @@ def test_every_parameter_of_every_variant_gets_a_gradient(changes: dict[str, Any
     with torch.no_grad():
         found = stage.eval().predict(batch)
     assert ("masks" in found) == stage.config.detector.masks
+
+
+def test_a_detector_of_boxes_alone_trains_evaluates_and_is_drawn_on_data_without_masks() -> None:
+    stage = small(detector=SMALL | {"masks": False, "score_threshold": 0.0})
+    buffer = io.BytesIO()
+    Image.new("RGB", (64, 48), (90, 120, 30)).save(buffer, "PNG")
+    objects = [{"bbox": [5, 6, 30, 24], "category_id": 1}, {"bbox": [0, 0, 64, 48], "category_id": 0, "iscrowd": 1}]
+    members = {"png": buffer.getvalue(), "json": json.dumps({"annotations": objects}).encode()}
+    sample = RawSample(0, "key", members)
+    train, evaluate = (collate([stage.transform(way)(sample, 3)], [0], [3], [1.0], 0) for way in (True, False))
+    losses = stage.loss(train)
+    assert torch.isfinite(losses.total)
+    assert "mask" not in losses.parts
+
+    def predict(batch: Batch) -> Predictions:
+        found = {name: value.detach() for name, value in stage.eval().predict(batch).items()}
+        found["boxes"][0, 0], found["classes"][0, 0], found["scores"][0, 0] = torch.tensor([5.0, 6, 35, 30]), 1, 1.0
+        return {**found, "counts": torch.ones(1, dtype=torch.int64)}
+
+    (evaluation,) = stage.evaluations().values()
+    figures = evaluation(predict, lambda _: [evaluate], ("heldout",))
+    assert figures["heldout/box_ap"] > 0.9
+    assert not any("mask" in name for name in figures)
+    (picture,) = stage.pictures(evaluate, predict(evaluate))
+    assert [caption for caption, _ in picture.panels] == ["there is", "found"]
 
 
 def test_images_without_objects_train_the_background() -> None:
