@@ -181,4 +181,5 @@ def _unlike(options: object) -> dict[str, bool]:
         "a position table that isn't trained": model.position != "learned" and not model.position_trained,
         "a patch embedding that isn't linear": model.patch_embed != "linear",
         "LayerScale": model.layer_scale is not None,
+        "relative positions that blocks share": model.relative_positions == "shared",
     }

@@ -177,6 +177,7 @@ def _outgoing(format_name: str, weights: Weights) -> tuple[SamOptions, dict[str,
         {
             "images that aren't square": model.grid[0] != model.grid[1],
             "convolutions between blocks": bool(model.conv_blocks),
+            "relative positions that blocks share": model.relative_positions == "shared",
             "a GELU other than the exact one": model.gelu != "erf",
             "LayerNorm with an epsilon other than 1e-6": model.norm_eps != 1e-6,
             "another patch embedding, norm or scale": model.patch_embed != "linear"

@@ -46,7 +46,7 @@ def attention_weights(
     def keep(number: int) -> Any:
         def hook(attention: nn.Module, arguments: tuple[Any, ...]) -> None:
             assert isinstance(attention, Attention)
-            found[number] = attention.weights(arguments[0])
+            found[number] = attention.weights(*arguments)
 
         return hook
 

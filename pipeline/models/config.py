@@ -76,7 +76,9 @@ class ModelConfig(Config):
     window: int | None = Field(default=None, gt=0)  # side of attention windows, in patches; None: all blocks global
     global_blocks: tuple[int, ...] = ()  # numbers of the blocks without windows
     conv_blocks: tuple[int, ...] = ()  # numbers of the blocks that a convolution follows
-    relative_positions: bool = False  # decomposed, for the grid of image_size or the window
+    # For the grid of image_size or the window. True: decomposed, each block's own, as ViTDet's; shared: BEiT's, a table
+    # for all blocks with windows and one for all global ones, as the detectors of Li et al. 2021 have them.
+    relative_positions: bool | Literal["shared"] = False
     activation_checkpointing: bool = False  # keep only the blocks' inputs, compute the rest again in backward
 
     @model_validator(mode="after")
@@ -132,7 +134,7 @@ class ModelConfig(Config):
     @property
     def spatial(self) -> bool:
         """Whether blocks must know where their tokens are."""
-        return self.window is not None or bool(self.conv_blocks) or self.relative_positions
+        return self.window is not None or bool(self.conv_blocks) or bool(self.relative_positions)
 
     @property
     def stem(self) -> tuple[int, ...]:

@@ -11,7 +11,7 @@ fixed sincos table is a constant of the configuration and not part of the state.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -24,7 +24,7 @@ from pipeline.models.masking import take
 from pipeline.models.noise import uniform
 from pipeline.models.patch_embed import PatchEmbed, patch_embedding
 from pipeline.models.position import FixedPositions, interpolate
-from pipeline.models.windows import ConvBottleneck, SpatialBlock
+from pipeline.models.windows import ConvBottleneck, SharedPositions, SpatialBlock
 
 
 class Tokens(NamedTuple):
@@ -64,6 +64,13 @@ class ViT(nn.Module):
             for i in range(depth)
         )
         self.norm = nn.LayerNorm(width, eps=config.norm_eps) if config.final_norm else None
+        self.rel_pos_windows = self.rel_pos_global = None
+        if config.relative_positions == "shared":
+            windows = [block.window for block in self.blocks if isinstance(block, SpatialBlock)]
+            if config.window is not None and config.window in windows:
+                self.rel_pos_windows = SharedPositions((config.window, config.window), heads)
+            if None in windows:
+                self.rel_pos_global = SharedPositions(config.grid, heads)
         self._initialize()
 
     def forward(
@@ -110,18 +117,19 @@ class ViT(nn.Module):
 
         0 is the embedding, i + 1 block i, `num_layers` the final norm and whatever follows the trunk; the learning
         rate's factor is decay ** (num_layers - layer), as in MAE's fine-tuning. Convolutions between blocks count as
-        what follows, as in detectron2.
+        what follows, as in detectron2, and so do relative positions that blocks share, which are no one block's.
         """
         if parameter.startswith("blocks.") and ".residual." not in parameter:
             return int(parameter.split(".")[1]) + 1
-        return self.num_layers if parameter.startswith(("norm.", "blocks.")) else 0
+        return self.num_layers if parameter.startswith(("norm.", "blocks.", "rel_pos_")) else 0
 
     @staticmethod
     def adds_nothing_at_first(parameter: str) -> bool:
         """Whether a parameter (named within the trunk) starts so that the trunk computes what it would without it:
         relative positions and convolutions between blocks. Weights of a plain trunk don't hold them.
         """
-        return parameter.endswith((".rel_pos_h", ".rel_pos_w")) or ".residual." in parameter
+        shared = parameter.startswith(("rel_pos_windows.", "rel_pos_global."))
+        return shared or parameter.endswith((".rel_pos_h", ".rel_pos_w")) or ".residual." in parameter
 
     def _through_blocks(
         self, x: Tensor, scale: Tensor | None, sources: Tensor | None, grid: tuple[int, int], taps: Sequence[int]
@@ -129,8 +137,12 @@ class ViT(nn.Module):
         """The last block's output, and those asked for."""
         again = self.config.activation_checkpointing and self.training and torch.is_grad_enabled()
         tapped: dict[int, Tensor] = {-1: x}
+        within, over = self._shared_biases(grid)
         for i, block in enumerate(self.blocks):
-            extra = (None if scale is None else scale[:, i], grid if self.config.spatial else sources)
+            place: tuple[Any, ...] = (sources,)
+            if isinstance(block, SpatialBlock):
+                place = (grid, over if block.window is None else within)
+            extra = (None if scale is None else scale[:, i], *place)
             if again:  # nothing in a block draws random numbers
                 x = checkpoint(block, x, *extra, use_reentrant=False, preserve_rng_state=False)
             else:
@@ -138,6 +150,11 @@ class ViT(nn.Module):
             if i in taps:
                 tapped[i] = x
         return x, tuple(tapped[i] for i in taps)
+
+    def _shared_biases(self, grid: tuple[int, int]) -> tuple[Tensor | None, Tensor | None]:
+        """What shared relative positions add to the scores within windows, and over the whole grid."""
+        windows, whole = self.rel_pos_windows, self.rel_pos_global
+        return None if windows is None else windows(windows.native), None if whole is None else whole(grid)
 
     def _sources(self, context: Tensor | None) -> Tensor | None:
         """Numbers of the tokens that may be attended to: the prefix and the context's patches."""

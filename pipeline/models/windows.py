@@ -4,7 +4,7 @@ Legend: B samples, R x C grid of patches (T = R * C tokens, row by row), W side 
 D = H * E width. Everything here is channels-last: [B,R,C,D].
 
 Follows detectron2's `modeling/backbone/vit.py`; parameters are named as there: `attn.rel_pos_h`, `attn.rel_pos_w`,
-`residual.{conv1,norm1,conv2,norm2,conv3,norm3}`.
+`residual.{conv1,norm1,conv2,norm2,conv3,norm3}`. Relative positions that blocks share are BEiT's (Bao et al. 2021).
 """
 
 from __future__ import annotations
@@ -73,6 +73,35 @@ def fold_relative(
     return asking, torch.cat([k, where], dim=-1)
 
 
+class SharedPositions(nn.Module):
+    """What a pair of places adds to each head's scores, by how they lie to each other; for several blocks at once.
+
+    BEiT's relative position bias without a cls token (Bao et al. 2021, arXiv 2106.08254). It depends on no query, so it
+    can't be folded into any: a [H,T,T] bias exists, once for all images and blocks.
+    """
+
+    def __init__(self, native: tuple[int, int], heads: int) -> None:
+        super().__init__()
+        self.native = native
+        self.table = nn.Parameter(torch.zeros((2 * native[0] - 1) * (2 * native[1] - 1), heads))
+
+    def forward(self, grid: tuple[int, int]) -> Float[Tensor, "h t t"]:
+        """For a grid; the table of another one is interpolated bilinearly."""
+        rows, columns = grid
+        table = self.table.T.reshape(-1, 2 * self.native[0] - 1, 2 * self.native[1] - 1)
+        if grid != self.native:
+            size = (2 * rows - 1, 2 * columns - 1)
+            table = F.interpolate(table.unsqueeze(0).float(), size=size, mode="bilinear")[0].to(table.dtype)
+        down, across = (self._apart(side, table.device) for side in grid)
+        bias: Tensor = table[:, down[:, None, :, None], across[None, :, None, :]]
+        return bias.reshape(-1, rows * columns, rows * columns)
+
+    @staticmethod
+    def _apart(side: int, device: torch.device) -> Tensor:
+        place = torch.arange(side, device=device)
+        return place.unsqueeze(1) - place.unsqueeze(0) + side - 1
+
+
 class SpatialAttention(Attention):
     """Self-attention within a grid, with decomposed relative positions of a native grid or none."""
 
@@ -83,20 +112,24 @@ class SpatialAttention(Attention):
             self.rel_pos_h = nn.Parameter(torch.zeros(2 * native[0] - 1, width // heads))
             self.rel_pos_w = nn.Parameter(torch.zeros(2 * native[1] - 1, width // heads))
 
-    def forward(self, x: Float[Tensor, "b r c d"]) -> Float[Tensor, "b r c d"]:  # type: ignore[override]  # has places
-        """Every place attends to every place of its grid."""
+    def forward(  # type: ignore[override]  # it has places
+        self, x: Float[Tensor, "b r c d"], bias: Float[Tensor, "h t t"] | None = None
+    ) -> Float[Tensor, "b r c d"]:
+        """Every place attends to every place of its grid; `bias` is added to the scores."""
         b, rows, columns, d = x.shape
         t = rows * columns
         q, k, v = self.qkv(x).view(b, t, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
         if self.rel_pos_h is None or self.rel_pos_w is None:
-            out = attend(q, k, v)
+            out = attend(q, k, v, bias)
         else:
             q, k = fold_relative(q, k, self.rel_pos_h, self.rel_pos_w, (rows, columns))
             out = attend(q, k, v, scale=1.0)
         projected: Tensor = self.proj(out.transpose(1, 2).reshape(b, rows, columns, d))
         return projected
 
-    def weights(self, x: Float[Tensor, "b r c d"]) -> Float[Tensor, "b h t t"]:
+    def weights(
+        self, x: Float[Tensor, "b r c d"], bias: Float[Tensor, "h t t"] | None = None
+    ) -> Float[Tensor, "b h t t"]:
         """As `Attention.weights`, of the grid's places row by row."""
         b, rows, columns, d = x.shape
         t = rows * columns
@@ -105,7 +138,8 @@ class SpatialAttention(Attention):
             q = q * q.shape[-1] ** -0.5
         else:
             q, k = fold_relative(q, k, self.rel_pos_h, self.rel_pos_w, (rows, columns))
-        found: Tensor = (q @ k.transpose(-2, -1)).softmax(-1)
+        scores = q @ k.transpose(-2, -1)
+        found: Tensor = (scores if bias is None else scores + bias).softmax(-1)
         return found
 
 
@@ -146,7 +180,7 @@ class SpatialBlock(Block):
         super().__init__(width, heads, mlp_width, config.norm_eps, config.gelu, config.layer_scale)
         self.window = None if number in config.global_blocks else config.window
         native = config.grid if self.window is None else (self.window, self.window)
-        self.attn = SpatialAttention(width, heads, native if config.relative_positions else None)
+        self.attn = SpatialAttention(width, heads, native if config.relative_positions is True else None)
         self.residual = ConvBottleneck(width) if number in config.conv_blocks else None
 
     def forward(  # type: ignore[override]  # it needs the grid
@@ -154,13 +188,14 @@ class SpatialBlock(Block):
         x: Float[Tensor, "b t d"],
         branch_scale: Float[Tensor, "b 2"] | None,
         grid: tuple[int, int],
+        bias: Float[Tensor, "h n n"] | None = None,
     ) -> Float[Tensor, "b t d"]:
-        """As `Block.forward`, for the patches of `grid`."""
+        """As `Block.forward`, for the patches of `grid`; `bias` is what shared relative positions add to the scores."""
         placed = self.norm1(x).view(len(x), *grid, -1)
         if self.window is None:
-            attended = self.attn(placed)
+            attended = self.attn(placed, bias)
         else:
-            attended = join(self.attn(partition(placed, self.window)), grid)
+            attended = join(self.attn(partition(placed, self.window), bias), grid)
         x = x + self._branch(attended.reshape(x.shape), branch_scale, 0)
         x = x + self._branch(self.mlp(self.norm2(x)), branch_scale, 1)
         if self.residual is None:

@@ -15,7 +15,7 @@ from pipeline.config import validate
 from pipeline.errors import ConfigError
 from pipeline.models.config import ModelConfig
 from pipeline.models.vit import ViT
-from pipeline.models.windows import SpatialAttention, join, partition, relative_table
+from pipeline.models.windows import SharedPositions, SpatialAttention, join, partition, relative_table
 
 TINY = {"width": 48, "depth": 4, "heads": 3, "patch_size": 16, "cls_token": False, "final_norm": False}
 
@@ -127,6 +127,44 @@ def test_relative_tables_are_hugging_faces(length: int) -> None:
 
     table = torch.randn(length, 4)
     torch.testing.assert_close(relative_table(table, 5), get_rel_pos(5, 5, table))
+
+
+@pytest.mark.parametrize("side", [5, 8])
+def test_shared_relative_positions_are_beits(side: int) -> None:
+    """Hugging Face's, without the cls token's row and column, on the native grid and on a larger one."""
+    from transformers import BeitConfig
+    from transformers.models.beit.modeling_beit import BeitRelativePositionBias
+
+    theirs = BeitRelativePositionBias(BeitConfig(image_size=80, patch_size=16, num_attention_heads=3))
+    ours = SharedPositions((5, 5), 3)
+    with torch.no_grad():
+        theirs.relative_position_bias_table.normal_()
+        ours.table.copy_(theirs.relative_position_bias_table[:-3])
+    expected = theirs((side, side))[0, :, 1:, 1:]
+    torch.testing.assert_close(ours((side, side)), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_blocks_share_relative_positions_within_windows_and_over_the_image() -> None:
+    """Each attention is torch's own with that bias; a block's output and gradients are the same when recomputed."""
+    options = {"window": 3, "global_blocks": (1, 3), "position": "none", "relative_positions": "shared"}
+    trunk = build(**options)
+    tables = {name: p.shape for name, p in trunk.named_parameters() if "rel_pos" in name}
+    assert tables == {"rel_pos_windows.table": (25, 3), "rel_pos_global.table": (225, 3)}
+    images = torch.randn(2, 3, 128, 128)
+    placed = torch.randn(2, 8, 8, 48)
+    assert trunk.rel_pos_global is not None
+    bias, attention = trunk.rel_pos_global((8, 8)), trunk.blocks[1].attn
+    q, k, v = attention.qkv(placed.view(2, 64, 48)).view(2, 64, 3, 3, 16).permute(2, 0, 3, 1, 4).unbind(0)
+    attended = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=bias.expand(2, -1, -1, -1))
+    expected = attention.proj(attended.transpose(1, 2).reshape(2, 8, 8, 48))
+    torch.testing.assert_close(attention(placed, bias), expected, rtol=1e-4, atol=1e-5)
+    again = build(**options, activation_checkpointing=True).train()
+    for one in (trunk.train(), again):
+        one(images).patches.square().sum().backward()
+    for (name, ours), theirs in zip(trunk.named_parameters(), again.parameters(), strict=True):
+        assert ours.grad is not None, name
+        assert ours.grad.any(), name
+        torch.testing.assert_close(ours.grad, theirs.grad, msg=name)
 
 
 def test_convolutions_start_as_the_identity_and_relative_positions_as_none() -> None:

@@ -146,7 +146,11 @@ def squares(num: int) -> Batch:
 @pytest.mark.parametrize(
     "changes",
     [
-        {"pyramid": "fpn", "detector": EVERY_ANCHOR | {"head_norm": "batch"}},
+        {
+            "pyramid": "fpn",
+            "detector": EVERY_ANCHOR | {"head_norm": "batch"},
+            "model": MODEL | {"window": 3, "global_blocks": [1], "relative_positions": "shared"},
+        },
         {"detector": EVERY_ANCHOR | {"cascade": True, "head_norm": "none"}},
         {"detector": EVERY_ANCHOR | {"masks": False}},
     ],

@@ -25,18 +25,22 @@ from pipeline.train.resolve import multiplies_bf16
 
 SIDE = 256  # pixels of the training size
 SMALLEST = 32  # pixels, root of the area at training size; smaller objects are ignored
-NUM_PHOTOS, BATCH, NUM_STEPS = 16, 4, 800
+NUM_PHOTOS, BATCH, NUM_STEPS = 16, 4, 500
 OPTIONS = {
     "model": {
         "width": 128, "depth": 4, "heads": 2, "image_size": SIDE, "patch_size": 16, "cls_token": False,
         "final_norm": False, "position_trained": True, "window": 7, "global_blocks": [1, 3], "relative_positions": True,
     },
     "detector": {
-        "pyramid_channels": 48, "rpn_samples": 128, "train_proposals": [300, 100], "test_proposals": [300, 100],
-        "box_samples": 48, "box_positives": 0.5, "box_convs": 0, "box_width": 192, "mask_convs": 1, "detections": 50,
+        "pyramid_channels": 48, "rpn_samples": 32, "train_proposals": [300, 100], "test_proposals": [300, 100],
+        "box_samples": 48, "box_positives": 0.5, "box_convs": 0, "box_width": 192, "mask_convs": 2, "mask_width": 64,
+        "detections": 50,
     },
 }  # fmt: skip
-OPTIM = OptimConfig(lr=1e-3, betas=(0.9, 0.999), weight_decay=0.01, warmup_samples=20 * BATCH)
+# Losses of proposals are divided by the anchors that are to be sampled, and a long object, such as the train, has three
+# that show it: with 128, the few steps here don't bring it among the proposals.
+PEAK_LR = 1.5e-3
+OPTIM = OptimConfig(lr=PEAK_LR, betas=(0.9, 0.999), weight_decay=0.0, warmup_samples=20 * BATCH)
 
 
 def photos(folder: Path) -> tuple[list[RawSample], tuple[str, ...]]:
@@ -92,14 +96,14 @@ def test_sixteen_photos_are_learnt_by_heart(shared: Path) -> None:
         for objects in ("shown", "stored")
     )
     precision: Any = "bf16" if multiplies_bf16(ranks.device()) else "fp32"
-    engine = DeepSpeedEngine(stage, OPTIM, zero_stage=0, precision=precision, peak_lr=1e-3)
+    engine = DeepSpeedEngine(stage, OPTIM, zero_stage=0, precision=precision, peak_lr=PEAK_LR)
     order = torch.Generator().manual_seed(0)
     ids: list[int] = []
     for step in range(NUM_STEPS):
         if len(ids) < BATCH:
             ids += torch.randperm(len(samples), generator=order).tolist()
         here, ids = ids[:BATCH], ids[BATCH:]
-        rate = scheduled_rate(OPTIM, 1e-3, step * BATCH, NUM_STEPS * BATCH)
+        rate = scheduled_rate(OPTIM, PEAK_LR, step * BATCH, NUM_STEPS * BATCH)
         assert engine.step([batch_of(shown, here, step)], rate).applied
 
     def predict(batch: Batch) -> Predictions:

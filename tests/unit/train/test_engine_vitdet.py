@@ -10,8 +10,9 @@ from tests.process_group import ProcessGroup
 from tests.unit.train import vitdet_cases as cases
 
 
-def test_every_zero_stage_takes_the_same_steps(one: ProcessGroup) -> None:
-    losses = one.run(cases.losses_at_every_zero_stage)[0]
+@pytest.mark.parametrize("relative", [True, "shared"])
+def test_every_zero_stage_takes_the_same_steps(one: ProcessGroup, relative: bool | str) -> None:
+    losses = one.run(cases.losses_at_every_zero_stage, relative)[0]
     assert losses[0] == losses[1] == losses[2] == losses[3]
     assert losses[0][1] < losses[0][0], "a batch without objects was among them"
 

@@ -44,12 +44,13 @@ def batch_of(step: int, *, empty: bool) -> Batch:
     )
 
 
-def losses_at_every_zero_stage() -> dict[int, list[float]]:
-    """Of four steps, the second without any object."""
+def losses_at_every_zero_stage(relative: bool | str) -> dict[int, list[float]]:
+    """Of four steps, the second without any object, with relative positions of either kind."""
     losses = {}
+    document = OPTIONS | {"model": OPTIONS["model"] | {"relative_positions": relative}}
     for zero_stage in (0, 1, 2, 3):
         torch.manual_seed(0)
-        stage = VitDetStage(validate(VitDetOptions, OPTIONS, where="test"), DataFacts(("a", "b")))
+        stage = VitDetStage(validate(VitDetOptions, document, where="test"), DataFacts(("a", "b")))
         engine = DeepSpeedEngine(stage, OPTIM, zero_stage=zero_stage, precision="fp32", peak_lr=1e-3)
         losses[zero_stage] = [engine.step([batch_of(i, empty=i == 1)], 1e-3).loss for i in range(4)]
         engine.close()
