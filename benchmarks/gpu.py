@@ -1,11 +1,13 @@
-"""MAE's training step on one GPU: time, model FLOPs utilisation and memory for ViT-B, L and H, without Ray.
+"""A training step on one GPU: time, model FLOPs utilisation and memory for ViT-B, L and H, without Ray.
 
     python -m benchmarks.gpu --sizes B L H --batch 256
+    python -m benchmarks.gpu --stage vitdet --sizes B L H --image 1024 --batch 8
 
-The step is the engine's that `vitrail train` runs: forward, backward and AdamW's update in bf16, on images that are in
-the GPU's memory already. Utilisation (MFU, Chowdhery et al. 2022) is the products of the forward and backward pass that
-take place, counted by torch, over the card's peak: patches that the encoder drops aren't counted. Each size runs in a
-process of its own, and halves its batch until it fits.
+MAE's, or ViTDet's with Mask R-CNN on a few drawn rectangles in each image. The step is the engine's that `vitrail
+train` runs: forward, backward and AdamW's update in bf16, on images that are in the GPU's memory already. Utilisation
+(MFU, Chowdhery et al. 2022) is the products of the forward and backward pass that take place, counted by torch, over
+the card's peak: patches that MAE's encoder drops aren't counted. Each size runs in a process of its own, and halves its
+batch until it fits.
 """
 
 from __future__ import annotations
@@ -27,16 +29,20 @@ from benchmarks.harness import RESULTS, alone, command_line
 from benchmarks.machine import machine, revision, versions
 from pipeline import ranks
 from pipeline.config import validate
-from pipeline.data.batch import Batch
-from pipeline.stages.base import DataFacts
+from pipeline.data.batch import Batch, Instances
+from pipeline.models.config import SIZES
+from pipeline.models.rcnn_masks import encode_masks
+from pipeline.stages.base import DataFacts, Stage
 from pipeline.stages.mae import MaeOptions, MaeStage
+from pipeline.stages.vitdet import VitDetOptions, VitDetStage
 from pipeline.train.config import OptimConfig
 from pipeline.train.engine_deepspeed import DeepSpeedEngine
 from pipeline.train.flops import flops_per_sample
 
 FORMAT, FORMAT_VERSION = "vitrail.gpu", 1
 WARMUP, STEPS = 5, 20
-PATCH = {"H": 14}
+PATCH = {"H": 14}  # MAE's; ViTDet has 16 everywhere
+OBJECTS, CLASSES = 8, 80
 PEAK_TFLOPS = {
     "GB200": 2450, "B200": 2250, "H200": 989, "H100 PCIe": 756, "H100": 989, "A100": 312, "L40S": 362, "A10G": 70,
     "L4": 121, "RTX 4090": 165, "RTX 3090": 71, "V100": 125,
@@ -47,6 +53,7 @@ PEAK_TFLOPS = {
 def main(arguments: list[str] | None = None) -> int:
     """Measure the sizes asked for and write `gpu.json`."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
+    parser.add_argument("--stage", choices=sorted(BUILD), default="mae", help="what is trained (default mae)")
     parser.add_argument("--sizes", nargs="+", default=["B", "L", "H"], help="names in SIZES (default B L H)")
     parser.add_argument("--batch", type=int, default=256, help="images a step to begin with (default 256)")
     parser.add_argument("--image", type=int, default=224, help="pixels of a side (default 224)")
@@ -56,7 +63,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--peak-tflops", type=float, help="of the device, where its name isn't known here")
     parser.add_argument("--checkpointing", action="store_true", help="keep the blocks' inputs only")
     parser.add_argument("--on-cpu", action="store_true", help="try the script without a GPU")
-    parser.add_argument("--out", type=Path, default=RESULTS / "gpu.json")
+    parser.add_argument("--out", type=Path, help="default gpu.json, or gpu-vitdet.json, under benchmarks/results")
     parser.add_argument("--only", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available() and not options.on_cpu:
@@ -69,7 +76,7 @@ def main(arguments: list[str] | None = None) -> int:
     document = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
-        "what": "one training step of MAE in bf16: forward, backward, update",
+        "what": f"one training step of {options.stage} in bf16: forward, backward, update",
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": command_line(),
         "git": revision(),
@@ -77,10 +84,11 @@ def main(arguments: list[str] | None = None) -> int:
         "versions": versions(),
         "rows": rows,
     }
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    out = options.out or RESULTS / ("gpu.json" if options.stage == "mae" else f"gpu-{options.stage}.json")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     print(table(rows))
-    print(f"written: {options.out}")
+    print(f"written: {out}")
     return 0 if len(rows) == len(options.sizes) else 1
 
 
@@ -92,7 +100,8 @@ def measure(size: str, batch: int, options: argparse.Namespace) -> dict[str, Any
     """
     alone()
     device = torch.device("cpu") if options.on_cpu else ranks.device()
-    images = _images(batch, options.image)
+    build = BUILD[options.stage]
+    images = _images(batch, options.image, objects=options.stage == "vitdet")
     flops = flops_per_sample(build(size, options), images.only(0))
     stage = build(size, options)
     num_parameters = sum(p.numel() for p in stage.parameters())
@@ -115,11 +124,12 @@ def measure(size: str, batch: int, options: argparse.Namespace) -> dict[str, Any
     peak = options.peak_tflops or _peak_tflops()
     achieved = flops * batch / seconds / 1e12
     return {
+        "stage": options.stage,
         "size": size,
         "image_size": options.image,
-        "patch_size": PATCH.get(size, 16),
+        "patch_size": stage.trunk.config.patch_size,
         "batch": batch,
-        "mask_ratio": options.mask_ratio,
+        "mask_ratio": options.mask_ratio if options.stage == "mae" else None,
         "zero_stage": options.zero_stage,
         "activation_checkpointing": options.checkpointing,
         "num_parameters": num_parameters,
@@ -135,13 +145,29 @@ def measure(size: str, batch: int, options: argparse.Namespace) -> dict[str, Any
     }
 
 
-def build(size: str, options: argparse.Namespace) -> MaeStage:
+def build_mae(size: str, options: argparse.Namespace) -> Stage:
     """The paper's model of a size."""
     torch.manual_seed(0)
     model = {"size": size, "image_size": options.image, "patch_size": PATCH.get(size, 16)}
     model["activation_checkpointing"] = options.checkpointing
     document = {"model": model, "mask_ratio": options.mask_ratio}
     return MaeStage(validate(MaeOptions, document, where="benchmark"), DataFacts())
+
+
+def build_vitdet(size: str, options: argparse.Namespace) -> Stage:
+    """ViTDet's Mask R-CNN of a size."""
+    torch.manual_seed(0)
+    depth = SIZES[size].depth
+    model = {
+        "size": size, "image_size": options.image, "patch_size": 16, "cls_token": False, "final_norm": False,
+        "position_trained": True, "position_image_size": 224, "window": 14, "relative_positions": True,
+        "global_blocks": [depth // 4 * quarter - 1 for quarter in (1, 2, 3, 4)],
+        "activation_checkpointing": options.checkpointing,
+    }  # fmt: skip
+    return VitDetStage(validate(VitDetOptions, {"model": model}, where="benchmark"), DataFacts(("",) * CLASSES))
+
+
+BUILD = {"mae": build_mae, "vitdet": build_vitdet}
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -161,7 +187,7 @@ def _in_a_process(size: str, options: argparse.Namespace) -> dict[str, Any] | No
     batch = options.batch
     while batch >= 1:
         same = [f"--image={options.image}", f"--zero-stage={options.zero_stage}", f"--mask-ratio={options.mask_ratio}"]
-        same += [f"--steps={options.steps}", *(["--on-cpu"] if options.on_cpu else [])]
+        same += [f"--stage={options.stage}", f"--steps={options.steps}", *(["--on-cpu"] if options.on_cpu else [])]
         same += ["--checkpointing"] if options.checkpointing else []
         same += [f"--peak-tflops={options.peak_tflops}"] if options.peak_tflops else []
         command = [sys.executable, "-m", "benchmarks.gpu", f"--only={size}", f"--batch={batch}", *same]
@@ -177,11 +203,27 @@ def _in_a_process(size: str, options: argparse.Namespace) -> dict[str, Any] | No
     return None
 
 
-def _images(batch: int, side: int) -> Batch:
+def _images(batch: int, side: int, *, objects: bool) -> Batch:
     images = torch.randint(
         0, 256, (batch, 3, side, side), dtype=torch.uint8, generator=torch.Generator().manual_seed(1)
     )
-    return Batch(torch.arange(batch), torch.arange(batch), torch.ones(batch), 0, images=images)
+    found = Batch(torch.arange(batch), torch.arange(batch), torch.ones(batch), 0, images=images)
+    if not objects:
+        return found
+    return dataclasses.replace(found, instances=tuple(rectangles(i, side) for i in range(batch)))
+
+
+def rectangles(seed: int, side: int, num: int = OBJECTS) -> Instances:
+    """Objects of 1/16 to 1/2 of an image's side, with their masks."""
+    draw = torch.Generator().manual_seed(seed)
+    sides = side * (torch.rand(num, 2, generator=draw) * 7 / 16 + 1 / 16)
+    corner = torch.rand(num, 2, generator=draw) * (side - sides)
+    boxes = torch.cat([corner, corner + sides], dim=1).round()
+    place = torch.arange(side)
+    across = (place >= boxes[:, :1]) & (place < boxes[:, 2:3])
+    down = (place >= boxes[:, 1:2]) & (place < boxes[:, 3:4])
+    masks = tuple(encode_masks(down.unsqueeze(2) & across.unsqueeze(1)))
+    return Instances(boxes, torch.randint(CLASSES, (num,), generator=draw), masks, torch.zeros(num, dtype=torch.int64))
 
 
 def _peak_tflops() -> float | None:

@@ -1,7 +1,8 @@
 """ViTDet: folded relative positions against none, a bias of all pairs and FlexAttention; COCO figures.
 
-On a CPU a B trunk's training step at 512 pixels; on a GPU B, L and H at 1024, forward and backward in bf16, with peak
-memory. The sides of a pair compute the same (or, against none, the same but for the relative positions).
+On a CPU a B trunk at 512 pixels and the whole detector with it, on a GPU trunks of B, L and H at 1024; training steps
+(forward and backward) and inference, in bf16, one image, with peak memory. The sides of a pair compute the same or,
+against none, the same but for the relative positions. FlexAttention has no backward pass on CPUs.
 """
 
 from __future__ import annotations
@@ -10,44 +11,55 @@ import contextlib
 import copy
 import functools
 import io
+import json
+import resource
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.harness import Comparison, Contender, Goal, Work, compare
+from benchmarks.gpu import rectangles
+from benchmarks.harness import Comparison, Contender, Goal, UnequalWork, Work, compare
+from pipeline.config import validate
+from pipeline.data.batch import Batch
 from pipeline.models import windows
 from pipeline.models.attention import attend
 from pipeline.models.config import SIZES, ModelConfig
 from pipeline.models.vit import ViT
+from pipeline.stages.base import DataFacts
+from pipeline.stages.vitdet import VitDetOptions, VitDetStage
 
+Way = Literal["train", "infer"]
 COCO_IMAGES, COCO_CLASSES = 5000, 80
 SLOWEST = {"B": 0.77, "L": 0.83, "H": 0.91}
 """Least ratio of the time without relative positions over ours: 30% slower for B, 10% for H, between them for L."""
 
 
 def run(pairs: int) -> list[Comparison]:
-    """`vitdet-<size>-<peer>` for each size and peer there is hardware for, and `coco-figures`."""
+    """`vitdet-<size>-<train or infer>-<peer>` as there is hardware for, `vitdet-detector-*` and `coco-figures`."""
     on_gpu = torch.cuda.is_available()
+    side = 1024 if on_gpu else 512
     found = []
     for size in ("B", "L", "H") if on_gpu else ("B",):
-        side = 1024 if on_gpu else 512
-        found.append(against("none", size, side, pairs, Goal(ratio_min=SLOWEST[size])))
-        found.append(against("materialised", size, side, pairs, Goal()))
-        if on_gpu:  # it has no backward pass on CPUs
-            found.append(against("flex", size, side, pairs, Goal()))
+        for way in ("train", "infer"):
+            found.append(against("none", size, side, way, pairs, Goal(ratio_min=SLOWEST[size])))
+            found.append(against("materialised", size, side, way, pairs, Goal()))
+            if on_gpu or way == "infer":
+                found.append(against("flex", size, side, way, pairs, Goal()))
+    found += [detector(side, way, pairs) for way in ("train", "infer")]
     return [*found, coco(pairs)]
 
 
-def against(peer: str, size: str, side: int, pairs: int, goal: Goal) -> Comparison:
+def against(peer: str, size: str, side: int, way: Way, pairs: int, goal: Goal) -> Comparison:
     """Ours against another way to have relative positions, or none."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     ours = trunk(size, side, relative=True).to(device, torch.bfloat16)
     theirs = ours if peer != "none" else trunk(size, side, relative=False).to(device, torch.bfloat16)
-    images = torch.randn(1, 3, side, side, generator=torch.Generator().manual_seed(0)).to(device)
-    peaks: dict[str, float] = {}
+    images = pixels(side).to(device)
 
     def near(mine: Tensor, other: Tensor) -> bool:
         """Both went through the same weights; without relative positions only the size can be compared."""
@@ -56,50 +68,121 @@ def against(peer: str, size: str, side: int, pairs: int, goal: Goal) -> Comparis
         return bool((mine - other).abs().max() <= 0.05 * other.abs().max())
 
     return compare(
-        f"vitdet-{size}-{peer}",
-        f"forward and backward of a ViTDet-{size} trunk, one image of {side} pixels, bf16, on {device.type}",
-        Contender("folded", functools.partial(step, ours, images, None, peaks, "folded")),
-        Contender(peer, functools.partial(step, theirs, images, SCORES.get(peer), peaks, peer)),
+        f"vitdet-{size}-{way}-{peer}",
+        f"{WAYS[way]} of a ViTDet-{size} trunk, one image of {side} pixels, bf16, on {device.type}",
+        Contender("folded", functools.partial(pass_through, ours, images, way, None)),
+        Contender(peer, functools.partial(pass_through, theirs, images, way, SCORES.get(peer))),
         check=near,
         pairs=pairs,
         work=Work(1, "images"),
         goal=goal,
-        notes={"peak_bytes": peaks, "threads": torch.get_num_threads()},
+        notes={
+            "peak_bytes": {name: peak_bytes(name, size, side, way) for name in ("folded", peer)},
+            "threads": torch.get_num_threads(),
+        },
     )
 
 
-def trunk(size: str, side: int, *, relative: bool) -> ViT:
-    """ViTDet's, with relative positions that aren't zero."""
-    torch.manual_seed(0)
+WAYS: dict[Way, str] = {"train": "forward and backward", "infer": "forward"}
+
+
+def detector(side: int, way: Way, pairs: int) -> Comparison:
+    """`vitdet-detector-<way>-none`: ViTDet-B's whole Mask R-CNN, losses or detections, with and without them."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    image = (pixels(side) * 60 + 128).clamp(0, 255).to(torch.uint8)
+    number, objects = torch.zeros(1, dtype=torch.int64), (rectangles(0, side),)
+    batch = Batch(number, number, torch.ones(1), 0, image, instances=objects).to(device)
+
+    def work(stage: VitDetStage) -> float:
+        if way == "train":
+            total = stage.loss(batch).total
+            torch.autograd.backward(total)
+            stage.zero_grad(set_to_none=True)
+            return float(total)
+        with torch.no_grad():
+            return float(stage.predict(batch)["counts"].sum())
+
+    def stage_of(*, relative: bool) -> VitDetStage:
+        torch.manual_seed(0)
+        document = {"model": model_of("B", side, relative=relative).model_dump()}
+        stage = VitDetStage(validate(VitDetOptions, document, where="benchmark"), DataFacts(("",) * COCO_CLASSES))
+        return stage.to(device, torch.bfloat16).train(way == "train")
+
+    return compare(
+        f"vitdet-detector-{way}-none",
+        f"{WAYS[way]} of ViTDet-B's Mask R-CNN, one image of {side} pixels, bf16, on {device.type}",
+        Contender("folded", functools.partial(work, stage_of(relative=True))),
+        Contender("none", functools.partial(work, stage_of(relative=False))),
+        check=lambda mine, other: bool(np.isfinite([mine, other]).all()),
+        pairs=pairs,
+        work=Work(1, "images"),
+        notes={"threads": torch.get_num_threads()},
+    )
+
+
+def pixels(side: int) -> Tensor:
+    """One normalised image."""
+    return torch.randn(1, 3, side, side, generator=torch.Generator().manual_seed(0))
+
+
+def model_of(size: str, side: int, *, relative: bool) -> ModelConfig:
+    """ViTDet's trunk."""
     depth = SIZES[size].depth
-    model = ViT(
-        ModelConfig(
-            size=size, image_size=side, position_image_size=224, cls_token=False, final_norm=False, window=14,
-            global_blocks=tuple(depth // 4 * quarter - 1 for quarter in (1, 2, 3, 4)), relative_positions=relative,
-        )
+    return ModelConfig(
+        size=size, image_size=side, position_image_size=224, position_trained=True, cls_token=False, final_norm=False,
+        window=14, global_blocks=tuple(depth // 4 * quarter - 1 for quarter in (1, 2, 3, 4)),
+        relative_positions=relative,
     )  # fmt: skip
+
+
+def trunk(size: str, side: int, *, relative: bool) -> ViT:
+    """With relative positions that aren't zero."""
+    torch.manual_seed(0)
+    model = ViT(model_of(size, side, relative=relative))
     for name, parameter in model.named_parameters():
         if "rel_pos" in name:
             torch.nn.init.normal_(parameter, std=0.1)
     return model
 
 
-def step(
-    model: ViT, images: Tensor, scores: Callable[..., Tensor] | None, peaks: dict[str, float], name: str
-) -> Tensor:
-    """One forward and backward; the features."""
-    cuda = images.device.type == "cuda"
-    if cuda:
-        torch.cuda.reset_peak_memory_stats()
-    with replaced(scores):
+def pass_through(model: ViT, images: Tensor, way: Way, scores: Callable[..., Tensor] | None) -> Tensor:
+    """One forward, and in training a backward; the features."""
+    with replaced(scores), torch.set_grad_enabled(way == "train"):
         features = model(images).patches
-        features.float().square().mean().backward()
-    model.zero_grad(set_to_none=True)
-    if cuda:
+        if way == "train":
+            torch.autograd.backward(features.float().square().mean())
+            model.zero_grad(set_to_none=True)
+    if images.is_cuda:
         torch.cuda.synchronize()
-        peaks[name] = float(torch.cuda.max_memory_allocated())
     found: Tensor = features.detach().float()
     return found
+
+
+def peak_bytes(name: str, size: str, side: int, way: Way) -> int:
+    """What one pass takes beside the weights, at most: of the GPU's memory, or of a process of its own."""
+    if torch.cuda.is_available():
+        return _peak(name, size, side, way)
+    command = [sys.executable, "-m", "benchmarks.vitdet", name, size, str(side), way]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise UnequalWork(f"measuring memory failed: {done.stderr}")
+    return int(json.loads(done.stdout.splitlines()[-1]))
+
+
+def _peak(name: str, size: str, side: int, way: Way) -> int:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = trunk(size, side, relative=name != "none").to(device, torch.bfloat16)
+    small = pixels(side // 4).to(device)
+    if name != "flex":  # whose compiled kernel is for one size
+        pass_through(model, small, way, SCORES.get(name))  # libraries' own memory
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        pass_through(model, pixels(side).to(device), way, SCORES.get(name))
+        return int(torch.cuda.max_memory_allocated() - before)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    pass_through(model, pixels(side), way, SCORES.get(name))
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
 
 
 @contextlib.contextmanager
@@ -110,7 +193,7 @@ def replaced(scores: Callable[..., Tensor] | None) -> Iterator[None]:
         return
     kept = windows.SpatialAttention.forward
 
-    def forward(self: windows.SpatialAttention, x: Tensor) -> Tensor:
+    def forward(self: windows.SpatialAttention, x: Tensor, bias: Tensor | None = None) -> Tensor:
         b, rows, columns, d = x.shape
         q, k, v = self.qkv(x).view(b, rows * columns, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
         out = scores(q, k, v, *relative_parts(self, q, (rows, columns)))
@@ -230,3 +313,7 @@ def with_pycocotools(truth: dict[int, list[dict[str, Any]]], found: list[dict[st
         evaluation.accumulate()
         evaluation.summarize()
     return [float(value) for value in evaluation.stats]
+
+
+if __name__ == "__main__":
+    print(json.dumps(_peak(sys.argv[1], sys.argv[2], int(sys.argv[3]), "train" if sys.argv[4] == "train" else "infer")))
