@@ -25,12 +25,19 @@ MIN_SIDE = 1.0  # pixels
 
 
 def read_instances(
-    sample: RawSample, height: int, width: int, *, as_annotated: bool = False, masks: bool = True
+    sample: RawSample,
+    height: int,
+    width: int,
+    *,
+    as_annotated: bool = False,
+    masks: bool = True,
+    num_classes: int | None = None,
 ) -> Instances:
     """The annotated objects of a sample's stored image of `height` x `width` pixels, by the rules above.
 
     Args:
         as_annotated: keep every object and every box as it is, for an evaluation.
+        num_classes: of the data set, among which every object's must be; None: any number will do.
         masks: read masks, which every object must have then; False: boxes alone, masks aren't looked at.
 
     Raises:
@@ -38,13 +45,16 @@ def read_instances(
     """
     data = sample.members.get("json")
     if data is None:
-        raise UnreadableSample("no json member")
+        raise UnreadableSample("no json member, which holds the objects")
     try:
         objects = [_parse(item, height, width, as_annotated, masks) for item in json.loads(data)["annotations"]]
     except (KeyError, TypeError, ValueError) as error:
         reason = f"{error.args[0]!r} is missing" if isinstance(error, KeyError) else str(error)
         raise UnreadableSample(f"damaged annotations ({reason})") from error
     kept = [item for item in objects if item is not None]
+    if num_classes is not None and any(item.label >= num_classes for item in kept):
+        highest = max(item.label for item in kept)
+        raise UnreadableSample(f"category_id {highest}, and the data set's {num_classes} classes are numbered from 0")
     return Instances(
         boxes=torch.tensor([item.box for item in kept], dtype=torch.float32).reshape(-1, 4),
         labels=torch.tensor([item.label for item in kept], dtype=torch.int64),

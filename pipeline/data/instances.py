@@ -150,6 +150,7 @@ class InstanceExample:
             all of them and as annotated, which is what an evaluation compares with (`View.stored` brings predictions
             there).
         masks: take the objects' masks too, which they must have then; else boxes alone.
+        num_classes: of the data set, among which every object's must be; None: any number will do.
         interpolation: of the antialiased resize.
         fill: colour of the padding, by default the nearest to ImageNet's mean, which normalises to about zero. A stage
             that wants exact zeros clears what lies outside `instances.view.size`.
@@ -161,6 +162,7 @@ class InstanceExample:
     placement: Placement
     objects: Literal["shown", "stored"] = "shown"
     masks: bool = True
+    num_classes: int | None = None
     interpolation: Interpolation = "bilinear"
     fill: Colour = IMAGENET_FILL
 
@@ -168,7 +170,12 @@ class InstanceExample:
         data = image_member(sample)
         header = read_header(data)
         stored = read_instances(
-            sample, header.height, header.width, as_annotated=self.objects == "stored", masks=self.masks
+            sample,
+            header.height,
+            header.width,
+            as_annotated=self.objects == "stored",
+            masks=self.masks,
+            num_classes=self.num_classes,
         )
         view = self.placement(header, seed)
         image = show(data, header, view, self.interpolation, self.fill)

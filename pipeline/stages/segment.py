@@ -92,10 +92,10 @@ class SegmentStage(Stage):
         return F.interpolate(logits, size=self.config.model.image_hw, mode="bilinear", align_corners=False)
 
     def transform(self, train: bool) -> Transform:
-        canvas = self.config.model.image_hw
+        canvas, num = self.config.model.image_hw, len(self.data.classes)
         if train:
-            return InstanceExample(LargeScaleJitter(canvas, self.config.jitter, self.config.flip))
-        return InstanceExample(Fitted(canvas), objects="stored")
+            return InstanceExample(LargeScaleJitter(canvas, self.config.jitter, self.config.flip), num_classes=num)
+        return InstanceExample(Fitted(canvas), objects="stored", num_classes=num)
 
     def view(self) -> Transform:
         return PlacedExample(Fitted(self.config.model.image_hw))

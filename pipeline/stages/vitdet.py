@@ -135,11 +135,11 @@ class VitDetStage(Stage):
         return levels
 
     def transform(self, train: bool) -> Transform:
-        canvas = self.config.model.image_hw
+        canvas, masks, num = self.config.model.image_hw, self.masks is not None, len(self.data.classes)
         if train:
             jitter = LargeScaleJitter(canvas, self.config.jitter, self.config.flip)
-            return InstanceExample(jitter, masks=self.masks is not None)
-        return InstanceExample(Fitted(canvas), objects="stored", masks=self.masks is not None)
+            return InstanceExample(jitter, masks=masks, num_classes=num)
+        return InstanceExample(Fitted(canvas), objects="stored", masks=masks, num_classes=num)
 
     def view(self) -> Transform:
         return PlacedExample(Fitted(self.config.model.image_hw))

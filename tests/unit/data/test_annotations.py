@@ -75,6 +75,15 @@ def test_boxes_alone_need_no_masks_and_look_at_none() -> None:
     assert instances.areas.tolist() == [50, 16]
 
 
+def test_a_class_that_the_data_set_has_none_of_is_told() -> None:
+    """COCO's own ids, from 1 to 90 for 80 classes, would otherwise end deep in a loss."""
+    here = sample(annotation([3, 4, 10, 5], 90))
+    assert read_instances(here, 20, 30).labels.tolist() == [90]
+    for as_annotated in (True, False):
+        with pytest.raises(UnreadableSample, match="category_id 90, and the data set's 80 classes are numbered from 0"):
+            read_instances(here, 20, 30, as_annotated=as_annotated, num_classes=80)
+
+
 def test_an_image_without_objects() -> None:
     instances = read_instances(sample(), 20, 30)
     assert instances.boxes.shape == (0, 4)
