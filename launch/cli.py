@@ -381,6 +381,27 @@ def convert(
 
 
 @app.command()
+def export(
+    source: Annotated[str, typer.Argument(metavar="RUN|WEIGHTS", help="A run of stage sam, or a weight file of one.")],
+    target: Annotated[str, typer.Argument(metavar="DIR", help="Folder for encoder.onnx and decoder.onnx; s3:// too.")],
+    source_format: Annotated[
+        str | None, typer.Option("--from", metavar="FORMAT", help="The weights' format; default: our own, or a run.")
+    ] = None,
+    known: Annotated[
+        list[str] | None,
+        typer.Option("--known", metavar="NAME=VALUE", help="What tensors don't tell, such as decoder_heads=8."),
+    ] = None,
+    which: Which = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Write Segment Anything as ONNX graphs, checked against the model."""
+    from launch.export import export as export_graphs
+
+    document, lines = export_graphs(source, target, source_format=source_format, known=known or [], which=which)
+    _reply(document, lines, as_json)
+
+
+@app.command()
 def report(
     sources: Annotated[list[str], typer.Argument(metavar="SPEC|RUN", help="A report's YAML file, or run directories.")],
     out: Annotated[str, typer.Option(metavar="PATH", help="HTML file or folder to write.")] = "report",

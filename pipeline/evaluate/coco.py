@@ -19,6 +19,7 @@ from pipeline.evaluate.base import Measured, Predict, Predictions, Sweep
 from pipeline.models.rcnn_masks import encode_masks, paste_masks
 
 MAX_DETECTIONS = (1, 10, 100)
+MAX_PROPOSALS = 1000
 FIGURES = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large")
 RECALLS = ("ar1", "ar10", "ar100", "ar_small", "ar_medium", "ar_large")
 Kind = Literal["bbox", "segm"]
@@ -95,6 +96,36 @@ def coco_figures(
         found: detections, as COCO's results; those of one image best first, or ties may go another way.
         num_classes: categories are numbered from 0.
     """
+    evaluation = _evaluated(truth, found, num_classes, kind, MAX_DETECTIONS)
+    stats = dict(zip((*FIGURES, *RECALLS), (float(v) for v in evaluation.stats[:12]), strict=True))
+    precision = torch.from_numpy(evaluation.eval["precision"][:, :, :, 0, -1])  # [thresholds, recalls, classes]
+    of_classes: list[float | None] = []
+    for number in range(num_classes):
+        defined = precision[:, :, number][precision[:, :, number] > -1]
+        of_classes.append(defined.mean().item() if len(defined) else None)
+    return {key: value for key, value in stats.items() if value > -1}, of_classes
+
+
+def proposal_recalls(truth: Mapping[int, Truth], found: Sequence[Annotation]) -> dict[str, float]:
+    """COCO's average recall of up to 1000 masks an image whatever their class, over IoU thresholds .5 to .95: `ar1000`
+    and, where there are such objects, `ar1000_small`, `ar1000_medium` and `ar1000_large`.
+
+    Args:
+        truth: objects of each image, as COCO's annotations.
+        found: masks, as COCO's results; of an image with more, the 1000 with the highest score count.
+    """
+    objects = {i: t._replace(objects=[{**one, "category_id": 0} for one in t.objects]) for i, t in truth.items()}
+    masks = [{**one, "category_id": 0} for one in found]
+    recall = _evaluated(objects, masks, 1, "segm", (1, 10, MAX_PROPOSALS)).eval["recall"]  # [thresholds, 1, areas, 3]
+    names = ("ar1000", "ar1000_small", "ar1000_medium", "ar1000_large")
+    means = {name: float(recall[:, 0, area, -1].mean()) for area, name in enumerate(names)}
+    return {name: mean for name, mean in means.items() if mean >= 0}  # -1: no object of that size
+
+
+def _evaluated(
+    truth: Mapping[int, Truth], found: Sequence[Annotation], num_classes: int, kind: Kind, most: Sequence[int]
+) -> Any:
+    """COCO's evaluation, done."""
     from faster_coco_eval import COCO, COCOeval_faster
 
     annotations = [
@@ -111,18 +142,13 @@ def coco_figures(
     if found:
         results = coco.loadRes([dict(one) for one in found])
     evaluation = COCOeval_faster(coco, results, kind, print_function=lambda *_: None)
-    evaluation.params.maxDets = list(MAX_DETECTIONS)
+    evaluation.params.maxDets = list(most)
     with contextlib.redirect_stdout(io.StringIO()):
         evaluation.evaluate()
         evaluation.accumulate()
-        evaluation.summarize()
-    stats = dict(zip((*FIGURES, *RECALLS), (float(v) for v in evaluation.stats[:12]), strict=True))
-    precision = torch.from_numpy(evaluation.eval["precision"][:, :, :, 0, -1])  # [thresholds, recalls, classes]
-    of_classes: list[float | None] = []
-    for number in range(num_classes):
-        defined = precision[:, :, number][precision[:, :, number] > -1]
-        of_classes.append(defined.mean().item() if len(defined) else None)
-    return {key: value for key, value in stats.items() if value > -1}, of_classes
+        if list(most) == list(MAX_DETECTIONS):
+            evaluation.summarize()
+    return evaluation
 
 
 def stored_detections(predictions: Predictions, batch: Batch) -> dict[int, list[Annotation]]:

@@ -1,19 +1,25 @@
-"""How well masks come of clicks and boxes: the paper's click rule, and intersection over union after so many clicks.
+"""How well masks come of clicks and boxes, by the paper's click rule, and how many objects masks of everything find.
 
-Legend: B images, Q objects of an image at most, K clicks, y x pixels of the stored image.
+Legend: B images, Q objects of an image at most, K clicks, D masks of an image at most, L bytes of a mask's run lengths
+at most, y x pixels of the stored image.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, UInt8
 from scipy.ndimage import distance_transform_edt  # type: ignore[import-untyped]
+from torch import Tensor
 
-from pipeline.evaluate.base import Measured, Predict, Sweep
+from pipeline import ranks
+from pipeline.data.batch import Batch
+from pipeline.evaluate.base import Measured, Predict, Predictions, Sweep
+from pipeline.evaluate.coco import Annotation, Truth, annotations_of, proposal_recalls
 from pipeline.evaluate.collect import collect
 
 NUM_CLICKS = 9
@@ -68,13 +74,15 @@ def iou(a: Bool[np.ndarray, "y x"], b: Bool[np.ndarray, "y x"]) -> float:
 
 
 class PromptableEvaluation:
-    """Mean IoU over a set's objects, after clicks and from boxes.
+    """Mean IoU over a set's objects, after clicks and from boxes, and the recall of masks of everything.
 
     `<set>/iou_clicks_{1,2,3,5,9}`: of the mask the model itself ranks highest; `<set>/iou_oracle_1`: of the best of the
     three after one click; `<set>/iou_box`: from a true box; those of small, medium and large objects with `_small` and
-    so on, where there are any. `<set>/num_objects` counts.
+    so on, where there are any. `<set>/num_objects` counts. Where the stage looks for everything, `<set>/ar1000` (see
+    `pipeline.evaluate.coco.proposal_recalls`) and `<set>/masks_per_image`.
 
-    From a stage's `clicks` [B,Q,K], `oracle`, `box` and `area` [B,Q]; absent objects are NaN.
+    From a stage's `clicks` [B,Q,K], `oracle`, `box` and `area` [B,Q], absent objects NaN; and where it has them
+    `everything` [B,D,L] and `everything_scores` [B,D], as `packed_masks` makes them.
     """
 
     def __call__(self, predict: Predict, sweep: Sweep, names: tuple[str, ...]) -> Measured:
@@ -82,29 +90,102 @@ class PromptableEvaluation:
         figures: dict[str, float] = {}
         details: dict[str, Any] = {}
         for name in names:
-            found = collect(predict, sweep(name), ("clicks", "oracle", "box", "area"))
-            if not found:
-                continue
-            area = found["area"].flatten()
-            there = ~area.isnan()
-            if not there.any():
-                continue
-            clicks = found["clicks"].flatten(0, 1)[there].double()
-            columns = {f"iou_clicks_{k}": clicks[:, k - 1] for k in TOLD_CLICKS}
-            columns["iou_oracle_1"] = found["oracle"].flatten()[there].double()
-            columns["iou_box"] = found["box"].flatten()[there].double()
-            area = area[there]
-            figures[f"{name}/num_objects"] = float(len(area))
-            for title, values in columns.items():
-                figures[f"{name}/{title}"] = values.mean().item()
-                for size, (low, high) in SIZES.items():
-                    own = (area >= low) & (area < high)
-                    if own.any():
-                        figures[f"{name}/{title}_{size}"] = values[own].mean().item()
-            details[f"{name}/iou_by_clicks"] = clicks.mean(0).tolist()
+            own: list[tuple[int, Truth, list[Annotation]]] = []
+
+            def watched(batch: Batch, own: list[tuple[int, Truth, list[Annotation]]] = own) -> Predictions:
+                predictions = predict(batch)
+                own.extend(_masks_of_everything(predictions, batch))
+                return predictions
+
+            found = collect(watched, sweep(name), ("clicks", "oracle", "box", "area"))
+            measured, curve = _by_clicks(found)
+            measured |= _by_recall(own)
+            figures |= {f"{name}/{key}": value for key, value in measured.items()}
+            if curve:
+                details[f"{name}/iou_by_clicks"] = curve
         return Measured(figures, details)
 
 
-def padded_rows(rows: list[list[float]], width: int) -> Float[torch.Tensor, "b width"]:
+def _by_clicks(found: Mapping[str, Tensor]) -> tuple[dict[str, float], list[float]]:
+    """Figures of clicks and boxes, and mean IoU after each click; nothing where there are no objects."""
+    area = found["area"].flatten() if found else torch.zeros(0)
+    there = ~area.isnan()
+    if not there.any():
+        return {}, []
+    clicks = found["clicks"].flatten(0, 1)[there].double()
+    columns = {f"iou_clicks_{k}": clicks[:, k - 1] for k in TOLD_CLICKS}
+    columns["iou_oracle_1"] = found["oracle"].flatten()[there].double()
+    columns["iou_box"] = found["box"].flatten()[there].double()
+    area = area[there]
+    figures = {"num_objects": float(len(area))}
+    for title, values in columns.items():
+        figures[title] = values.mean().item()
+        for size, (low, high) in SIZES.items():
+            own = (area >= low) & (area < high)
+            if own.any():
+                figures[f"{title}_{size}"] = values[own].mean().item()
+    return figures, clicks.mean(0).tolist()
+
+
+def _by_recall(own: list[tuple[int, Truth, list[Annotation]]]) -> dict[str, float]:
+    """Figures of masks of everything. Collective: every rank's images are gathered, the first rank measures."""
+    images = sorted((image for part in ranks.gather(own) for image in part), key=lambda image: image[0])
+    if not images:
+        return {}
+    truth = {number: one for number, one, _ in images}
+    masks = [mask for _, _, some in images for mask in some]
+    recalls = ranks.from_first(lambda: proposal_recalls(truth, masks))
+    return recalls | {"masks_per_image": len(masks) / len(images)}
+
+
+def _masks_of_everything(predictions: Predictions, batch: Batch) -> list[tuple[int, Truth, list[Annotation]]]:
+    """Of each present image: its number, its objects, and the masks as COCO's results."""
+    if "everything" not in predictions:
+        return []
+    assert batch.instances is not None
+    images = []
+    for i in (batch.weight > 0).nonzero().flatten().tolist():
+        number, there = int(batch.ids[i]), batch.instances[i]
+        assert there.view is not None
+        size = there.view.source
+        found = unpacked_masks(predictions["everything"][i], predictions["everything_scores"][i], size)
+        masks = [{"image_id": number, **one} for one in found]
+        images.append((number, Truth(size, annotations_of(there, number)), masks))
+    return images
+
+
+def packed_masks(
+    images: Sequence[Sequence[tuple[str, float]]],
+) -> tuple[UInt8[Tensor, "b d l"], Float[Tensor, "b d"]]:
+    """Masks of images as tensors: the characters of COCO's compressed run lengths, filled up with zeros, and scores,
+    filled up with NaN.
+
+    Args:
+        images: (run lengths, score) of each image's masks.
+    """
+    most = max((len(masks) for masks in images), default=0)
+    longest = max((len(counts) for masks in images for counts, _ in masks), default=0)
+    bytes_of = torch.zeros(len(images), most, longest, dtype=torch.uint8)
+    scores = torch.full((len(images), most), math.nan, dtype=torch.float64)
+    for i, masks in enumerate(images):
+        for j, (counts, score) in enumerate(masks):
+            bytes_of[i, j, : len(counts)] = torch.frombuffer(bytearray(counts, "ascii"), dtype=torch.uint8)
+            scores[i, j] = score
+    return bytes_of, scores
+
+
+def unpacked_masks(
+    packed: UInt8[Tensor, "d l"], scores: Float[Tensor, " d"], size: tuple[int, int]
+) -> list[Annotation]:
+    """One image's masks as COCO's results, without its number."""
+    there = (~scores.isnan()).nonzero().flatten().tolist()
+    counts = [bytes(packed[j].cpu().numpy()).rstrip(b"\0") for j in there]
+    return [
+        {"category_id": 0, "segmentation": {"size": list(size), "counts": text}, "score": float(scores[j])}
+        for j, text in zip(there, counts, strict=True)
+    ]
+
+
+def padded_rows(rows: list[list[float]], width: int) -> Float[Tensor, "b width"]:
     """Rows of unequal length as a tensor, NaN where there is nothing."""
     return torch.tensor([row + [math.nan] * (width - len(row)) for row in rows])

@@ -81,10 +81,10 @@ class SegmentAnything:
         maps = tokens.patches.transpose(1, 2).unflatten(2, tokens.grid)
         return Embedded(self.neck(maps), (pixels.shape[2], pixels.shape[3]))
 
-    def answer(self, embedded: Embedded, prompts: Prompts) -> Answers:
-        """All four masks of each prompt, in fp32; see `MaskDecoder` for which is meant for what."""
+    def answer(self, embedded: Embedded, prompts: Prompts, which: slice = slice(None)) -> Answers:
+        """Masks of each prompt, in fp32, by default all four; see `MaskDecoder` for which is meant for what."""
         attended = self.attend(embedded, prompts)
-        return Answers(self.draw(embedded, attended), attended.iou.float())
+        return Answers(self.draw(embedded, attended, which), attended.iou[:, which].float())
 
     def attend(self, embedded: Embedded, prompts: Prompts) -> Attended:
         """What `answer` does before masks are drawn."""

@@ -175,8 +175,8 @@ def _crop_masks(
         guess = attended.iou[:, MASKS_ONE_PROMPT].float()
         good = guess > settings.min_iou if settings.min_iou > 0 else torch.ones_like(guess, dtype=torch.bool)
         rows = good.any(1).nonzero().flatten()
-        if not len(rows):
-            continue
+        if not len(rows):  # ranks of ZeRO-3 must call the same parts equally often
+            rows = torch.zeros(1, dtype=torch.int64, device=good.device)
         worth = type(attended)(*(part[rows] for part in attended))
         low = predictor.model.draw(embedded.embedded, worth, MASKS_ONE_PROMPT)[good[rows]]
         iou, origin = guess[good], some.repeat_interleave(good.sum(1).cpu(), dim=0)

@@ -85,7 +85,7 @@ class TwoWayAttention(nn.Module):
 
 def of_prompts(x: Float[Tensor, "i *rest"], image: Int[Tensor, " m"]) -> Float[Tensor, "m *rest"]:
     """Each prompt's image's part; without a copy where there is one image."""
-    return x.expand(len(image), *x.shape[1:]) if len(x) == 1 else x[image]
+    return x.expand(image.shape[0], *x.shape[1:]) if x.shape[0] == 1 else x[image]
 
 
 class TwoWayMlp(nn.Module):
@@ -248,7 +248,7 @@ class MaskDecoder(nn.Module):
     ) -> Attended:
         """All but the drawing of masks: `Attended.iou` tells which are worth it."""
         own = self._own_tokens(image.device)
-        tokens = torch.cat([own.expand(len(image), -1, -1), encoded.sparse], dim=1)
+        tokens = torch.cat([own.expand(image.shape[0], -1, -1), encoded.sparse], dim=1)
         mask: Tensor | None = None
         if encoded.present is not None:
             mask = torch.zeros_like(encoded.sparse[..., 0]).masked_fill(~encoded.present, float("-inf"))
@@ -256,7 +256,7 @@ class MaskDecoder(nn.Module):
         places = features.flatten(2).transpose(1, 2)
         dense = encoded.dense.flatten(2).transpose(1, 2)
         owner: Tensor | None = image
-        if len(dense) > 1 or dense.shape[1] > 1:  # somebody has a mask: nothing is shared
+        if dense.shape[1] > 1 or dense.shape[0] > 1:  # somebody has a mask: nothing is shared
             places, owner = of_prompts(places, image), None
         tokens, places = self.transformer(tokens, places + dense, positions.to(places.dtype), owner, mask)
         return Attended(tokens[:, 1 : 1 + NUM_MASKS], places, self.iou_prediction_head(tokens[:, 0]))
@@ -266,9 +266,9 @@ class MaskDecoder(nn.Module):
         numbers = range(NUM_MASKS)[which]
         mixes = torch.stack([self.output_hypernetworks_mlps[i](attended.tokens[:, i]) for i in numbers], dim=1)
         upscaled = self.output_upscaling(attended.places).flatten(1, 3)  # [M, N*4*4, C/8]
-        masks: Tensor = (mixes @ upscaled.transpose(1, 2)).view(len(mixes), len(numbers), *size, 2, 2, 2, 2)
+        masks: Tensor = (mixes @ upscaled.transpose(1, 2)).view(mixes.shape[0], len(numbers), *size, 2, 2, 2, 2)
         # rows: place, first doubling, second; columns alike
-        return masks.permute(0, 1, 2, 4, 6, 3, 5, 7).reshape(len(masks), len(numbers), 4 * size[0], 4 * size[1])
+        return masks.permute(0, 1, 2, 4, 6, 3, 5, 7).reshape(masks.shape[0], len(numbers), 4 * size[0], 4 * size[1])
 
     def _own_tokens(self, device: torch.device) -> Float[Tensor, "t c"]:
         zero = torch.zeros(1, dtype=torch.int64, device=device)

@@ -191,7 +191,7 @@ class SpatialBlock(Block):
         bias: Float[Tensor, "h n n"] | None = None,
     ) -> Float[Tensor, "b t d"]:
         """As `Block.forward`, for the patches of `grid`; `bias` is what shared relative positions add to the scores."""
-        placed = self.norm1(x).view(len(x), *grid, -1)
+        placed = self.norm1(x).view(x.shape[0], *grid, -1)
         if self.window is None:
             attended = self.attn(placed, bias)
         else:
@@ -200,5 +200,5 @@ class SpatialBlock(Block):
         x = x + self._branch(self.mlp(self.norm2(x)), branch_scale, 1)
         if self.residual is None:
             return x
-        out: Tensor = self.residual(x.view(len(x), *grid, -1)).reshape(x.shape)
+        out: Tensor = self.residual(x.view(x.shape[0], *grid, -1)).reshape(x.shape)
         return out

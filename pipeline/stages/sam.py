@@ -23,7 +23,7 @@ from pipeline.config import Config
 from pipeline.data.batch import Batch, Transform
 from pipeline.data.instances import Fitted, InstanceExample, LargeScaleJitter, Placement, decode_masks
 from pipeline.evaluate.base import Evaluation, Predictions
-from pipeline.evaluate.promptable import PromptableEvaluation
+from pipeline.evaluate.promptable import PromptableEvaluation, packed_masks
 from pipeline.losses.masks import dice_loss, focal_loss, mask_iou
 from pipeline.models.noise import uniform
 from pipeline.models.sam import Embedded, SamConfig, SegmentAnything, neck
@@ -60,7 +60,8 @@ class SamOptions(ImageOptions):
     focal_weight: float = Field(default=20.0, ge=0)
     dice_weight: float = Field(default=1.0, ge=0)
     iou_weight: float = Field(default=1.0, ge=0)
-    evaluate: tuple[Literal["clicks"], ...] = ("clicks",)
+    evaluate: tuple[Literal["clicks", "automatic"], ...] = ("clicks",)  # automatic: how many objects masks find
+    automatic: AutomaticSettings = AutomaticSettings()  # how everything is found, for this
 
     @model_validator(mode="after")
     def _segments(self) -> SamOptions:
@@ -69,6 +70,8 @@ class SamOptions(ImageOptions):
             raise ValueError("clicks + repeats must be 1 or more, or masks would never be prompts")
         if set(self.freeze) == set(PARTS):
             raise ValueError("freeze leaves nothing to train")
+        if self.automatic.crop_layers:
+            raise ValueError("an evaluation looks at whole images: set automatic.crop_layers to 0")
         if self.jitter is not None and not 0 < self.jitter[0] <= self.jitter[1]:
             raise ValueError(f"jitter must be 0 < low <= high, found {self.jitter}")
         return self
@@ -205,14 +208,14 @@ class SamStage(Stage):
         self, embedded: Embedded, prompts: Prompts, objects: Objects, valid: Bool[Tensor, "m h w"], *, first: bool
     ) -> Round:
         """One round: masks, their losses, and what the next round starts from."""
+        which = MASKS_ONE_PROMPT if first else MASKS_MORE_PROMPTS
         if self.config.model.activation_checkpointing and torch.is_grad_enabled():
             answers: Answers = checkpoint(
-                self.model.answer, embedded, prompts, use_reentrant=False, preserve_rng_state=False
+                self.model.answer, embedded, prompts, which, use_reentrant=False, preserve_rng_state=False
             )
         else:
-            answers = self.model.answer(embedded, prompts)
-        which = MASKS_ONE_PROMPT if first else MASKS_MORE_PROMPTS
-        low, guess = answers.logits[:, which], answers.iou[:, which]
+            answers = self.model.answer(embedded, prompts, which)
+        low, guess = answers
         logits = F.interpolate(low, embedded.size, mode="bilinear", align_corners=False)
         rows = torch.arange(len(low), device=low.device)
         focal = focal_loss(logits, objects.masks, valid)
@@ -278,8 +281,18 @@ class SamStage(Stage):
         three masks after one click, `box` [B,Q] from its true box; `area` [B,Q] in pixels of the stored image. For
         pictures, of the largest object (annotation number `object` [B], -1 for none), masks `after_one`, `after_all`
         and `from_box` [B,y,x], and `places` [B,9,3], its clicks x, y in pixels of the input with their labels.
+        With `evaluate: [automatic]` also `everything` and `everything_scores`, masks of all there is, see
+        `pipeline.evaluate.promptable.packed_masks`.
         """
-        return click_trials(self.model, self.embed(batch), instances_of(batch), most=self.config.max_objects)
+        embedded = self.embed(batch)
+        found = click_trials(self.model, embedded, instances_of(batch), most=self.config.max_objects)
+        if "automatic" in self.config.evaluate:
+            views = tuple(v for one in instances_of(batch) if (v := one.view) is not None)
+            one_by_one = EmbeddedImages(embedded, views).each()
+            masks = [automatic_masks(self.predictor(), image, self.config.automatic) for image in one_by_one]
+            packed = packed_masks([[(str(m.segmentation["counts"]), m.predicted_iou) for m in some] for some in masks])
+            found["everything"], found["everything_scores"] = packed
+        return found
 
     def transform(self, train: bool) -> Transform:
         """The whole image as large as fits, or large-scale jitter in training; objects where they lie in it."""
@@ -296,8 +309,8 @@ class SamStage(Stage):
         return PlacedExample(Fitted(self.config.model.image_hw))
 
     def evaluations(self) -> Mapping[str, Evaluation]:
-        """Mean IoU after clicks and from boxes."""
-        return {name: PromptableEvaluation() for name in self.config.evaluate}
+        """Mean IoU after clicks and from boxes, and the recall of masks of everything: all in one sweep."""
+        return {"promptable": PromptableEvaluation()} if self.config.evaluate else {}
 
     def pictures(self, batch: Batch, predictions: Predictions) -> list[Picture]:
         """The largest object of each image, as it is and as clicks and its box bring it out."""

@@ -111,9 +111,9 @@ def _asked(
     nobody = Prompts(torch.zeros(1, dtype=torch.int64), torch.zeros(1, 2, 2), torch.full((1, 2), ABSENT))
     if not prompts:
         prompts = [nobody if first else nobody._replace(masks=torch.zeros(1, 1, *side))]
-    answers = model.answer(embedded, join_prompts(prompts).to(device))
     which = MASKS_ONE_PROMPT if first else MASKS_MORE_PROMPTS
-    return answers.logits[:, which], answers.iou[:, which]
+    answers = model.answer(embedded, join_prompts(prompts).to(device), which)
+    return answers.logits, answers.iou
 
 
 def _tensors(tried: Sequence[_Tried], num_images: int, most: int, like: Tensor) -> dict[str, Tensor]:

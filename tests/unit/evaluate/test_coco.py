@@ -18,7 +18,7 @@ from pycocotools.cocoeval import COCOeval
 from pipeline.data.batch import Batch, Instances
 from pipeline.data.views import View, fitted
 from pipeline.evaluate.base import Predictions
-from pipeline.evaluate.coco import FIGURES, RECALLS, CocoEvaluation, Truth, coco_figures
+from pipeline.evaluate.coco import FIGURES, RECALLS, CocoEvaluation, Truth, coco_figures, proposal_recalls
 
 HEIGHT, WIDTH, NUM_CLASSES = 200, 260, 5
 Annotation = dict[str, Any]
@@ -179,3 +179,33 @@ def test_an_evaluation_over_batches_equals_pycocotools_on_the_stored_images() ->
         # Boxes went to another size and back in fp32, which moves an overlap across a threshold now and then.
         assert abs(measured[f"heldout/box_{name}"] - value) <= 1e-6, name
     assert len(measured.details["heldout/coco"]["box_ap"]) == NUM_CLASSES
+
+
+def test_the_recall_of_a_thousand_masks_is_pycocotools() -> None:
+    """Whatever the class; by the object's size; with more masks of an image than count."""
+    truth, found = scene(0, num_images=24)
+    draw = np.random.default_rng(5)
+    for _ in range(1100):
+        box = [float(v) for v in (*draw.uniform(0, 150, 2), *draw.uniform(4, 80, 2))]
+        found.append({"image_id": 1, "category_id": 0, "bbox": box, "score": draw.random(), "segmentation": rle(box)})
+    coco = COCO()
+    objects = [one for image in truth.values() for one in image.objects]
+    coco.dataset = {
+        "images": [{"id": number, "height": HEIGHT, "width": WIDTH} for number in truth],
+        "annotations": [{**one, "id": i, "category_id": 0} for i, one in enumerate(objects, start=1)],
+        "categories": [{"id": 0}],
+    }
+    with contextlib.redirect_stdout(io.StringIO()):
+        coco.createIndex()
+        results = [{**{k: v for k, v in one.items() if k != "bbox"}, "category_id": 0} for one in found]
+        evaluation = COCOeval(coco, coco.loadRes(copy.deepcopy(results)), "segm")
+        evaluation.params.maxDets = [1, 10, 1000]
+        evaluation.evaluate()
+        evaluation.accumulate()
+    expected = evaluation.eval["recall"][:, 0, :, -1].mean(0).tolist()
+    figures = proposal_recalls(truth, results)
+    assert list(figures) == ["ar1000", "ar1000_small", "ar1000_medium", "ar1000_large"]
+    assert list(figures.values()) == pytest.approx(expected, abs=1e-9)
+    assert min(expected) > 0.02
+    fewer = proposal_recalls(truth, results[: len(results) - 1100])
+    assert fewer["ar1000"] != figures["ar1000"], "masks beyond the first hundred count"

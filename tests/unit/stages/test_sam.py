@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from pipeline.data.batch import Batch
 from pipeline.errors import ConfigError
+from pipeline.models.sam_predictor import EmbeddedImages
 from pipeline.models.sam_prompts import ABSENT, Prompts
 from pipeline.stages.sam import SamStage
 from tests.unit.stages.sam_batches import SIDE, batch, objects, tiny_stage
@@ -195,3 +197,45 @@ def test_any_stages_trunk_may_start_it(source: str) -> None:
     resized = set() if source == "vitdet" else {"trunk.patch_embed.proj.weight", "trunk.pos_embed"}
     assert set(report.resized) == resized
     assert not torch.equal(stage.trunk.pos_embed, tiny_stage().trunk.pos_embed)
+
+
+def test_masks_of_everything_are_measured_where_they_are_asked_for() -> None:
+    """The figure is COCO's recall of what `automatic_masks` finds, padding and crowds apart."""
+    from pipeline.evaluate.coco import Truth, annotations_of, proposal_recalls
+    from pipeline.models.sam_automatic import automatic_masks
+
+    settings = {"points_per_side": 4, "min_iou": 0.0, "min_stability": 0.0}
+    stage = tiny_stage(max_objects=4, evaluate=["clicks", "automatic"], automatic=settings).eval()
+    with torch.no_grad():
+        stage.mask_decoder.iou_prediction_head.layers[2].bias.fill_(0.5)
+    given = batch(*THREE, weight=torch.tensor([1.0, 1.0, 0.0]))
+    (evaluation,) = stage.evaluations().values()
+    measured = evaluation(lambda one: stage.predict(one), lambda name: [given], ("seen",))
+    assert measured["seen/num_objects"] == 2
+    truth, masks = {}, []
+    for i, image in enumerate(stage_images(stage, given)):
+        instances = THREE[i]
+        truth[i] = Truth((SIDE, SIDE), annotations_of(instances, i))
+        found = automatic_masks(stage.predictor(), image, stage.config.automatic)
+        masks += [
+            {"image_id": i, "category_id": 0, "segmentation": one.segmentation, "score": one.predicted_iou}
+            for one in found
+        ]
+    assert measured["seen/masks_per_image"] == len(masks) / 2 > 2
+    wanted = proposal_recalls(truth, masks)
+    assert {name: measured[f"seen/{name}"] for name in wanted} == pytest.approx(wanted)
+    assert "seen/ar1000" not in tiny_stage().evaluations()["promptable"](
+        lambda one: tiny_stage().eval().predict(one), lambda name: [given], ("seen",)
+    )
+
+
+def stage_images(stage: SamStage, given: Batch) -> list[EmbeddedImages]:
+    """The first two images, embedded."""
+    assert given.instances is not None
+    views = tuple(one.view for one in given.instances if one.view is not None)
+    return EmbeddedImages(stage.embed(given), views).each()[:2]
+
+
+def test_crops_are_refused_in_an_evaluation() -> None:
+    with pytest.raises(ConfigError, match="crop_layers to 0"):
+        tiny_stage(automatic={"crop_layers": 1})
