@@ -3,15 +3,21 @@
     python -m benchmarks.plan_rows 1000000 10000000
 
 For each number of rows a process of its own streams a table of made-up pairs, plans it, and commits every partition:
-staged objects, marker, publishing, manifests and account are the real ones, sidecars have a row for each input, only
-fetching and images are left out and archives are empty. Printed are rows per second by phase, and the peak of the
-process's memory.
+staged objects, marker, publishing, manifests and account are the real ones, and sidecars have a row for each input.
+Only fetching and images are left out: an archive holds the few samples that the report shows, and a byte for each of
+the others. Told are wall and CPU seconds by phase and the peak of the process's memory; they are written to
+benchmarks/results/plan-rows.json. What is spilled and committed lies in the folder for temporary files (`TMPDIR`)
+meanwhile, about 100 bytes a row.
 """
 
 from __future__ import annotations
 
+import argparse
+import datetime
+import functools
 import json
 import resource
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -22,18 +28,31 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import simplejpeg
+from jaxtyping import Int64
 
-from benchmarks.machine import REPOSITORY
+from benchmarks.harness import RESULTS
+from benchmarks.machine import REPOSITORY, machine, revision, versions
 from data_prep.account import Progress
 from data_prep.build import Build
 from data_prep.config import PrepConfig
 from data_prep.packing import Job
+from data_prep.page import NUM_SAMPLES
 from data_prep.planning import Partition
-from data_prep.shards import SIDECAR_SCHEMA, Committed, commit, json_bytes, stage_packed
-from data_prep.sources import SCHEMA, Places
+from data_prep.shards import (
+    SIDECAR_SCHEMA,
+    Committed,
+    Sample,
+    ShardWriter,
+    commit,
+    json_bytes,
+    sample_key,
+    stage_packed,
+)
+from data_prep.sources import BATCH_ROWS, SCHEMA, Places
 from pipeline.config import validate
 
-BATCH_ROWS = 65_536
+FORMAT, FORMAT_VERSION = "vitrail.plan_rows", 1
 ROW_BYTES = 90  # of a listing
 
 
@@ -70,6 +89,16 @@ class MadeUpSource:
         return ()
 
 
+@functools.cache
+def _few_samples() -> tuple[bytes, Int64[np.ndarray, " n_plus_1"]]:
+    """An archive of as many samples as the report shows, and their offsets."""
+    writer = ShardWriter()
+    image = simplejpeg.encode_jpeg(np.zeros((8, 8, 3), np.uint8))
+    for number in range(NUM_SAMPLES):
+        writer.add(Sample(sample_key(number), {"jpg": image, "txt": b"a photo"}))
+    return writer.finish()
+
+
 def simulate(job: Job, partition: Partition) -> Committed:
     """Commit a partition as if every input had become an empty sample."""
     inputs = partition.inputs
@@ -83,8 +112,10 @@ def simulate(job: Job, partition: Partition) -> Committed:
         "position": inputs.column("position"),
     }
     columns = [known.get(field.name, pa.nulls(rows, field.type)) for field in SIDECAR_SCHEMA]
-    offsets = np.arange(rows + 1, dtype=np.int64)
-    packed = (bytes(rows + 1024), offsets, json_bytes({"count": rows}))
+    archive, offsets = _few_samples()
+    rest = max(0, rows + 1 - len(offsets))  # of which each has one byte: an index must rise
+    offsets = np.concatenate([offsets[: rows + 1], offsets[-1] + np.arange(1, rest + 1)])
+    packed = (archive + bytes(rest), offsets, json_bytes({"count": rows}))
     place = (job.segment, partition.split, partition.number)
     table = pa.table(columns, schema=SIDECAR_SCHEMA)
     return commit(job.config.output, stage_packed(job.config.output, place, packed, table, {}, {}, job.fingerprint))
@@ -99,42 +130,64 @@ def measure(rows: int, samples: int, folder: str) -> dict[str, float]:
         "ray": {"workers": 0},
         "max_failed": 1.0,
     }
-    phases: dict[str, list[float]] = {}
+    ends: dict[str, tuple[float, float]] = {}  # of each phase: wall and CPU seconds
+    started = (time.monotonic(), time.process_time())
 
     def note(progress: Progress) -> None:
-        phases.setdefault(progress.phase, []).append(time.monotonic())
-        del phases[progress.phase][1:-1]
+        ends[progress.phase] = (time.monotonic(), time.process_time())
 
-    started = time.monotonic()
     build = Build(validate(PrepConfig, document, where="benchmark"), MadeUpSource(rows), progress=note, pack=simulate)
     report = build.run()
-    assert report.inputs == report.written == rows
-    ended = time.monotonic()
-    return {
+    if not report.inputs == report.written == rows:
+        raise RuntimeError(f"{report.written} of {rows} rows were written")
+    ends["publish"] = (time.monotonic(), time.process_time())
+    found: dict[str, float] = {
         "rows": rows,
         "shards": report.splits["train"].shards,
         "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
-        "rows_per_s": rows / (ended - started),
-        "plan_s": phases["plan"][-1] - started,
-        "write_s": phases["write"][-1] - phases["plan"][-1],
-        "publish_s": ended - phases["write"][-1],
-        "cpu_s": time.process_time(),
+        "rows_per_s": rows / (ends["publish"][0] - started[0]),
+        "rows_per_cpu_s": rows / (ends["publish"][1] - started[1]),
     }
+    begun = started
+    for phase in ("plan", "write", "publish"):
+        found |= {f"{phase}_s": ends[phase][0] - begun[0], f"{phase}_cpu_s": ends[phase][1] - begun[1]}
+        begun = ends[phase]
+    return {key: round(value, 2) for key, value in found.items()}
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
     """Measure each number of rows given, each in a process of its own."""
-    if sys.argv[1:2] == ["--one"]:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.plan_rows", description=__doc__)
+    parser.add_argument("rows", type=int, nargs="*", default=[10_000, 1_000_000])
+    parser.add_argument("--out", type=Path, default=RESULTS / "plan-rows.json", help="where the figures go")
+    parser.add_argument("--samples", type=int, help=argparse.SUPPRESS)  # given: measure in this process
+    options = parser.parse_args(arguments)
+    if options.samples:
         with tempfile.TemporaryDirectory(prefix="vitrail-rows-") as folder:
-            print(json.dumps(measure(int(sys.argv[2]), int(sys.argv[3]), str(Path(folder) / "out"))))
+            print(json.dumps(measure(options.rows[0], options.samples, str(Path(folder) / "out"))))
         return 0
-    for rows in map(int, sys.argv[1:] or ["10000", "1000000"]):
+    figures = []
+    for rows in options.rows:
         samples = max(1000, min(10_000, rows // 10))
         done = subprocess.run(
-            [sys.executable, "-m", "benchmarks.plan_rows", "--one", str(rows), str(samples)],
-            cwd=REPOSITORY, capture_output=True, text=True, check=False,
+            [sys.executable, "-m", "benchmarks.plan_rows", str(rows), f"--samples={samples}"],
+            cwd=REPOSITORY, stdout=subprocess.PIPE, text=True, check=False,
         )  # fmt: skip
-        print(done.stdout.strip() or done.stderr[-3000:], flush=True)
+        if done.returncode:
+            return done.returncode
+        print(done.stdout.strip(), flush=True)
+        figures.append(json.loads(done.stdout))
+    document = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "command": shlex.join(["python", "-m", "benchmarks.plan_rows", *map(str, options.rows)]),
+        "git": revision(),
+        "machine": machine(),
+        "versions": versions(),
+        "figures": figures,
+    }
+    options.out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     return 0
 
 

@@ -2,27 +2,25 @@
 
 Inputs are shuffled over the whole data set and cut into partitions of even size, one per shard. The order is by a
 bijective hash of (seed, position), so it needs no permutation in memory: inputs are scattered by the hash's upper bits
-into buckets, which spill to disk when they outgrow `memory_bytes`, and each bucket is sorted by itself.
+into buckets, which spill to disk when they outgrow `memory_bytes` (`spill`), and each bucket is sorted by itself.
 """
 
 from __future__ import annotations
 
 import hashlib
-import tempfile
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.ipc
 from jaxtyping import Float64, UInt64
 
 from data_prep.config import SPLIT_NAME
 from data_prep.sources import SCHEMA
+from data_prep.spill import Spill, join, widen
 from pipeline.errors import DataError
 
 MAX_SPLITS = 16
@@ -118,12 +116,12 @@ class Plan:
         memory_bytes: of inputs held before they go to disk.
     """
 
-    def __init__(self, seed: int, samples: int, *, size_bytes: int, memory_bytes: int = 64 * 2**20) -> None:
+    def __init__(self, seed: int, samples: int, *, size_bytes: int, memory_bytes: int = 16 * 2**20) -> None:
         self.counts: Counter[str] = Counter()
         self._seed = seed
         self._samples = samples
         self._bits = min(max(0, (size_bytes // _BUCKET_BYTES).bit_length()), _MAX_BUCKETS.bit_length() - 1)
-        self._buckets = _Buckets(2**self._bits, memory_bytes)
+        self._spill = Spill(SCHEMA, 2**self._bits, memory_bytes)
 
     def __enter__(self) -> Plan:
         return self
@@ -131,7 +129,7 @@ class Plan:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._buckets.close()
+        self._spill.close()
 
     def add(self, batch: pa.RecordBatch) -> None:
         """Take inputs in; their `split` must be set.
@@ -140,17 +138,11 @@ class Plan:
             DataError: a split's name can't be a folder's, or there are implausibly many splits.
         """
         self._count(batch)
-        if not self._bits:
-            self._buckets.put(0, batch)
-            return
-        order = mix(batch.column("position").to_numpy().astype(np.uint64), self._seed)
-        bucket = (order >> np.uint64(64 - self._bits)).astype(np.int64)
-        sorted_batch = batch.take(pa.array(np.argsort(bucket, kind="stable")))
-        counts = np.bincount(bucket, minlength=2**self._bits)
-        start = 0
-        for number in np.flatnonzero(counts).tolist():
-            self._buckets.put(number, sorted_batch.slice(start, counts[number]))
-            start += int(counts[number])
+        order = self._order(batch)
+        buckets = (
+            (order >> np.uint64(64 - self._bits)).astype(np.uint16) if self._bits else np.zeros(len(order), np.uint16)
+        )
+        self._spill.put(batch, buckets)
 
     def splits(self) -> list[str]:
         """Names of the splits, in order."""
@@ -164,19 +156,23 @@ class Plan:
         """The partitions, one after the other; those of different splits may alternate."""
         pending: dict[str, list[pa.Table]] = {split: [] for split in self.splits()}
         numbers: Counter[str] = Counter()
-        for bucket in self._buckets.tables():
-            order = mix(bucket.column("position").to_numpy().astype(np.uint64), self._seed)
-            ordered = bucket.take(pa.array(np.argsort(order)))
-            for split in pending:
-                chosen = ordered.filter(pc.equal(ordered.column("split"), split.encode()))
-                pending[split].append(chosen)
-                rest, pending[split] = pa.concat_tables(pending[split]), []
-                while rest.num_rows >= (size := self._size(split, numbers[split])) > 0:
-                    # A copy: a slice would drag the whole bucket's buffers along to its worker.
-                    yield Partition(split, numbers[split], rest.take(pa.array(range(size))))
+        for bucket in self._spill.tables():
+            rows = np.argsort(self._order(bucket))
+            for split, held in pending.items():
+                chosen = rows
+                if len(pending) > 1:
+                    chosen = rows[pc.equal(bucket.column("split"), split.encode()).to_numpy()[rows]]
+                while 0 < (missing := self._size(split, numbers[split]) - sum(map(len, held))) <= len(chosen):
+                    inputs = join([*held, bucket.take(pa.array(chosen[:missing]))])
+                    yield Partition(split, numbers[split], widen(inputs, SCHEMA))
                     numbers[split] += 1
-                    rest = rest.slice(size)
-                pending[split].append(rest)
+                    held.clear()
+                    chosen = chosen[missing:]
+                held.append(bucket.take(pa.array(chosen)))
+
+    def _order(self, rows: pa.RecordBatch | pa.Table) -> UInt64[np.ndarray, " n"]:
+        """What the rows are sorted by."""
+        return mix(rows.column("position").to_numpy().astype(np.uint64), self._seed)
 
     def _size(self, split: str, number: int) -> int:
         """Inputs of a partition: sizes within a split differ by one at most; 0 beyond the last."""
@@ -201,58 +197,6 @@ class Plan:
                 where="source, split column",
                 fix="set source.split_column to the column that says train, validation, ...",
             )
-
-
-class _Buckets:
-    """Batches by bucket, in memory until they outgrow it, then in one Arrow stream file per bucket."""
-
-    def __init__(self, num_buckets: int, memory_bytes: int) -> None:
-        self._held: list[list[pa.RecordBatch]] = [[] for _ in range(num_buckets)]
-        self._held_bytes = 0
-        self._memory_bytes = memory_bytes
-        self._folder: tempfile.TemporaryDirectory[str] | None = None
-        self._files: dict[int, tuple[Path, pa.OSFile, pa.ipc.RecordBatchStreamWriter]] = {}
-
-    def put(self, number: int, batch: pa.RecordBatch) -> None:
-        self._held[number].append(batch)
-        self._held_bytes += batch.nbytes
-        if self._held_bytes > self._memory_bytes:
-            self._spill()
-
-    def tables(self) -> Iterator[pa.Table]:
-        """Each bucket's content, in order of the buckets."""
-        if self._files:
-            self._spill()
-        for _, file, writer in self._files.values():
-            writer.close()
-            file.close()
-        for number, held in enumerate(self._held):
-            if number in self._files:
-                with pa.OSFile(str(self._files[number][0])) as file:
-                    yield pa.ipc.open_stream(file).read_all()
-            elif held:
-                yield pa.Table.from_batches(held, schema=SCHEMA)
-
-    def close(self) -> None:
-        self._held = []
-        if self._folder is not None:
-            self._folder.cleanup()
-
-    def _spill(self) -> None:
-        if self._folder is None:
-            self._folder = tempfile.TemporaryDirectory(prefix="vitrail-plan-")
-        for number, held in enumerate(self._held):
-            if not held:
-                continue
-            if number not in self._files:
-                path = Path(self._folder.name) / f"{number:04d}.arrow"
-                file = pa.OSFile(str(path), "wb")
-                self._files[number] = (path, file, pa.ipc.new_stream(file, SCHEMA))
-            writer = self._files[number][2]
-            for batch in held:
-                writer.write_batch(batch)
-        self._held = [[] for _ in self._held]
-        self._held_bytes = 0
 
 
 def by_url(batch: pa.RecordBatch, shares: dict[str, float], seed: int) -> pa.RecordBatch:

@@ -75,6 +75,24 @@ def test_the_hash_is_a_bijection() -> None:
     assert len(np.unique(mix(np.arange(100_000, dtype=np.uint64), 3))) == 100_000
 
 
+@pytest.mark.parametrize("memory_bytes", [1, 1 << 20])
+def test_values_come_back_whichever_inputs_have_them(memory_bytes: int) -> None:
+    columns = {"caption": b"c", "captions": b"[]", "start": 3}  # each in one batch only, "extra" in none
+    batches = []
+    for number, (name, value) in enumerate(columns.items()):
+        field = SCHEMA.field(name)
+        without = batch(10 * number, 10).set_column(
+            SCHEMA.get_field_index("caption"), "caption", pa.nulls(10, pa.binary())
+        )
+        batches.append(without.set_column(SCHEMA.get_field_index(name), field, pa.array([value] * 10, field.type)))
+    with Plan(0, 4, size_bytes=1 << 30, memory_bytes=memory_bytes) as plan:
+        for item in batches:
+            plan.add(item)
+        found = pa.concat_tables([part.inputs for part in plan.partitions()])
+    assert found.schema == SCHEMA
+    assert found.sort_by("position") == pa.Table.from_batches(batches)
+
+
 def test_spilled_inputs_are_removed_in_the_end(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     with planned([300], memory_bytes=10) as plan:
