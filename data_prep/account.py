@@ -113,20 +113,20 @@ class Progress(NamedTuple):
     """Where a build stands; handed to the caller's callback after every partition."""
 
     phase: Literal["plan", "scan", "write", "publish"]
-    done: int  # rows
-    total: int | None  # rows, where known
+    done: int  # rows; of the phase publish: partitions
+    total: int | None  # the same of all, where known
     written: int
     filtered: int
     failed: int
     elapsed_s: float  # of the phase
     size_bytes: int = 0  # of the shards written in this phase
-    resumed: int = 0  # rows of `done` that earlier attempts did
+    resumed: int = 0  # those of `done` that earlier attempts did
 
     def __str__(self) -> str:
         doing = {"plan": "planned", "scan": "looked at", "write": "done", "publish": "published"}[self.phase]
         of = f" of {self.total}" if self.total is not None else ""
         rate = (self.done - self.resumed) / max(self.elapsed_s, 1e-9)
-        told = f"{self.done}{of} inputs {doing}"
+        told = f"{self.done}{of} {'partitions' if self.phase == 'publish' else 'inputs'} {doing}"
         if self.phase == "write":
             told += f": {self.written} written, {self.filtered} filtered, {self.failed} failed"
         speed = f"{rate:.0f}/s"

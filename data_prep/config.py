@@ -170,7 +170,7 @@ class ScoreFilter(Config):
     type: Literal["clip_score"]
     min_score: float = Field(ge=-1, le=1)
     model: str | None = None  # open_clip's name, such as ViT-B-32
-    pretrained: str | None = None  # open_clip's tag or a weights file; None: untrained weights, for tests
+    pretrained: str | None = None  # open_clip's tag or a weights file; a model of a hub, such as hf-hub:..., needs none
     run: str | None = None  # run directory of stage flip, whose newest checkpoint is taken
     batch: int = Field(default=64, gt=0)
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: a GPU where Ray has one
@@ -179,6 +179,8 @@ class ScoreFilter(Config):
     def _one_model(self) -> ScoreFilter:
         if (self.model is None) == (self.run is None):
             raise ValueError("give either model (with pretrained) or run")
+        if self.model is not None and self.pretrained is None and ":" not in self.model:
+            raise ValueError(f"{self.model} has no weights yet: give pretrained, open_clip's tag or a file")
         return self
 
 
@@ -238,7 +240,8 @@ class RayConfig(Config):
     address: str | None = None  # of a running Ray; None: one of this machine's own
     workers: int | None = Field(default=None, ge=0)  # tasks at once; None: one per CPU; 0: this process, without Ray
     task_retries: int = Field(default=4, ge=0)  # of a task whose worker died
-    scorers: int = Field(default=1, gt=0)  # processes for each model filter
+    # Processes for each model filter; None: as many as there are GPUs for, one without any.
+    scorers: int | None = Field(default=None, gt=0)
 
 
 class PrepConfig(Config):

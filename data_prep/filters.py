@@ -35,7 +35,7 @@ class Scorers(Protocol):
     """Processes that hold the models, one group for each model filter."""
 
     def scores(self, number: int, pairs: Sequence[tuple[bytes, str]]) -> list[float]:
-        """The scores that the model of filter `number` gives to pairs of encoded image and caption."""
+        """The scores that the model of filter `number` gives to any number of pairs of encoded image and caption."""
         ...
 
 
@@ -53,11 +53,7 @@ def judge(
         if isinstance(option, ScoreFilter):
             assert scorers is not None, "model filters need scorers"
             pairs = [(candidates[i].image, candidates[i].caption) for i in left]
-            found = [
-                score
-                for start in range(0, len(pairs), option.batch)
-                for score in scorers.scores(number, pairs[start : start + option.batch])
-            ]
+            found = scorers.scores(number, pairs)
             for i, score in zip(left, found, strict=True):
                 verdicts[i] = _judge_score(verdicts[i], option, score, number)
         else:

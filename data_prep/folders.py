@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import itertools
 import posixpath
 from collections.abc import Iterator, Mapping
@@ -18,17 +19,10 @@ IMAGE_ENDINGS = frozenset({"jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "t
 _ROW_BYTES = 100  # of a listed image, for planning
 
 
-class FolderSource:
-    """Every image below a folder, with its text beside it. See `FolderConfig`.
+class _Listed(abc.ABC):
+    """A source whose inputs are what a folder's listing names."""
 
-    Only names are listed here; tasks read the texts together with the images.
-    """
-
-    def __init__(self, options: FolderConfig) -> None:
-        self.options = options
-
-    def check(self) -> None:
-        refuse_if_empty(self, self.options.url, "the folder")
+    options: FolderConfig | ClassFoldersConfig
 
     def batches(self) -> Iterator[pa.RecordBatch]:
         return batches_of(self._rows())
@@ -38,6 +32,25 @@ class FolderSource:
 
     def places(self) -> Places:
         return places_below(self.options.url.rstrip("/"), self.options.allow, None)
+
+    @abc.abstractmethod
+    def _rows(self) -> Iterator[Mapping[str, Any]]:
+        """The inputs, in the order of the listing."""
+
+
+class FolderSource(_Listed):
+    """Every image below a folder, with its text beside it. See `FolderConfig`.
+
+    Only names are listed here; tasks read the texts together with the images.
+    """
+
+    options: FolderConfig
+
+    def __init__(self, options: FolderConfig) -> None:
+        self.options = options
+
+    def check(self) -> None:
+        refuse_if_empty(self, self.options.url, "the folder")
 
     def classes(self) -> tuple[str, ...]:
         return ()
@@ -54,8 +67,10 @@ class FolderSource:
                     yield {"url": _encoded(url), "sidecar": _encoded(text) if text else None}
 
 
-class ClassFoldersSource:
+class ClassFoldersSource(_Listed):
     """One folder per class, as ImageNet lies on disks. See `ClassFoldersConfig`."""
+
+    options: ClassFoldersConfig
 
     def __init__(self, options: ClassFoldersConfig) -> None:
         self.options = options
@@ -68,15 +83,6 @@ class ClassFoldersSource:
                 where=self.options.url,
                 fix="point source.url at the folder that holds the classes' folders",
             )
-
-    def batches(self) -> Iterator[pa.RecordBatch]:
-        return batches_of(self._rows())
-
-    def size_bytes(self) -> int:
-        return _ROW_BYTES * sum(1 for _ in storage.entries(self.options.url))
-
-    def places(self) -> Places:
-        return places_below(self.options.url.rstrip("/"), self.options.allow, None)
 
     def classes(self) -> tuple[str, ...]:
         if self._classes is None:

@@ -94,7 +94,7 @@ def convert(data: bytes, options: ImageConfig) -> StoredImage:
     geometry = plan_geometry(header.upright, options)
     extension = header.extension or "jpg" if options.format == "keep" else options.format
     if extension == header.extension and header.orientation == 1 and geometry.unchanged and header.plain:
-        _decode(data, options)  # only a file that decodes to its end passes
+        _decode(data, options, scratch=True)  # only a file that decodes to its end passes
         return StoredImage(extension, data, geometry, header.exif)
     pixels = _pixels(data, options, geometry, header.orientation)
     return StoredImage(extension, _encode(pixels, extension, options.quality), geometry, header.exif)
@@ -122,10 +122,7 @@ def thumbnail(data: bytes, options: ImageConfig) -> UInt8[np.ndarray, "h w 3"]:
         Refused: as `convert`.
     """
     header = check(data, options)
-    pixels = _decode(data, options, (THUMBNAIL, THUMBNAIL))
-    if header.orientation == 1:
-        return pixels
-    return np.asarray(Image.fromarray(pixels).transpose(_UPRIGHT[header.orientation]))
+    return _upright(_decode(data, options, (THUMBNAIL, THUMBNAIL)), header.orientation)
 
 
 def plan_geometry(size: tuple[int, int], options: ImageConfig) -> Geometry:
@@ -226,29 +223,50 @@ def _text(value: object) -> str:
     return text.replace("\0", "").strip()[:_MAX_EXIF_CHARS]
 
 
-def _decode(data: bytes, options: ImageConfig, min_size: tuple[int, int] | None = None) -> UInt8[np.ndarray, "h w 3"]:
-    """RGB pixels as they lie in the file; `min_size` (height, width) allows a JPEG to be decoded at a smaller scale."""
+def _decode(
+    data: bytes, options: ImageConfig, min_size: tuple[int, int] | None = None, *, scratch: bool = False
+) -> UInt8[np.ndarray, "h w 3"]:
+    """RGB pixels as they lie in the file; see `pipeline.data.images.decode` for `min_size` and `scratch`."""
     try:
-        return decode(data, min_size, options.max_pixels)
+        return decode(data, min_size, options.max_pixels, scratch=scratch)
     except UnreadableSample as error:
         raise Refused("image_damaged", error.reason) from None
 
 
-def _pixels(data: bytes, options: ImageConfig, geometry: Geometry, orientation: int) -> Image.Image:
-    """Upright RGB pixels, scaled and cut."""
-    image = Image.fromarray(_decode(data, options, _sufficient(geometry, orientation)))
-    if orientation != 1:
-        image = image.transpose(_UPRIGHT[orientation])
-    if image.size != geometry.scaled:
-        image = image.resize(geometry.scaled, Image.Resampling.BICUBIC)
+def _pixels(data: bytes, options: ImageConfig, geometry: Geometry, orientation: int) -> UInt8[np.ndarray, "h w 3"]:
+    """Upright RGB pixels, scaled and cut; they may lie in memory that the next image is decoded into."""
+    pixels = _upright(_decode(data, options, _sufficient(geometry, orientation), scratch=True), orientation)
+    width, height = geometry.scaled
+    if pixels.shape[:2] != (height, width):
+        pixels = _resize(pixels, (height, width))
     if geometry.scaled == (geometry.width, geometry.height):
-        return image
+        return pixels
     left, top = geometry.left, geometry.top
     if left < 0 or top < 0:
-        square = Image.new("RGB", (geometry.width, geometry.height), "white")
-        square.paste(image, (-left, -top))
+        square = np.full((geometry.height, geometry.width, 3), 255, np.uint8)
+        square[-top : height - top, -left : width - left] = pixels
         return square
-    return image.crop((left, top, left + geometry.width, top + geometry.height))
+    return pixels[top : top + geometry.height, left : left + geometry.width]
+
+
+def _upright(pixels: UInt8[np.ndarray, "h w 3"], orientation: int) -> UInt8[np.ndarray, "v u 3"]:
+    return pixels if orientation == 1 else np.asarray(Image.fromarray(pixels).transpose(_UPRIGHT[orientation]))
+
+
+def _resize(pixels: UInt8[np.ndarray, "h w 3"], size: tuple[int, int]) -> UInt8[np.ndarray, "v u 3"]:
+    """Bicubic with antialiasing, as Pillow's: to `size` (height, width).
+
+    torch's kernel works in whole numbers, which are the same with and without vector instructions and for any number
+    of threads. On photos of 640 x 480 to 341 x 256 it takes a quarter of Pillow's time, for the same 44.3 dB against
+    Lanczos resizing in floating point, where cv2's area filter gives 38.7 dB in nearly twice the time.
+    """
+    import torch  # here, as builds that store images untouched do without
+
+    writable = pixels if pixels.flags.writeable else pixels.copy()  # torch warns of Pillow's, which aren't
+    image = torch.from_numpy(writable).permute(2, 0, 1)[None]
+    scaled = torch.nn.functional.interpolate(image, size=size, mode="bicubic", antialias=True)
+    resized: UInt8[np.ndarray, "v u 3"] = scaled[0].permute(1, 2, 0).contiguous().numpy()
+    return resized
 
 
 def _sufficient(geometry: Geometry, orientation: int) -> tuple[int, int] | None:
@@ -261,10 +279,10 @@ def _sufficient(geometry: Geometry, orientation: int) -> tuple[int, int] | None:
     return None
 
 
-def _encode(image: Image.Image, extension: str, quality: int) -> bytes:
+def _encode(pixels: UInt8[np.ndarray, "h w 3"], extension: str, quality: int) -> bytes:
     if extension == "jpg":
-        pixels = np.ascontiguousarray(np.asarray(image))
-        return bytes(simplejpeg.encode_jpeg(pixels, quality, colorsubsampling="420", fastdct=False))
+        contiguous = np.ascontiguousarray(pixels)
+        return bytes(simplejpeg.encode_jpeg(contiguous, quality, colorsubsampling="420", fastdct=False))
     buffer = io.BytesIO()
-    image.save(buffer, "WEBP" if extension == "webp" else "PNG", quality=quality)
+    Image.fromarray(pixels).save(buffer, "WEBP" if extension == "webp" else "PNG", quality=quality)
     return buffer.getvalue()

@@ -9,6 +9,7 @@ import contextlib
 import functools
 import itertools
 import logging
+import math
 import os
 import secrets
 import signal
@@ -27,6 +28,7 @@ ResultT = TypeVar("ResultT")
 _POLL_S = 0.5
 _QUEUED = 2  # tasks handed over beyond those that run, so that no worker waits for the driver
 _OBJECT_STORE_BYTES = 512 * 2**20
+_SCORER_START_S = 900  # weights may have to be downloaded
 _START_FIX = "check ray.address, or leave it out to use this machine alone"
 
 
@@ -115,46 +117,86 @@ def scorers(config: PrepConfig) -> Iterator[Scorers | None]:
     import ray
 
     resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
-    gpus = resources.get("GPU", 0.0)
-    # On a GPU a scorer takes a whole one; on CPUs it shares the tasks' cores, which wait for it meanwhile.
-    actor: Any = ray.remote(num_cpus=0, num_gpus=1 if gpus else 0, max_restarts=3, max_task_retries=3)(_ScorerActor)
-    handles: dict[int, list[Any]] = {
-        number: [actor.remote(config.filters[number], number) for _ in range(config.ray.scorers)] for number in numbers
-    }
+    places = [number for number in numbers if _wants_gpu(config.filters[number])]
+    each, share = scorer_share(resources.get("GPU", 0.0), len(places), config.ray.scorers)
+    handles: dict[int, list[Any]] = {}
     try:
-        for handle in itertools.chain.from_iterable(handles.values()):
-            error = ray.get(handle.ready.remote())
-            if error is not None:
-                raise error
-        yield _RayScorers(handles)
+        for number in numbers:
+            gpu, count = (share, each) if number in places else (0.0, config.ray.scorers or 1)
+            # On CPUs a scorer shares the tasks' cores, which wait for it meanwhile.
+            actor: Any = ray.remote(num_cpus=0, num_gpus=gpu, max_restarts=3, max_task_retries=3)(_ScorerActor)
+            handles[number] = [actor.remote(config.filters[number], number) for _ in range(count)]
+        for number, of_filter in handles.items():
+            for handle in of_filter:
+                try:
+                    error = ray.get(handle.ready.remote(), timeout=_SCORER_START_S)
+                except ray.exceptions.GetTimeoutError as late:
+                    raise ResourceError(
+                        f"the model of filter {number} wasn't there after {_SCORER_START_S} s",
+                        where="data preparation",
+                        fix="lower ray.scorers, free GPUs, or download the model's weights first",
+                    ) from late
+                if error is not None:
+                    raise error
+        yield _RayScorers(handles, [getattr(option, "batch", 1) for option in config.filters])
     finally:
         for handle in itertools.chain.from_iterable(handles.values()):
             with contextlib.suppress(Exception):
                 ray.kill(handle)
 
 
+def scorer_share(num_gpus: float, num_filters: int, wanted: int | None) -> tuple[int, float]:
+    """How many scorers each of the filters that may use a GPU gets, and which share of a GPU each of those takes.
+
+    All of them run at once: as many per filter as there are GPUs for, unless `wanted` says how many, and where GPUs
+    don't suffice for that several share one.
+    """
+    if num_gpus < 1 or not num_filters:
+        return wanted or 1, 0.0
+    each = wanted or max(1, int(num_gpus) // num_filters)
+    per_gpu = -(-each * num_filters // int(num_gpus))
+    return each, 1.0 if per_gpu == 1 else math.floor(1e4 / per_gpu) / 1e4
+
+
+def _wants_gpu(option: ScoreFilter | FunctionFilter) -> bool:
+    return isinstance(option, ScoreFilter) and option.device != "cpu"
+
+
 class _LocalScorers:
     """Models in this process."""
 
     def __init__(self, options: Sequence[ScoreFilter | FunctionFilter]) -> None:
+        self._options = options
         self._models = {n: load_scorer(o, n) for n, o in enumerate(options) if isinstance(o, ScoreFilter)}
 
     def scores(self, number: int, pairs: Sequence[tuple[bytes, str]]) -> list[float]:
-        return list(self._models[number].scores(pairs))
+        size = getattr(self._options[number], "batch", 1)
+        return [score for some in _cut(pairs, size) for score in self._models[number].scores(some)]
 
 
 class _RayScorers:
-    """Models in actors; each call goes to one of them by chance, so that none is asked more than another."""
+    """Models in actors. The batches of a call go to all of them at once, beginning with one by chance."""
 
-    def __init__(self, handles: dict[int, list[Any]]) -> None:
+    def __init__(self, handles: dict[int, list[Any]], batches: Sequence[int]) -> None:
         self._handles = handles
+        self._batches = batches
 
     def scores(self, number: int, pairs: Sequence[tuple[bytes, str]]) -> list[float]:
         import ray
 
-        handle = secrets.choice(self._handles[number])
-        found: list[float] = ray.get(handle.scores.remote(list(pairs)))
-        return found
+        handles = self._handles[number]
+        first = secrets.randbelow(len(handles))
+        asked = [
+            handles[(first + place) % len(handles)].scores.remote(list(some))
+            for place, some in enumerate(_cut(pairs, self._batches[number]))
+        ]
+        found: list[list[float]] = ray.get(asked)
+        return list(itertools.chain.from_iterable(found))
+
+
+def _cut(pairs: Sequence[tuple[bytes, str]], size: int) -> Iterator[Sequence[tuple[bytes, str]]]:
+    """Batches of the filter's size, the same ones wherever they are scored."""
+    return (pairs[start : start + size] for start in range(0, len(pairs), size))
 
 
 class _ScorerActor:

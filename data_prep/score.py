@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 import torch
 from PIL import Image
@@ -12,6 +14,10 @@ from pipeline.data.batch import RawSample
 from pipeline.data.images import decode
 from pipeline.errors import ConfigError
 
+T = TypeVar("T")
+R = TypeVar("R")
+
+_NUM_DECODERS = 8
 Scores = Callable[[Sequence[bytes], Sequence[str]], torch.Tensor]
 
 
@@ -61,7 +67,9 @@ def _open_clip(options: ScoreFilter, device: torch.device, where: str) -> Scores
     model = model.to(device).eval()
 
     def scores(images: Sequence[bytes], captions: Sequence[str]) -> torch.Tensor:
-        pixels = torch.stack([transform(Image.fromarray(decode(data))) for data in images]).to(device)
+        pixels = torch.stack(_prepared(lambda data: transform(Image.fromarray(decode(data))), images, device)).to(
+            device
+        )
         image = model.encode_image(pixels, normalize=True)
         text = model.encode_text(tokenize(list(captions)).to(device), normalize=True)
         return torch.sum(image * text, dim=-1)
@@ -92,9 +100,17 @@ def _flip_run(options: ScoreFilter, device: torch.device, where: str) -> Scores:
             RawSample(i, str(i), {"jpg": data, "txt": caption.encode()})
             for i, (data, caption) in enumerate(zip(images, captions, strict=True))
         ]
-        examples = [transform(raw, 0) for raw in raws]
+        examples = _prepared(lambda raw: transform(raw, 0), raws, device)
         pixels = torch.stack([example.image for example in examples if example.image is not None]).to(device)
         text = torch.stack([example.text for example in examples if example.text is not None]).to(device)
         return (stage.embed_images(pixels) * stage.embed_texts(text)).sum(-1)
 
     return scores
+
+
+def _prepared(prepare: Callable[[T], R], items: Iterable[T], device: torch.device) -> list[R]:
+    """Each item prepared for the model. A GPU would wait for one core's decoding; on a CPU the model has the cores."""
+    if device.type == "cpu":
+        return [prepare(item) for item in items]
+    with ThreadPoolExecutor(_NUM_DECODERS) as pool:
+        return list(pool.map(prepare, items))

@@ -318,6 +318,7 @@ class WebReader:
                 timeout=aiohttp.ClientTimeout(total=None),  # ours is around it
                 cookie_jar=aiohttp.DummyCookieJar(),
                 auto_decompress=False,
+                read_bufsize=_PIECE_BYTES,  # with less, reading stops and starts several times for each photo
                 headers={"User-Agent": self._options.web.user_agent, "Accept-Encoding": "identity"},
             )
         return self._session

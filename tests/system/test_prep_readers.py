@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import argparse
 import functools
+import hashlib
+import io
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 from prep_cases import samples, settings, write_pairs
+from uv import find_uv_bin
 
 from data_prep.build import build
 
@@ -88,3 +95,30 @@ def test_open_clips_training_loader_reads_every_sample(built: Path, monkeypatch:
     texts = [text for _, batch in loaded for text in batch]
     assert len(texts) == 24
     assert set(texts) == {f"a picture of {i}" for i in range(24)}
+
+
+@pytest.mark.slow
+def test_open_clips_loader_reads_every_sample_with_the_webdataset_it_pins(built: Path, tmp_path: Path) -> None:
+    """open_clip's training extra asks for `webdataset<=0.2.86`, which lies here before everything else that is
+    installed; nothing of open_clip is replaced."""
+    pytest.importorskip("open_clip_train.data", exc_type=ImportError)
+    install = [find_uv_bin(), "pip", "install", "-q", "--no-deps", "--target", str(tmp_path), "webdataset==0.2.86"]
+    subprocess.run(install, check=True)
+    done = subprocess.run(
+        [sys.executable, str(Path(__file__).parents[1] / "read_with_open_clip.py"), f"{built}/{{00000..00002}}.tar"],
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        stdout=subprocess.PIPE,
+        check=True,
+    )
+    told = json.loads(done.stdout)
+    assert told["webdataset"] == "0.2.86"
+    expected = [[m["txt"].decode(), pixels_sha256(m)] for m in samples(built).values()]
+    for kind, announced in (("train", 24), ("validation", 0)):  # it counts no samples for validation
+        assert told[kind][0] == announced
+        assert sorted(told[kind][1]) == sorted(expected)
+
+
+def pixels_sha256(members: dict[str, bytes]) -> str:
+    """Of the image as Pillow decodes it, which is what open_clip does."""
+    data = next(members[extension] for extension in ("jpg", "png", "webp") if extension in members)
+    return hashlib.sha256(np.asarray(Image.open(io.BytesIO(data)).convert("RGB")).tobytes()).hexdigest()
