@@ -39,7 +39,7 @@ from pipeline import storage
 from pipeline.errors import ConfigError, DataError
 
 BUILD_NAME = "build.json"
-BUILD_FORMAT_VERSION = 2
+BUILD_FORMAT_VERSION = 3
 NUM_TRIED = 16  # inputs that are tried before anything is written
 _TOO_FEW_TO_JUDGE = 20  # failures below which a build never gives up early
 
