@@ -4,7 +4,8 @@ img2dataset runs in an environment of its own, which is made below build/ on the
 from the same server, whose CPU time isn't counted, and write shards with equal settings: shortest side 256, JPEG 95,
 only if bigger (`prep-small`, `prep-12mp`), or untouched (`prep-pass`). Starting takes both a while, which is no matter
 at scale: each side builds a small and a large set, and the difference counts. Quality is compared as PSNR against
-Lanczos resizing of full decodes.
+Lanczos resizing of full decodes. `prep-bare` compares with a loop that does nothing but decode, resize and encode the
+same photos by the same libraries: what fetching, hashing, packing and accounting cost beside that.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
+import simplejpeg
 import yaml
 from PIL import Image
 
@@ -73,6 +75,8 @@ def run(pairs: int) -> list[Comparison]:
                 assert server.stdout is not None
                 address = server.stdout.readline().strip()
                 found.append(_compare(case, work, address, python, source, pairs))
+                if case.resize and not case.large:
+                    found.append(_compare_bare(case, work, address, source, pairs))
             finally:
                 server.kill()
                 server.wait()
@@ -118,6 +122,54 @@ def _compare(case: Case, work: Path, address: str, python: Path, source: str, pa
     return done
 
 
+def _compare_bare(case: Case, work: Path, address: str, source: str, pairs: int) -> Comparison:
+    """Ours against the bare loop."""
+    meter = _Meter()
+    tables = [_table(work, address, count) for count in case.counts]
+    difference = case.counts[1] - case.counts[0]
+
+    def loop() -> int:
+        spent = [_cpu_s(functools.partial(_call_bare, work / "photos", count)) for count in case.counts]
+        meter.add(spent[1] - spent[0])
+        return case.counts[1]
+
+    return compare(
+        "prep-bare",
+        f"{difference} photos ({source}) from loopback HTTP to shards, against a bare loop of decode, resize, encode",
+        Contender("vitrail", functools.partial(_both, functools.partial(_ours, case), tables, work / "ours", meter)),
+        Contender("bare loop", loop),
+        check=lambda ours, count: len(ours) == count,
+        pairs=pairs,
+        warmup=0,
+        clock="cpu",
+        work=Work(difference, "images"),
+        goal=Goal(ratio_min=0.85),
+        timer=meter.total,
+    )
+
+
+def _call_bare(photos: Path, count: int) -> None:
+    _call([sys.executable, "-m", "benchmarks.prep", str(photos), str(count)], REPOSITORY)
+
+
+def bare_loop(photos: Path, count: int) -> None:
+    """Decode, resize and encode so many photos, with no more around it than reading their files once."""
+    import torch
+
+    encoded = [path.read_bytes() for path in sorted(photos.iterdir())]
+    memory = np.empty(64 * 2**20, np.uint8)
+    for number in range(count):
+        pixels = simplejpeg.decode_jpeg(encoded[number % len(encoded)], "RGB", buffer=memory)
+        height, width = pixels.shape[:2]
+        side = min(height, width)
+        if side > SIZE:
+            size = (round(height * SIZE / side), round(width * SIZE / side))
+            image = torch.from_numpy(pixels).permute(2, 0, 1)[None]
+            scaled = torch.nn.functional.interpolate(image, size, mode="bicubic", antialias=True)[0]
+            pixels = scaled.permute(1, 2, 0).contiguous().numpy()
+        simplejpeg.encode_jpeg(pixels, QUALITY, colorsubsampling="420", fastdct=False)
+
+
 class _Meter:
     """CPU seconds that count, summed up."""
 
@@ -136,16 +188,17 @@ def _both(side: Callable[[Path, Path], None], tables: list[Path], folder: Path, 
     spent = []
     for table in tables:
         shutil.rmtree(folder, ignore_errors=True)
-        before = _children_s()
-        side(table, folder)
-        spent.append(_children_s() - before)
+        spent.append(_cpu_s(functools.partial(side, table, folder)))
     meter.add(spent[1] - spent[0])
     return dict(_samples(folder))
 
 
-def _children_s() -> float:
-    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return usage.ru_utime + usage.ru_stime
+def _cpu_s(run: Callable[[], None]) -> float:
+    """CPU seconds of the processes that `run` starts and waits for."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    run()
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
 def _ours(case: Case, table: Path, folder: Path) -> None:
@@ -250,3 +303,7 @@ def _quality(found: dict[str, bytes], photos: Path, *, resize: bool) -> float:
         error = np.mean((stored - np.stack(bands, -1)) ** 2)
         values.append(10 * np.log10(255**2 / error))
     return float(np.mean(values))
+
+
+if __name__ == "__main__":
+    bare_loop(Path(sys.argv[1]), int(sys.argv[2]))
