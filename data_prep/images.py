@@ -94,7 +94,7 @@ def convert(data: bytes, options: ImageConfig) -> StoredImage:
     geometry = plan_geometry(header.upright, options)
     extension = header.extension or "jpg" if options.format == "keep" else options.format
     if extension == header.extension and header.orientation == 1 and geometry.unchanged and header.plain:
-        _decode(data, options, scratch=True)  # only a file that decodes to its end passes
+        _decode(data, options, (1, 1), scratch=True)  # only a file that decodes to its end passes, if at a small scale
         return StoredImage(extension, data, geometry, header.exif)
     pixels = _pixels(data, options, geometry, header.orientation)
     return StoredImage(extension, _encode(pixels, extension, options.quality), geometry, header.exif)
