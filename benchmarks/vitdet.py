@@ -98,7 +98,7 @@ def detector(side: int, way: Way, pairs: int) -> Comparison:
             total = stage.loss(batch).total
             torch.autograd.backward(total)
             stage.zero_grad(set_to_none=True)
-            return float(total)
+            return float(total.detach())
         with torch.no_grad():
             return float(stage.predict(batch)["counts"].sum())
 
