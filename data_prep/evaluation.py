@@ -98,7 +98,7 @@ def _of_shard(folder: str, number: int) -> list[tuple[bytes, bytes]]:
     found = []
     for start, stop in itertools.pairwise(offsets):
         members = parse_sample(archive[start:stop], 0).members
-        data = next(members[extension] for extension in _EXTENSIONS if extension in members)
-        digest = json.loads(members.get("json", b"{}")).get("sha256")
+        data = bytes(next(members[extension] for extension in _EXTENSIONS if extension in members))
+        digest = json.loads(bytes(members.get("json", b"{}"))).get("sha256")
         found.append((bytes.fromhex(digest) if digest else hashlib.sha256(data).digest(), data))
     return found

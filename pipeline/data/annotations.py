@@ -43,7 +43,7 @@ def read_instances(
     Raises:
         UnreadableSample: there are no annotations, or they aren't as described above.
     """
-    data = sample.members.get("json")
+    data = sample.member("json")
     if data is None:
         raise UnreadableSample("no json member, which holds the objects")
     try:

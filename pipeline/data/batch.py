@@ -27,7 +27,12 @@ class RawSample(NamedTuple):
 
     id: int  # index in the data set's manifest order, [0, num_samples)
     key: str
-    members: Mapping[str, bytes]
+    members: Mapping[str, bytes | memoryview]  # views of what was read at once, where they are large
+
+    def member(self, extension: str) -> bytes | None:
+        """A member's content, None where there is none."""
+        data = self.members.get(extension)
+        return None if data is None else bytes(data)
 
 
 class Instances(NamedTuple):

@@ -17,11 +17,17 @@ import simplejpeg
 from jaxtyping import UInt8
 from PIL import Image
 
+from pipeline.data import turbojpeg
+
 MAX_PIXELS = 89_478_485  # Pillow's own bound, above which it suspects a decompression bomb
 
 # The scales, in eighths, at which decoding a JPEG is cheaper than at full size. Those from 5/8 to 7/8 exist too, but
 # have no vector code: on photos of 640 x 480 they took 1.05 to 1.35 times as long as full size.
 _JPEG_EIGHTHS = (1, 2, 3, 4)
+_JPEG_END = b"\xff\xd9"
+
+Encoded = bytes | memoryview
+"""Bytes of an encoded image; a view where they are part of what was read."""
 
 
 class UnreadableSample(Exception):  # noqa: N818 -- a state of the data; its slot is kept with weight 0
@@ -40,8 +46,22 @@ class Header(NamedTuple):
     height: int
     colours: str = ""  # of a JPEG: how its pixels are coded
 
+    @property
+    def scalable(self) -> bool:
+        """Whether it is a JPEG that decodes at any eighth of its size; others' pixels Pillow converts, or decodes."""
+        return self.format == "jpeg" and self.colours not in ("CMYK", "YCCK")
 
-def read_header(data: bytes, max_pixels: int = MAX_PIXELS) -> Header:
+
+class Part(NamedTuple):
+    """Rows [top, bottom) and columns [left, right) of pixels."""
+
+    top: int
+    left: int
+    bottom: int
+    right: int
+
+
+def read_header(data: Encoded, max_pixels: int = MAX_PIXELS) -> Header:
     """Format and size of an encoded image, without decoding it.
 
     Raises:
@@ -59,11 +79,12 @@ def read_header(data: bytes, max_pixels: int = MAX_PIXELS) -> Header:
 
 
 def decode(
-    data: bytes,
+    data: Encoded,
     min_size: tuple[int, int] | None = None,
     max_pixels: int = MAX_PIXELS,
     *,
     header: Header | None = None,
+    part: Part | None = None,
     scratch: bool = False,
 ) -> UInt8[np.ndarray, "h w 3"]:
     """Pixels of an encoded image.
@@ -75,46 +96,75 @@ def decode(
             it, so the result may be smaller than the image.
         max_pixels: limit on the whole image, read from the header before decoding.
         header: what `read_header` said, where it was asked already.
+        part: of the pixels, to return nothing else. Of a JPEG no more than it takes is decoded, where the library
+            allows it (`pipeline.data.turbojpeg`); damage below the part is then not seen.
         scratch: the pixels may lie in memory of this thread's that its next call with `scratch` writes over.
 
     Raises:
         UnreadableSample: no image, a truncated or damaged one, or one over the limit.
     """
     header = header or read_header(data, max_pixels)
-    if header.format == "jpeg" and header.colours not in ("CMYK", "YCCK"):  # those Pillow converts, inverted ones too
-        buffer = _scratch(3 * header.height * header.width) if scratch else None
-        return decode_jpeg(data, min_size, buffer)
+    if header.scalable:
+        size = 3 * header.height * header.width
+        buffer = scratch_memory("decoded", size) if scratch else np.empty(size, np.uint8)
+        return _decode_jpeg(data, header, min_size, part, buffer)
     image, _ = _open(data)
     try:
         if header.format == "jpeg" and min_size is not None:
             image.draft(None, (min(min_size[1], header.width), min(min_size[0], header.height)))
-        return np.asarray(_rgb(image))
+        return _cut(np.asarray(_rgb(image)), part)
     except (OSError, ValueError, SyntaxError, MemoryError, Image.DecompressionBombError) as error:
         raise UnreadableSample(f"damaged {header.format} ({error})") from error
 
 
-def decode_jpeg(
-    data: bytes, min_size: tuple[int, int] | None = None, buffer: UInt8[np.ndarray, " bytes"] | None = None
+def _decode_jpeg(
+    data: Encoded,
+    header: Header,
+    min_size: tuple[int, int] | None,
+    part: Part | None,
+    buffer: UInt8[np.ndarray, " bytes"],
 ) -> UInt8[np.ndarray, "h w 3"]:
-    """Pixels of a JPEG whose header was looked at already, in `buffer` where one is given; see `decode`."""
+    """Pixels in `buffer`. A file that doesn't end as it should is decoded whole, so that a truncated one is found
+    whatever the part.
+    """
     height, width = min_size or (0, 0)
     try:
-        pixels: UInt8[np.ndarray, "h w 3"] = simplejpeg.decode_jpeg(
-            data, "RGB", min_height=height, min_width=width, buffer=buffer
-        )
+        if part is not None and data[-2:] == _JPEG_END:
+            found = turbojpeg.decode_part(data, _eighths(header, height, width), part, buffer)
+            if found is not None:
+                return found
+        pixels = simplejpeg.decode_jpeg(data, "RGB", min_height=height, min_width=width, buffer=buffer)
     except (ValueError, MemoryError) as error:
         raise UnreadableSample(f"damaged jpeg ({error})") from error
-    return pixels
+    return _cut(pixels, part)
+
+
+def _eighths(header: Header, height: int, width: int) -> int:
+    """The scale at which simplejpeg decodes: of the smallest size with at least `height` and `width` the largest scale,
+    as several may give a tiny image the same size; without either, full size.
+    """
+    if height <= 0 and width <= 0:
+        return 8
+    sizes = [scaled_size((header.height, header.width), eighths / 8) for eighths in range(1, 9)]
+    chosen = next((size for size in sizes if size[0] >= height and size[1] >= width), sizes[-1])
+    return max(eighths for eighths, size in enumerate(sizes, 1) if size == chosen)
+
+
+def _cut(pixels: UInt8[np.ndarray, "H W 3"], part: Part | None) -> UInt8[np.ndarray, "h w 3"]:
+    return pixels if part is None else pixels[part.top : part.bottom, part.left : part.right]
 
 
 _memory = threading.local()
 
 
-def _scratch(size: int) -> UInt8[np.ndarray, " bytes"]:
-    """Memory of this thread's own. Fresh memory for every image costs a fifth of the decoding, in page faults."""
-    buffer: UInt8[np.ndarray, " bytes"] | None = getattr(_memory, "buffer", None)
+def scratch_memory(purpose: str, size: int) -> UInt8[np.ndarray, " bytes"]:
+    """At least `size` bytes of this thread's own, the same at each call for a purpose: fresh memory for every image
+    costs a fifth of the decoding, in page faults.
+    """
+    buffer: UInt8[np.ndarray, " bytes"] | None = getattr(_memory, purpose, None)
     if buffer is None or buffer.size < size:
-        buffer = _memory.buffer = np.empty(size, np.uint8)
+        buffer = np.empty(size, np.uint8)
+        setattr(_memory, purpose, buffer)
     return buffer
 
 
@@ -129,7 +179,7 @@ def scaled_size(size: tuple[int, int], scale: float) -> tuple[int, int]:
     return math.ceil(size[0] * scale), math.ceil(size[1] * scale)
 
 
-def _jpeg_header(data: bytes) -> Header:
+def _jpeg_header(data: Encoded) -> Header:
     try:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
     except ValueError as error:
@@ -137,7 +187,7 @@ def _jpeg_header(data: bytes) -> Header:
     return Header("jpeg", width, height, colours)
 
 
-def _open(data: bytes) -> tuple[Image.Image, Header]:
+def _open(data: Encoded) -> tuple[Image.Image, Header]:
     try:
         image = Image.open(io.BytesIO(data))
     except Image.DecompressionBombError as error:

@@ -14,7 +14,7 @@ from jaxtyping import Float, UInt8
 from PIL import Image
 from torch import Tensor
 
-from pipeline.data.images import Header, decode, scale_for_crop, scaled_size
+from pipeline.data.images import Encoded, Header, Part, decode, scale_for_crop, scaled_size, scratch_memory
 from pipeline.data.views import Box, View
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -30,7 +30,7 @@ _RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resamplin
 
 
 def show(
-    data: bytes, header: Header, view: View, interpolation: Interpolation, fill: Colour = (0, 0, 0)
+    data: Encoded, header: Header, view: View, interpolation: Interpolation, fill: Colour = (0, 0, 0)
 ) -> UInt8[Tensor, "3 h w"]:
     """What a view shows of an encoded image, which is decoded no larger than that needs.
 
@@ -46,30 +46,56 @@ def show(
 
 
 def show_several(
-    data: bytes, header: Header, views: Sequence[View], interpolation: Interpolation, fill: Colour = (0, 0, 0)
+    data: Encoded, header: Header, views: Sequence[View], interpolation: Interpolation, fill: Colour = (0, 0, 0)
 ) -> list[UInt8[Tensor, "3 h w"]]:
     """What several views show of one image, which is decoded once, at the scale the most demanding of them needs."""
-    whole = (header.height, header.width)
-    min_size = None
-    if header.format == "jpeg":
+    whole = decoded = (header.height, header.width)
+    if header.scalable:
         scale = max(
             scale_for_crop((view.box.bottom - view.box.top, view.box.right - view.box.left), view.size)
             for view in views
         )
-        min_size = scaled_size(whole, scale) if scale < 1 else None
-    pixels = decode(data, min_size, header=header, scratch=True)
-    return [_shown(pixels, view, interpolation, fill) for view in views]
+        decoded = scaled_size(whole, scale)
+    boxes = [_scaled(view.box, whole, decoded) for view in views]
+    part = Part(0, 0, *decoded)
+    if all(view.cut_first for view in views):  # else pixels beyond the box have their influence
+        tops, lefts, bottoms, rights = zip(*(_whole_pixels(box) for box in boxes), strict=True)
+        part = Part(min(tops), min(lefts), max(bottoms), max(rights))
+    pixels = decode(data, decoded if decoded != whole else None, header=header, part=part, scratch=True)
+    return [_shown(pixels, part, view, box, interpolation, fill) for view, box in zip(views, boxes, strict=True)]
+
+
+def _scaled(box: Box, whole: tuple[int, int], decoded: tuple[int, int]) -> Box:
+    if decoded == whole:
+        return box
+    y, x = decoded[0] / whole[0], decoded[1] / whole[1]
+    return Box(box.left * x, box.top * y, box.right * x, box.bottom * y)
+
+
+def _whole_pixels(box: Box) -> Part:
+    """A box is drawn in whole pixels of the stored image, so it is rounded only where a smaller scale was decoded: then
+    by at most half a decoded pixel, hence half a pixel of the result.
+    """
+    top, left = round(box.top), round(box.left)
+    return Part(top, left, max(round(box.bottom), top + 1), max(round(box.right), left + 1))
 
 
 def _shown(
-    pixels: UInt8[np.ndarray, "H W 3"], view: View, interpolation: Interpolation, fill: Colour
+    pixels: UInt8[np.ndarray, "H W 3"],
+    part: Part,
+    view: View,
+    box: Box,
+    interpolation: Interpolation,
+    fill: Colour,
 ) -> UInt8[Tensor, "3 h w"]:
-    """A view of an image that may have been decoded at a smaller scale; a copy of its pixels."""
-    box, whole, size = view.box, view.source, view.size
-    if pixels.shape[:2] != whole:
-        y, x = pixels.shape[0] / whole[0], pixels.shape[1] / whole[1]
-        box = Box(box.left * x, box.top * y, box.right * x, box.bottom * y)
-    shown = (_cut_and_resized if view.cut_first else _resized_and_cut)(pixels, box, size, interpolation)
+    """A view of an image of which `pixels` are `part`; `box` is the view's, at the scale decoded. A copy of them."""
+    size = view.size
+    if view.cut_first:
+        top, left, bottom, right = _whole_pixels(box)
+        cut = pixels[top - part.top : bottom - part.top, left - part.left : right - part.left]
+        shown = _resized(cut, size, interpolation)
+    else:
+        shown = _resized_and_cut(pixels, box, size, interpolation)
     if view.mirror:
         shown = shown.flip(-1)
     if view.shape == size:
@@ -79,19 +105,15 @@ def _shown(
     return canvas
 
 
-def _cut_and_resized(
-    pixels: UInt8[np.ndarray, "H W 3"], box: Box, size: tuple[int, int], interpolation: Interpolation
+def _resized(
+    pixels: UInt8[np.ndarray, "H W 3"], size: tuple[int, int], interpolation: Interpolation
 ) -> UInt8[Tensor, "3 h w"]:
-    """The box cut out, to whole pixels, then resized by torch, which does on uint8 what Pillow does, and faster.
-
-    A box is drawn in whole pixels of the stored image, so it is rounded only where a smaller scale was decoded: then by
-    at most half a decoded pixel, hence half a pixel of the result.
-    """
-    left, top = round(box.left), round(box.top)
-    cut = pixels[top : max(round(box.bottom), top + 1), left : max(round(box.right), left + 1)].copy()
+    """Resized by torch, which does on uint8 what Pillow does, and faster; a copy in any case."""
+    if pixels.shape[:2] == size:
+        return torch.from_numpy(pixels.copy()).permute(2, 0, 1)
+    cut = scratch_memory("cut", pixels.size)[: pixels.size].reshape(pixels.shape)
+    np.copyto(cut, pixels)
     image = torch.from_numpy(cut).permute(2, 0, 1)
-    if cut.shape[:2] == size:
-        return image
     return torch.nn.functional.interpolate(image[None], size, mode=interpolation, antialias=True)[0]
 
 
@@ -113,6 +135,11 @@ def normalise(
     std: tuple[float, float, float] = IMAGENET_STD,
 ) -> Float[Tensor, "b 3 h w"]:
     """(images / 255 - mean) / std in float32, on the images' device."""
-    scale = torch.tensor([1 / (255 * s) for s in std], device=images.device)
-    shift = torch.tensor([m / s for m, s in zip(mean, std, strict=True)], device=images.device)
-    return images.float().mul_(scale[:, None, None]).sub_(shift[:, None, None])
+    scale = torch.tensor([1 / (255 * s) for s in std], device=images.device)[:, None, None]
+    shift = torch.tensor([m / s for m, s in zip(mean, std, strict=True)], device=images.device)[:, None, None]
+    if images.device.type != "cpu":
+        return images.float().mul_(scale).sub_(shift)
+    normalised = torch.empty(images.shape)
+    for image, out in zip(images, normalised, strict=True):  # one by one, they stay in the core's cache
+        out.copy_(image).mul_(scale).sub_(shift)
+    return normalised

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 
 from pipeline.data.batch import RawSample, derive_seed
-from pipeline.data.images import UnreadableSample
+from pipeline.data.images import Encoded, UnreadableSample
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 
 
-def image_member(sample: RawSample) -> bytes:
+def image_member(sample: RawSample) -> Encoded:
     """The encoded image.
 
     Raises:
@@ -30,7 +30,7 @@ def drawn_caption(sample: RawSample, seed: int) -> str:
     Raises:
         UnreadableSample: see `caption`; or `captions` is no list of texts.
     """
-    data = sample.members.get("json")
+    data = sample.member("json")
     if data is None or b'"captions"' not in data:
         return caption(sample)
     try:
@@ -51,7 +51,7 @@ def caption(sample: RawSample) -> str:
     Raises:
         UnreadableSample: there is none, or it is no UTF-8.
     """
-    data = sample.members.get("txt")
+    data = sample.member("txt")
     if data is None:
         raise UnreadableSample("no txt member")
     try:
@@ -66,7 +66,7 @@ def label(sample: RawSample) -> int:
     Raises:
         UnreadableSample: there is none, or it is no such integer.
     """
-    data = sample.members.get("cls")
+    data = sample.member("cls")
     if data is None:
         raise UnreadableSample("no cls member")
     text = data.strip()

@@ -27,6 +27,7 @@ from pipeline.data.tasks import Place, Read, Spot
 
 EXTENSIONS = frozenset({"jpg", "jpeg", "png", "webp", "txt", "json", "cls"})
 BLOCK_BYTES = 512
+COPIED_BYTES = 4096  # smaller members are copied out of what was read; larger ones are views of it
 READ_THREADS = 8
 PATIENCE_S = 300.0  # how long a store may stay silent in the middle of a run
 
@@ -90,7 +91,7 @@ def parse_sample(data: memoryview, sample_id: int) -> RawSample:
         UnreadableSample: damaged headers, members of several samples, the same extension twice, or no member.
     """
     key: str | None = None
-    members: dict[str, bytes] = {}
+    members: dict[str, bytes | memoryview] = {}
     for member in tar_members(data):
         folder, slash, base = member.name.rpartition("/")
         stem, dot, extension = base.partition(".")
@@ -104,7 +105,8 @@ def parse_sample(data: memoryview, sample_id: int) -> RawSample:
             raise UnreadableSample(f"holds members of {key!r} and of {member_key!r}")
         if extension in members:
             raise UnreadableSample(f"holds {key}.{extension} twice")
-        members[extension] = bytes(data[member.start : member.stop])
+        content = data[member.start : member.stop]
+        members[extension] = content if len(content) >= COPIED_BYTES else bytes(content)
     if key is None:
         raise UnreadableSample("no member of a known kind")
     return RawSample(sample_id, key, members)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from pipeline.data.augment import augment, erase
 from pipeline.data.batch import Example, RawSample
-from pipeline.data.images import Header, read_header
+from pipeline.data.images import Encoded, Header, read_header
 from pipeline.data.pixels import IMAGENET_MEAN, IMAGENET_STD, Interpolation, show, show_several
 from pipeline.data.samples import drawn_caption, image_member, label
 from pipeline.data.views import View, centre_crop, random_crop
@@ -32,9 +32,9 @@ class ImageTransform(Protocol):
     @property
     def size(self) -> tuple[int, int]: ...
 
-    def __call__(self, data: bytes, seed: int) -> UInt8[Tensor, "3 h w"]: ...
+    def __call__(self, data: Encoded, seed: int) -> UInt8[Tensor, "3 h w"]: ...
 
-    def several(self, data: bytes, seeds: Sequence[int]) -> list[UInt8[Tensor, "3 h w"]]: ...
+    def several(self, data: Encoded, seeds: Sequence[int]) -> list[UInt8[Tensor, "3 h w"]]: ...
 
 
 @runtime_checkable
@@ -69,10 +69,10 @@ class TrainImage:
     policy: str = ""
     erase: float = 0.0
 
-    def __call__(self, data: bytes, seed: int) -> UInt8[Tensor, "3 h w"]:
+    def __call__(self, data: Encoded, seed: int) -> UInt8[Tensor, "3 h w"]:
         return self.several(data, [seed])[0]
 
-    def several(self, data: bytes, seeds: Sequence[int]) -> list[UInt8[Tensor, "3 h w"]]:
+    def several(self, data: Encoded, seeds: Sequence[int]) -> list[UInt8[Tensor, "3 h w"]]:
         """A crop for each seed, of an image decoded once, at the scale that serves the crop that needs most."""
         header = read_header(data)
         views = [self._view(header, seed) for seed in seeds]
@@ -108,12 +108,12 @@ class EvalImage:
     resize: int | None = None
     interpolation: Interpolation = "bicubic"
 
-    def __call__(self, data: bytes, seed: int) -> UInt8[Tensor, "3 h w"]:
+    def __call__(self, data: Encoded, seed: int) -> UInt8[Tensor, "3 h w"]:
         header = read_header(data)
         box = centre_crop(header.height, header.width, self.size, self.resize)
         return show(data, header, View((header.height, header.width), box, self.size), self.interpolation)
 
-    def several(self, data: bytes, seeds: Sequence[int]) -> list[UInt8[Tensor, "3 h w"]]:
+    def several(self, data: Encoded, seeds: Sequence[int]) -> list[UInt8[Tensor, "3 h w"]]:
         """The same image for every seed."""
         return [self(data, 0)] * len(seeds)
 

@@ -74,7 +74,8 @@ class CaptionedExample(ImageExample):
     """
 
     def several(self, sample: RawSample, seeds: Sequence[int]) -> list[Example]:
-        if not sample.members.get("txt", b"?").strip():
+        text = sample.member("txt")
+        if text is not None and not text.strip():
             raise UnreadableSample("its caption is empty")
         return super().several(sample, seeds)
 
