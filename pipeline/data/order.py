@@ -16,7 +16,8 @@ little of what other ranks read.
 A *subset* is an even share of every block: its first samples. So it is spread over the whole data set, however that is
 sorted, and is still read in runs.
 
-Nothing is stored but the blocks' starts and sizes and their permutation: about 24 bytes a block.
+Nothing is stored but the permutation of the blocks, 4 bytes a block, and where every 64th of them comes to lie; a
+subset keeps its blocks as well, 12 bytes each.
 
 Permutations are made by sorting raw 64-bit draws of Philox, a stream that numpy fixes for all versions (unlike that of
 its `permutation`).
@@ -25,7 +26,7 @@ its `permutation`).
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -33,7 +34,9 @@ from jaxtyping import Int64
 
 from pipeline.data.batch import derive_seed
 
-_KEPT_WINDOWS = 256  # permutations at hand; one lane needs one or two at a time
+_KEPT_WINDOWS = 256  # windows at hand; one lane needs one or two at a time
+_STRIDE = 64  # blocks of the line between two whose place is stored
+_CHUNK = 2**20  # blocks or draws worked on at a time
 
 
 class Cursor(NamedTuple):
@@ -91,19 +94,19 @@ class Order:
         self.seed = seed
         self.lanes = lanes
         self.window = window
-        self._blocks = _blocks(sizes, block, self.num_samples)
+        self._blocks = _Blocks(sizes, block) if subset is None else _Subset(_Blocks(sizes, block), num_all, subset)
         self._epoch = functools.lru_cache(maxsize=2)(self._lay_out)
-        self._permutation = functools.lru_cache(maxsize=_KEPT_WINDOWS)(self._permute_window)
+        self._window_ids = functools.lru_cache(maxsize=_KEPT_WINDOWS)(self._permuted)
 
     @property
     def size_bytes(self) -> int:
-        """Memory of the blocks and of one epoch's permutation of them."""
-        starts, sizes = self._blocks
-        return starts.nbytes + sizes.nbytes + len(starts) * (4 if len(starts) < 2**31 else 8) + 8 * (len(starts) + 1)
+        """Memory of the blocks and of one epoch's line of them."""
+        line_bytes = (4 if self._blocks.count < 2**31 else 8) * self._blocks.count + 8 * self._blocks.count // _STRIDE
+        return self._blocks.size_bytes + line_bytes
 
     def drawn(self) -> list[tuple[int, int]]:
         """The samples that are drawn at all, as rising ranges [first id, last id + 1)."""
-        starts, sizes = self._blocks
+        starts, sizes = self._blocks.spans(np.arange(self._blocks.count))
         ends = starts + sizes
         first = np.append(True, starts[1:] != ends[:-1])
         last = np.append(first[1:], True)
@@ -132,15 +135,14 @@ class Order:
     def ranges(self, window: Window) -> list[tuple[int, int]]:
         """The samples of a window as ranges [first id, last id + 1), each within one block; each is one read."""
         start, stop = self._span(window)
-        starts, permutation, line = self._epoch(window.epoch)
+        line = self._epoch(window.epoch)
         ranges = []
-        place = int(np.searchsorted(line, start, side="right")) - 1
-        while start < stop:
-            end = min(int(line[place + 1]), stop)
-            first = int(starts[permutation[place]]) + start - int(line[place])
-            ranges.append((first, first + end - start))
-            start, place = end, place + 1
-        return ranges
+        for first, place, size in line.blocks_from(start):
+            begin, end = max(start - place, 0), min(stop - place, size)
+            ranges.append((first + begin, first + end))
+            if place + end == stop:
+                return ranges
+        raise AssertionError("the line ends within a window")
 
     def _stream(self, cursor: Cursor, size: int) -> tuple[Int64[np.ndarray, " n"], Int64[np.ndarray, " n"]]:
         """Epoch and stream index of the `size` samples from `cursor` on."""
@@ -154,29 +156,20 @@ class Order:
         """Ids at stream indices, and which of them lie in which window."""
         positions, lanes = np.divmod(stream, self.lanes)
         numbers = (positions + self._shift(lanes)) // self.window
-        line = np.empty(len(stream), dtype=np.int64)
+        ids = np.empty(len(stream), dtype=np.int64)
         groups = _groups(epoch, lanes, numbers)
         for window, members in groups:
-            start, _ = self._span(window)
-            line[members] = start + self._permutation(window)[positions[members] - self._first_position(window)]
-        return self._ids_at(epoch, line), groups
+            ids[members] = self._window_ids(window)[positions[members] - self._first_position(window)]
+        return ids, groups
 
-    def _ids_at(self, epoch: int, line: Int64[np.ndarray, " n"]) -> Int64[np.ndarray, " n"]:
-        """Ids at places of the line that the epoch's permuted blocks make."""
-        starts, permutation, line_starts = self._epoch(epoch)
-        place = np.searchsorted(line_starts, line, side="right") - 1
-        ids: Int64[np.ndarray, " n"] = starts[permutation[place]] + line - line_starts[place]
-        return ids
+    def _permuted(self, window: Window) -> Int64[np.ndarray, " n"]:
+        """The window's samples in their order."""
+        ids = np.concatenate([np.arange(first, stop, dtype=np.int64) for first, stop in self.ranges(window)])
+        permuted: Int64[np.ndarray, " n"] = ids[_permutation(len(ids), derive_seed("window", self.seed, *window))]
+        return permuted
 
-    def _lay_out(self, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(block starts by number, permutation, place of each permuted block's first sample in the line)."""
-        starts, sizes = self._blocks
-        permutation = _permutation(len(starts), derive_seed("blocks", self.seed, epoch))
-        if len(starts) < 2**31:
-            permutation = permutation.astype(np.int32)
-        line = np.zeros(len(starts) + 1, dtype=np.int64)
-        np.cumsum(sizes[permutation], out=line[1:])
-        return starts, permutation, line
+    def _lay_out(self, epoch: int) -> _Line:
+        return _Line(self._blocks, _permutation(self._blocks.count, derive_seed("blocks", self.seed, epoch)))
 
     def _shift(self, lanes: Int64[np.ndarray, " n"]) -> Int64[np.ndarray, " n"]:
         """How far a lane's window borders are moved, evenly spread over the lanes."""
@@ -193,36 +186,116 @@ class Order:
         end = (window.number + 1) * self.window - window.lane * self.window // self.lanes
         return lane_start + self._first_position(window), lane_start + min(end, lane_size)
 
-    def _permute_window(self, window: Window) -> np.ndarray:
-        start, stop = self._span(window)
-        return _permutation(stop - start, derive_seed("window", self.seed, *window))
+
+class _Blocks:
+    """All blocks, worked out from the shards' sizes whenever they are asked for; those of a shard differ in size by one
+    at most.
+    """
+
+    def __init__(self, shard_sizes: Int64[np.ndarray, " shards"], block: int) -> None:
+        self._sizes = shard_sizes[shard_sizes > 0]
+        self._counts = np.maximum(1, (self._sizes + block // 2) // block)
+        self._starts = np.cumsum(self._sizes) - self._sizes
+        self._first = np.cumsum(self._counts) - self._counts  # number of each shard's first block
+        self.count = int(self._counts.sum())
+        self.size_bytes = 4 * self._sizes.nbytes
+
+    def spans(self, numbers: Int64[np.ndarray, " n"]) -> tuple[Int64[np.ndarray, " n"], Int64[np.ndarray, " n"]]:
+        """First ids and sizes of blocks."""
+        shard = np.searchsorted(self._first, numbers, side="right") - 1
+        within, sizes, counts = numbers - self._first[shard], self._sizes[shard], self._counts[shard]
+        starts = within * sizes // counts
+        return self._starts[shard] + starts, (within + 1) * sizes // counts - starts
 
 
-def _blocks(sizes: Int64[np.ndarray, " shards"], block: int, num_drawn: int) -> tuple[np.ndarray, np.ndarray]:
-    """First id of every block and how many of its samples are drawn; a shard's blocks differ in size by one at most."""
-    sizes = sizes[sizes > 0]
-    counts = np.maximum(1, (sizes + block // 2) // block)
-    shard_starts = np.cumsum(sizes) - sizes
-    shard = np.repeat(np.arange(len(sizes)), counts)
-    number = np.arange(len(shard)) - np.repeat(np.cumsum(counts) - counts, counts)  # of the block within its shard
-    starts = (shard_starts[shard] + number * sizes[shard] // counts[shard]).astype(np.int64)
-    num_all = int(sizes.sum())
-    ends = np.append(starts[1:], num_all)
-    if num_drawn == num_all:
-        return starts, (ends - starts).astype(np.int32)
-    drawn = np.floor(ends * (num_drawn / num_all)).astype(np.int64)  # up to and with each block
-    drawn[-1] = num_drawn
-    taken = np.minimum(np.diff(drawn, prepend=0), ends - starts)
-    missing = num_drawn - int(taken.sum())  # rounding, at most a few
-    if missing:
-        taken[np.flatnonzero(taken < ends - starts)[:missing]] += 1
-    present = taken > 0
-    return starts[present], taken[present].astype(np.int32)
+class _Subset:
+    """The first samples of every block, an even share of each; blocks of which none is drawn are left out."""
+
+    def __init__(self, blocks: _Blocks, num_all: int, num_drawn: int) -> None:
+        starts, sizes = blocks.spans(np.arange(blocks.count))
+        drawn = np.floor((starts + sizes) * (num_drawn / num_all)).astype(np.int64)  # up to and with each block
+        drawn[-1] = num_drawn
+        taken = np.minimum(np.diff(drawn, prepend=0), sizes)
+        missing = num_drawn - int(taken.sum())  # rounding, at most a few
+        if missing:
+            taken[np.flatnonzero(taken < sizes)[:missing]] += 1
+        present = taken > 0
+        self._starts, self._sizes = starts[present], taken[present].astype(np.int32)
+        self.count = len(self._starts)
+        self.size_bytes = self._starts.nbytes + self._sizes.nbytes
+
+    def spans(self, numbers: Int64[np.ndarray, " n"]) -> tuple[Int64[np.ndarray, " n"], Int64[np.ndarray, " n"]]:
+        """First ids and sizes of blocks."""
+        return self._starts[numbers], self._sizes[numbers].astype(np.int64)
 
 
-def _permutation(count: int, seed: int) -> np.ndarray:
-    draws = np.atleast_1d(np.random.Philox(key=seed).random_raw(count))
-    return np.argsort(draws, kind="stable")
+class _Line:
+    """An epoch's blocks end to end, in their permuted order."""
+
+    def __init__(self, blocks: _Blocks | _Subset, permutation: Int64[np.ndarray, " n"]) -> None:
+        self._blocks = blocks
+        self._permutation = permutation.astype(np.int32) if blocks.count < 2**31 else permutation
+        sizes = np.empty(blocks.count, np.int32)
+        for first in range(0, blocks.count, _CHUNK):
+            stop = min(first + _CHUNK, blocks.count)
+            sizes[first:stop] = blocks.spans(np.arange(first, stop))[1]
+        strides = range(0, blocks.count, _STRIDE)
+        totals = np.empty(len(strides), np.int64)
+        per_chunk = _CHUNK // _STRIDE
+        for first in range(0, len(strides), per_chunk):
+            here = sizes[self._permutation[first * _STRIDE : (first + per_chunk) * _STRIDE]]
+            totals[first : first + per_chunk] = np.add.reduceat(here, np.arange(0, len(here), _STRIDE), dtype=np.int64)
+        self._places = np.cumsum(totals) - totals  # of every _STRIDE-th block
+
+    def blocks_from(self, position: int) -> Iterator[tuple[int, int, int]]:
+        """(first id, place in the line, size) of the block that holds a position, and of those that follow it."""
+        stride = int(np.searchsorted(self._places, position, side="right")) - 1
+        place = int(self._places[stride])
+        for first in range(stride * _STRIDE, self._blocks.count, _STRIDE):
+            starts, sizes = self._blocks.spans(self._permutation[first : first + _STRIDE].astype(np.int64))
+            for start, size in zip(starts.tolist(), sizes.tolist(), strict=True):
+                if place + size > position:
+                    yield start, place, size
+                place += size
+
+
+def _permutation(count: int, seed: int) -> Int64[np.ndarray, " n"]:
+    """0 .. count-1 in the order of `count` draws; of equal draws the earlier comes first.
+
+    numpy sorts numbers several times as fast as it finds their order. So each draw's low bits are exchanged for its
+    index, the numbers sorted, and those few put right that are alike in what remains.
+    """
+    bits = max(count - 1, 1).bit_length()
+    keys = np.atleast_1d(np.random.Philox(key=seed).random_raw(count))
+    for first in range(0, count, _CHUNK):  # in place, as billions of samples have many blocks
+        chunk = keys[first : first + _CHUNK]
+        chunk >>= bits
+        chunk <<= bits
+        chunk |= np.arange(first, first + len(chunk), dtype=np.uint64)
+    keys.sort()
+    alike = []
+    for first in range(0, count, _CHUNK):
+        rest = keys[first : first + _CHUNK + 1] >> bits
+        alike.append(first + np.flatnonzero(rest[1:] == rest[:-1]))
+    before = np.concatenate(alike)
+    places = np.unique(np.concatenate([before, before + 1]))
+    groups = keys[places] >> bits
+    keys &= np.uint64(2**bits - 1)
+    permutation = keys.view(np.int64)
+    if len(places):
+        draws = _draws_at(permutation[places], count, seed)
+        permutation[places] = permutation[places[np.lexsort((draws, groups))]]
+    return permutation
+
+
+def _draws_at(indices: Int64[np.ndarray, " n"], count: int, seed: int) -> np.ndarray:
+    """Some of `count` draws."""
+    stream, found = np.random.Philox(key=seed), np.empty(len(indices), np.uint64)
+    for first in range(0, count, _CHUNK):
+        chunk = np.atleast_1d(stream.random_raw(min(_CHUNK, count - first)))
+        here = (indices >= first) & (indices < first + len(chunk))
+        found[here] = chunk[indices[here] - first]
+    return found
 
 
 def _groups(

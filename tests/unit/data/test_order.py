@@ -9,10 +9,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pipeline.data import order as orders
 from pipeline.data.order import Cursor, Order, advance
 
 SHARDS = st.lists(st.integers(0, 60), min_size=1, max_size=8).filter(lambda sizes: sum(sizes) > 0)
 SHAPES = {"block": st.integers(1, 40), "lanes": st.integers(1, 9), "window": st.integers(1, 50)}
+
+SEED_WITH_A_PAIR = 6
 
 
 def epoch_ids(order: Order, epoch: int) -> np.ndarray:
@@ -63,6 +66,29 @@ def test_the_order_is_pinned() -> None:
         *(3, 14, 27, 22, 2, 21, 0, 11, 7, 20, 6, 10, 5, 9, 4, 23),
     ]
     assert order.slots(Cursor(0, 30), 4).ids.tolist() == [4, 0, 23, 18]
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 1000, 2_000_000])
+def test_permutations_are_the_order_of_the_draws(count: int) -> None:
+    """Among two million draws a pair is alike in all bits that are sorted by, and told apart by the others."""
+    draws = np.atleast_1d(np.random.Philox(key=SEED_WITH_A_PAIR).random_raw(count))
+    assert np.array_equal(orders._permutation(count, SEED_WITH_A_PAIR), np.argsort(draws, kind="stable"))
+    bits = (count - 1).bit_length()
+    assert count < 2_000_000 or not np.diff(np.sort(draws) >> bits).all()
+
+
+def test_equal_draws_keep_their_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Few:
+        def __init__(self, key: int) -> None:
+            self._draws = iter(
+                np.random.default_rng(key).integers(0, 2**64, 5, dtype=np.uint64).repeat(100).tolist() * 2
+            )
+
+        def random_raw(self, count: int) -> np.ndarray:
+            return np.array([next(self._draws) for _ in range(count)], np.uint64)
+
+    monkeypatch.setattr(np.random, "Philox", Few)
+    assert np.array_equal(orders._permutation(1000, 4), np.argsort(Few(4).random_raw(1000), kind="stable"))
 
 
 def test_it_depends_on_seed_and_epoch_alone() -> None:
@@ -122,3 +148,4 @@ def test_five_billion_samples() -> None:
     late = order.slots(Cursor(0, 4_000_000_000), 4096)
     assert len(set(late.ids.tolist())) == 4096
     assert late.ids.max() < 5_000_000_000
+    assert order.size_bytes < 100 * 2**20
