@@ -27,7 +27,7 @@ from torch import Tensor
 
 from benchmarks.decode import load_photos
 from benchmarks.harness import Comparison, Contender, Goal, UnequalWork, Work, compare
-from data_prep.shards import Sample, ShardWriter, sample_key, shard_stem
+from data_prep.shards.commit import Sample, ShardWriter, sample_key, shard_stem
 from launch.s3_server import S3Server, find_rclone
 from pipeline import storage
 from pipeline.data.loader import Cursor, Loader, Step

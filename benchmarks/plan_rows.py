@@ -36,10 +36,9 @@ from benchmarks.machine import REPOSITORY, machine, revision, versions
 from data_prep.account import Progress
 from data_prep.build import Build
 from data_prep.config import PrepConfig
-from data_prep.packing import Job
-from data_prep.page import NUM_SAMPLES
-from data_prep.planning import Partition
-from data_prep.shards import (
+from data_prep.plan.planning import Partition
+from data_prep.samples.packing import Job
+from data_prep.shards.commit import (
     SIDECAR_SCHEMA,
     Committed,
     Sample,
@@ -49,7 +48,8 @@ from data_prep.shards import (
     sample_key,
     stage_packed,
 )
-from data_prep.sources import BATCH_ROWS, SCHEMA, Places
+from data_prep.shards.page import NUM_SAMPLES
+from data_prep.sources.base import BATCH_ROWS, SCHEMA, Places
 from pipeline.config import validate
 
 FORMAT, FORMAT_VERSION = "vitrail.plan_rows", 1

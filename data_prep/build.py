@@ -1,11 +1,11 @@
 """A build from source to data set: survey, look, plan, partitions, publishing.
 
 1. *Survey*: the source is streamed once and its rows digested. Nothing is written before the source was checked and
-   some images were tried. Rows that were appended since the last build become a segment of their own (`segments`).
-2. *Look*, where it is needed (`scanning`): splits by content, duplicates, evaluation images (`dedup`).
-3. *Plan*: every input gets a split and a place in a shuffled order (`planning`).
-4. *Partitions*: tasks make one shard each and commit it (`packing`, `shards`), on Ray (`partitions`).
-5. *Finish*: shards get their final names, then come `sizes.json`, the manifests, and the account (`finish`).
+   some images were tried. Rows that were appended since the last build become a segment of their own (`plan.segments`).
+2. *Look*, where it is needed (`duplicates`): splits by content, duplicates, evaluation images.
+3. *Plan*: every input gets a split and a place in a shuffled order (`plan.planning`).
+4. *Partitions*: tasks make one shard each (`samples.packing`) and commit it (`shards.commit`), on Ray (`partitions`).
+5. *Finish*: shards get their final names, then come `sizes.json`, the manifests, and the account (`shards.finish`).
 
 Run again, a build goes on where it stood: committed partitions are kept if settings and inputs are the same, and
 refused with what changed if not.
@@ -27,14 +27,18 @@ from typing import Any, Literal
 
 import pyarrow as pa
 
-from data_prep import finish, packing, partitions, planning, retry, scanning
+from data_prep import partitions, retry
 from data_prep.account import PrepReport, Progress, Refused, by_reason, describe, total
 from data_prep.config import PrepConfig
-from data_prep.packing import Job
-from data_prep.planning import Fingerprint, Partition, Plan
-from data_prep.segments import Segment, create_segment, next_segment, read_positions, read_segments
-from data_prep.shards import Committed, json_bytes
-from data_prep.sources import Source, open_source
+from data_prep.duplicates import scanning
+from data_prep.plan import planning
+from data_prep.plan.planning import Fingerprint, Partition, Plan
+from data_prep.plan.segments import Segment, create_segment, next_segment, read_positions, read_segments
+from data_prep.samples import packing
+from data_prep.samples.packing import Job
+from data_prep.shards import finish
+from data_prep.shards.commit import Committed, json_bytes
+from data_prep.sources.base import Source, open_source
 from pipeline import storage
 from pipeline.errors import ConfigError, DataError
 

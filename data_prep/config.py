@@ -123,7 +123,8 @@ class SplitsConfig(Config):
 class DedupConfig(Config):
     """Which images count as the same, over the whole data set, and what becomes of them.
 
-    Alike are images whose perceptual hashes (64 bits, `data_prep.signatures`) differ in at most `near_distance` bits.
+    Alike are images whose perceptual hashes (64 bits, `data_prep.duplicates.signatures`) differ in at most
+    `near_distance` bits.
     """
 
     drop: Literal["none", "exact", "near"] = "none"  # of equal (or alike) images the first input stays
@@ -185,7 +186,7 @@ class ScoreFilter(Config):
 
 
 class FunctionFilter(Config):
-    """A user's own `function(candidate) -> bool | str` by dotted name: see `data_prep.filters.Candidate`.
+    """A user's own `function(candidate) -> bool | str` by dotted name: see `data_prep.filters.judge.Candidate`.
 
     True keeps the pair; False or a text, which is noted, refuses it (`function_refused`). What it raises stops the
     build. It must be importable on every machine.

@@ -19,7 +19,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 from data_prep.config import FunctionFilter, PrepConfig, RayConfig, ScoreFilter
-from data_prep.filters import Scorers
+from data_prep.filters.judge import Scorers
 from pipeline.errors import ResourceError, Stopped, UserError
 
 TaskT = TypeVar("TaskT")
@@ -216,7 +216,7 @@ class _ScorerActor:
 
 def load_scorer(option: ScoreFilter, number: int) -> Any:
     """The model of a filter; torch is imported only here."""
-    from data_prep.score import ClipScorer
+    from data_prep.filters.score import ClipScorer
 
     return ClipScorer(option, where=f"filters.{number}")
 

@@ -14,12 +14,13 @@ import pyarrow.compute as pc
 import pyarrow.parquet
 from jaxtyping import Int64
 
-from data_prep import evaluation, finish, scanning
 from data_prep.account import REASONS
 from data_prep.config import PrepConfig
-from data_prep.dedup import Decisions, decide
-from data_prep.segments import Segment, read_positions
-from data_prep.sources import Source
+from data_prep.duplicates import evaluation, scanning
+from data_prep.duplicates.dedup import Decisions, decide
+from data_prep.plan.segments import Segment, read_positions
+from data_prep.shards import finish
+from data_prep.sources.base import Source
 from pipeline import storage
 from pipeline.errors import ConfigError
 

@@ -37,7 +37,7 @@ def describe(place: str, *, verify: bool = False, num_samples: int = 0) -> Told:
             where=place,
             fix="check the path; `vitrail runs FOLDER` lists runs",
         )
-    from data_prep.verify import first_samples
+    from data_prep.shards.verify import first_samples
 
     document: dict[str, Any] = {}
     lines: list[str] = []
@@ -83,7 +83,7 @@ def splits_of(place: str) -> dict[str, Manifest]:
 
 def verify_dataset(url: str, say: Callable[[str], None]) -> tuple[dict[str, Any], list[str], bool]:
     """Check a data set down to the sample: the findings as a document and as lines, and whether all is well."""
-    from data_prep.verify import verify
+    from data_prep.shards.verify import verify
 
     report = verify(url, progress=lambda done, total: say(f"{done} of {total} shards checked"))
     lines = [str(problem) for problem in report.problems]

@@ -33,7 +33,7 @@ log = logging.getLogger("vitrail")
 
 def run_scenes(document: Document, *, where: str, output: str) -> dict[str, Any]:
     """Render scenes into `output`; returns a summary."""
-    from data_prep.scenes import ScenesConfig, write_scenes
+    from data_prep.scenes.render import ScenesConfig, write_scenes
 
     config = configs.validate(ScenesConfig, document, where=where)
     return write_scenes(config, output)._asdict()

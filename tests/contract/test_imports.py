@@ -44,7 +44,7 @@ DATA_PREP_ROOMS = (
     "pipeline.run_dir",
     "pipeline.data",
 )
-DATA_PREP_FREE = ("data_prep.score", "data_prep.annotate")
+DATA_PREP_FREE = ("data_prep.filters.score", "data_prep.annotate")
 
 # Third-party packages that only the named modules (and what lies under them) may import.
 FENCES: dict[str, tuple[str, ...]] = {
@@ -54,7 +54,7 @@ FENCES: dict[str, tuple[str, ...]] = {
     "torch.utils.tensorboard": ("pipeline.train.track",),
     "wandb": ("pipeline.train.track",),
     "mlflow": ("pipeline.train.track",),
-    "webdataset": ("pipeline.data", "data_prep.shards", "data_prep.verify"),
+    "webdataset": ("pipeline.data", "data_prep.shards.commit", "data_prep.shards.verify"),
     "fsspec": ("pipeline.storage",),
     "s3fs": ("pipeline.storage",),
     "matplotlib": ("pipeline.report",),

@@ -3,8 +3,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data_prep.account import Refused
-from data_prep.captions import clean
 from data_prep.config import CaptionConfig
+from data_prep.samples.captions import clean
 
 OPTIONS = CaptionConfig()
 

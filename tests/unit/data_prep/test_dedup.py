@@ -16,8 +16,8 @@ from prep_cases import hashes, reasons, settings, sidecar, write_table
 
 from data_prep.build import build
 from data_prep.config import DedupConfig
-from data_prep.dedup import VERDICTS, Signatures, decide
-from data_prep.signatures import near_any, near_pairs, perceptual_hash
+from data_prep.duplicates.dedup import VERDICTS, Signatures, decide
+from data_prep.duplicates.signatures import near_any, near_pairs, perceptual_hash
 from pipeline.errors import Stopped
 
 NONE = Signatures(np.zeros((0, 2), np.uint64), np.zeros(0, np.uint64), np.zeros(0, bool))

@@ -15,7 +15,7 @@ from prep_cases import samples, settings, sidecar, write_pairs
 
 from data_prep.build import build
 from data_prep.config import ScoreFilter
-from data_prep.filters import Candidate
+from data_prep.filters.judge import Candidate
 from data_prep.partitions import scorer_share
 from launch.predict import load_stage
 from pipeline.config import validate

@@ -18,7 +18,7 @@ from prep_cases import samples, settings, sidecar, write_table
 from data_prep.account import Refused
 from data_prep.build import build
 from data_prep.config import ImageConfig
-from data_prep.images import convert, thumbnail
+from data_prep.samples.images import convert, thumbnail
 
 GOLDEN = {golden.name: golden for golden in golden_set() if golden.name != "bomb.png"}
 
@@ -77,7 +77,7 @@ def test_a_bomb_is_refused_without_growing(tmp_path: Path) -> None:
 import resource
 from data_prep.account import Refused
 from data_prep.config import ImageConfig
-from data_prep.images import convert, thumbnail
+from data_prep.samples.images import convert, thumbnail
 from PIL import Image
 data = open({str(tmp_path / "bomb.png")!r}, "rb").read()
 Image.init()

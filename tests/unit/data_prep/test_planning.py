@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_prep.planning import Fingerprint, Plan, assign, mix
-from data_prep.sources import SCHEMA
+from data_prep.plan.planning import Fingerprint, Plan, assign, mix
+from data_prep.sources.base import SCHEMA
 from pipeline.errors import DataError
 
 

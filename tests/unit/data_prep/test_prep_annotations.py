@@ -6,9 +6,9 @@ import pytest
 from pycocotools import mask as coco_mask
 
 from data_prep.account import Refused
-from data_prep.annotations import follow_image, parse_annotations
 from data_prep.config import ImageConfig
-from data_prep.images import Geometry, plan_geometry
+from data_prep.samples.annotations import follow_image, parse_annotations
+from data_prep.samples.images import Geometry, plan_geometry
 
 
 def rectangle(x: int, y: int, w: int, h: int, size: tuple[int, int] = (80, 40)) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from prep_cases import encoded, pixels
 
 from data_prep.account import Refused
 from data_prep.config import ImageConfig
-from data_prep.images import convert, plan_geometry
+from data_prep.samples.images import convert, plan_geometry
 
 
 def opened(data: bytes) -> Image.Image:
@@ -150,9 +150,9 @@ def test_unusable_images_are_refused_with_their_reason(data: bytes, reason: str)
 
 
 def test_the_size_limit_is_judged_from_the_header(monkeypatch: pytest.MonkeyPatch) -> None:
-    import data_prep.images
+    import data_prep.samples.images
 
-    monkeypatch.setattr(data_prep.images, "decode", lambda *_: pytest.fail("decoded"))
+    monkeypatch.setattr(data_prep.samples.images, "decode", lambda *_: pytest.fail("decoded"))
     # Only the header of this PNG says 30,000 x 30,000; there are no pixels to decode.
     bomb = bytearray(encoded(7, "PNG"))
     bomb[16:24] = (30_000).to_bytes(4, "big") * 2

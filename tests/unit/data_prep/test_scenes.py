@@ -13,9 +13,9 @@ import pytest
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from data_prep.scenes import ScenesConfig, class_names, label_of, render, write_scenes
-from data_prep.scenes_captions import color_name
-from data_prep.scenes_draw import SHAPES, TEXTURES, draw_scene
+from data_prep.scenes.captions import color_name
+from data_prep.scenes.draw import SHAPES, TEXTURES, draw_scene
+from data_prep.scenes.render import ScenesConfig, class_names, label_of, render, write_scenes
 from pipeline.config import validate
 from pipeline.errors import ConfigError
 
@@ -167,7 +167,7 @@ def test_a_rendering_that_was_killed_goes_on_and_ends_with_the_same_bytes(tmp_pa
     killed, fresh = tmp_path / "killed", tmp_path / "fresh"
     killed.mkdir()
     program = (
-        "from data_prep.scenes import ScenesConfig, write_scenes;"
+        "from data_prep.scenes.render import ScenesConfig, write_scenes;"
         f"write_scenes(ScenesConfig(**{config.model_dump()}), {str(killed)!r}, processes=2)"
     )
     with subprocess.Popen([sys.executable, "-c", program], start_new_session=True) as process:

@@ -11,7 +11,7 @@ import pytest
 from prep_cases import encoded, hashes, samples, settings, sidecar, write_table
 
 from data_prep.build import build
-from data_prep.verify import verify
+from data_prep.shards.verify import verify
 from pipeline.data.manifest import read_manifest
 from pipeline.errors import ConfigError, Stopped
 

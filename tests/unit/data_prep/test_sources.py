@@ -9,8 +9,8 @@ from prep_cases import write_table
 
 from data_prep.account import Refused
 from data_prep.config import TableConfig
-from data_prep.sources import Places, RangedFile
-from data_prep.tables import TableSource
+from data_prep.sources.base import Places, RangedFile
+from data_prep.sources.tables import TableSource
 from pipeline.errors import DataError
 
 CAPTIONS = ["plain", 'with "quotes", and comma', "two\nlines", "caf\u00e9 \u732b", ""]

@@ -4,7 +4,7 @@ import tarfile
 import numpy as np
 import pytest
 
-from data_prep.shards import Sample, ShardWriter, sample_key, tar_header
+from data_prep.shards.commit import Sample, ShardWriter, sample_key, tar_header
 
 
 def samples() -> list[Sample]:

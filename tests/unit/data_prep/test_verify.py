@@ -5,7 +5,7 @@ import pytest
 from prep_cases import settings, write_pairs
 
 from data_prep.build import build
-from data_prep.verify import verify
+from data_prep.shards.verify import verify
 from pipeline.data.manifest import read_index, read_manifest
 from pipeline.errors import DataError
 

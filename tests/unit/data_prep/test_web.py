@@ -16,9 +16,9 @@ from web_server import MisbehavingServer, serving
 from data_prep.account import Refused
 from data_prep.build import build
 from data_prep.config import FetchConfig, WebConfig
-from data_prep.fetch import Fetched, Wanted, fetch_all
-from data_prep.sources import Places
-from data_prep.web import Boundary, opts_out, retry_after_s
+from data_prep.fetch.inputs import Fetched, Wanted, fetch_all
+from data_prep.fetch.web import Boundary, opts_out, retry_after_s
+from data_prep.sources.base import Places
 
 NOWHERE = Places("/nowhere", ())
 LOOPBACK: dict[str, Any] = {"allow_networks": ("127.0.0.0/8",), "timeout_s": 3.0}

@@ -17,8 +17,8 @@ import pyarrow as pa
 from jaxtyping import Bool, Int8, Int64, UInt64
 
 from data_prep.config import DedupConfig
-from data_prep.planning import unit_interval
-from data_prep.signatures import near_any, near_pairs
+from data_prep.duplicates.signatures import near_any, near_pairs
+from data_prep.plan.planning import unit_interval
 
 VERDICTS = ("", "duplicate", "near_duplicate", "in_evaluation_set", "bridges_splits")
 _KEPT, _DUPLICATE, _NEAR, _EVALUATION, _BRIDGE = range(len(VERDICTS))

@@ -17,7 +17,7 @@ import pyarrow.csv
 import pyarrow.parquet
 
 from data_prep.config import TableConfig
-from data_prep.sources import BATCH_ROWS, SCHEMA, Places, RangedFile, nulls, places_below, read_classes
+from data_prep.sources.base import BATCH_ROWS, SCHEMA, Places, RangedFile, nulls, places_below, read_classes
 from pipeline import storage
 from pipeline.errors import DataError, StorageError
 

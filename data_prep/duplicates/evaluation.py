@@ -12,12 +12,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data_prep import images, partitions, scanning
+from data_prep import partitions
 from data_prep.account import Refused
 from data_prep.config import ImageConfig, PrepConfig
-from data_prep.dedup import Signatures
-from data_prep.folders import is_image
-from data_prep.signatures import perceptual_hash
+from data_prep.duplicates import scanning
+from data_prep.duplicates.dedup import Signatures
+from data_prep.duplicates.signatures import perceptual_hash
+from data_prep.samples import images
+from data_prep.sources.folders import is_image
 from pipeline import storage
 from pipeline.data.manifest import MANIFEST_NAME, read_index, read_manifest
 from pipeline.errors import DataError

@@ -15,7 +15,7 @@ from typing import IO, Any
 import pyarrow as pa
 
 from data_prep.config import TarsConfig
-from data_prep.sources import Places, RangedFile, batches_of, places_below, read_classes, refuse_if_empty
+from data_prep.sources.base import Places, RangedFile, batches_of, places_below, read_classes, refuse_if_empty
 from pipeline import storage
 from pipeline.errors import DataError
 

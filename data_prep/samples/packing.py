@@ -12,15 +12,14 @@ import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from data_prep import captions, filters, images
 from data_prep.account import REASONS, Refused
-from data_prep.annotations import follow_image, parse_annotations
-from data_prep.archives import json_captions
 from data_prep.config import FolderConfig, PrepConfig
-from data_prep.fetch import Fetched, Wanted, fetch_all
-from data_prep.filters import Candidate, Scorers
-from data_prep.planning import Partition
-from data_prep.shards import (
+from data_prep.fetch.inputs import Fetched, Wanted, fetch_all
+from data_prep.filters.judge import Candidate, Scorers, judge
+from data_prep.plan.planning import Partition
+from data_prep.samples import captions, images
+from data_prep.samples.annotations import follow_image, parse_annotations
+from data_prep.shards.commit import (
     Committed,
     Row,
     Sample,
@@ -32,7 +31,8 @@ from data_prep.shards import (
     sample_key,
     stage,
 )
-from data_prep.sources import Input, Places
+from data_prep.sources.archives import json_captions
+from data_prep.sources.base import Input, Places
 from pipeline import storage
 from pipeline.errors import StorageError
 
@@ -263,7 +263,7 @@ def _apply_filters(job: Job, inputs: Sequence[Input], made: list[_Made | Row | N
         sample = made[i]
         assert isinstance(sample, _Made)
         candidates.append(Candidate(sample.image, sample.row.caption or "", sample.row.url, sample.texts.extra))
-    for i, verdict in zip(kept, filters.judge(job.config.filters, candidates, job.scorers), strict=True):
+    for i, verdict in zip(kept, judge(job.config.filters, candidates, job.scorers), strict=True):
         sample = made[i]
         assert isinstance(sample, _Made)
         if isinstance(verdict, Refused):

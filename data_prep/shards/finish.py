@@ -18,11 +18,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet
 
-from data_prep import page
 from data_prep.account import PrepReport, SplitCount, by_reason
 from data_prep.config import PrepConfig
-from data_prep.segments import Segment, read_positions
-from data_prep.shards import (
+from data_prep.plan.segments import Segment, read_positions
+from data_prep.shards import page
+from data_prep.shards.commit import (
     STAGED,
     Committed,
     final_names,

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from data_prep.scenes_draw import Hsv, Scene
+from data_prep.scenes.draw import Hsv, Scene
 
 _HUES = ("red", "orange", "yellow", "green", "turquoise", "blue", "purple", "pink")
 _HUE_ENDS = (0.04, 0.11, 0.19, 0.44, 0.54, 0.72, 0.81, 0.95)  # where each ends; beyond the last it is red again

@@ -18,14 +18,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.ipc
 
-from data_prep import images
 from data_prep.account import Refused
-from data_prep.dedup import VERDICTS, Decisions, Signatures, digest_words
-from data_prep.fetch import Fetched, Wanted, fetch_all
-from data_prep.packing import Job, check_attempt, read_texts
-from data_prep.signatures import perceptual_hash
-from data_prep.sources import SCHEMA
-from data_prep.web import is_web
+from data_prep.duplicates.dedup import VERDICTS, Decisions, Signatures, digest_words
+from data_prep.duplicates.signatures import perceptual_hash
+from data_prep.fetch.inputs import Fetched, Wanted, fetch_all
+from data_prep.fetch.web import is_web
+from data_prep.samples import images
+from data_prep.samples.packing import Job, check_attempt, read_texts
+from data_prep.sources.base import SCHEMA
 from pipeline import storage
 
 CHUNK_ROWS = 2048

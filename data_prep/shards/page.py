@@ -131,7 +131,7 @@ def _bars(title: str, values: np.ndarray) -> str:
 
 def _some(manifest: Manifest, count: int) -> Iterable[tuple[bytes, str]]:
     """(image, caption) of the first samples, in shards' order, which is shuffled."""
-    from data_prep.verify import first_members  # it reads what `finish` writes, which writes this page
+    from data_prep.shards.verify import first_members  # it reads what `finish` writes, which writes this page
 
     for _, members in first_members(manifest, count):
         image = next((members[e] for e in ("jpg", "png", "webp") if e in members), b"")

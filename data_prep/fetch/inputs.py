@@ -1,7 +1,7 @@
 """Reading source images: a size cap, retries, many reads at once, results as they come.
 
 A store that fails as a whole (an outage, credentials that ran out) stops the build, which a rerun then finishes; it is
-never booked as failed inputs. Of web servers each stands for itself: see `data_prep.web`.
+never booked as failed inputs. Of web servers each stands for itself: see `data_prep.fetch.web`.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from typing import NamedTuple
 
 from data_prep.account import Refused
 from data_prep.config import FetchConfig
-from data_prep.sources import Input, Places
-from data_prep.web import WebReader, is_web
+from data_prep.fetch.web import WebReader, is_web
+from data_prep.sources.base import Input, Places
 from pipeline import storage
 from pipeline.errors import StorageError
 

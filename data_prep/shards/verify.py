@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow.parquet
 from jaxtyping import Int64
 
-from data_prep.finish import REPORT_NAME, SIZES_NAME
+from data_prep.shards.finish import REPORT_NAME, SIZES_NAME
 from pipeline import storage
 from pipeline.data.images import UnreadableSample, decode
 from pipeline.data.manifest import MANIFEST_NAME, Manifest, Shard, read_index, read_manifest

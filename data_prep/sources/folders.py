@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow as pa
 
 from data_prep.config import ClassFoldersConfig, FolderConfig
-from data_prep.sources import Places, batches_of, places_below, refuse_if_empty
+from data_prep.sources.base import Places, batches_of, places_below, refuse_if_empty
 from pipeline import storage
 from pipeline.errors import DataError
 

@@ -19,8 +19,8 @@ import pyarrow.compute as pc
 from jaxtyping import Float64, UInt64
 
 from data_prep.config import SPLIT_NAME
-from data_prep.sources import SCHEMA
-from data_prep.spill import Spill, join, widen
+from data_prep.plan.spill import Spill, join, widen
+from data_prep.sources.base import SCHEMA
 from pipeline.errors import DataError
 
 MAX_SPLITS = 16

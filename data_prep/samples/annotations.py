@@ -17,7 +17,7 @@ from jaxtyping import Shaped
 from PIL import Image
 
 from data_prep.account import Refused
-from data_prep.images import Geometry
+from data_prep.samples.images import Geometry
 
 _PASSED_ON = ("id", "predicted_iou", "stability_score")  # SA-1B's judgement of its masks
 _FARTHEST = 100_000  # pixels; rasterising takes memory in proportion to a polygon's length

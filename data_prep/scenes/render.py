@@ -24,8 +24,8 @@ import pyarrow.parquet
 from PIL import Image
 from pydantic import Field, model_validator
 
-from data_prep.scenes_captions import caption, class_name
-from data_prep.scenes_draw import SHAPES, TEXTURES, Scene, draw_scene
+from data_prep.scenes.captions import caption, class_name
+from data_prep.scenes.draw import SHAPES, TEXTURES, Scene, draw_scene
 from pipeline import storage
 from pipeline.config import Config
 

@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 
 from data_prep.config import CocoConfig
-from data_prep.sources import Places, batches_of, places_below
+from data_prep.sources.base import Places, batches_of, places_below
 from pipeline import storage
 from pipeline.errors import DataError
 

@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from jaxtyping import Int64
 
-from data_prep.shards import json_bytes
+from data_prep.shards.commit import json_bytes
 from pipeline import storage
 from pipeline.errors import DataError
 

@@ -75,7 +75,7 @@ class Places(NamedTuple):
     witness: str | None = None  # an object that can be read as long as the credentials hold
 
     def resolve(self, raw: bytes | None) -> str:
-        """The place to read; web addresses as they are, since `data_prep.web` judges them.
+        """The place to read; web addresses as they are, since `data_prep.fetch.web` judges them.
 
         Raises:
             Refused: url_empty, unsupported_scheme or place_not_allowed.
@@ -113,10 +113,10 @@ def places_below(folder: str, allow: Sequence[str], witness: str | None) -> Plac
 
 def open_source(options: SourceConfig) -> Source:
     """The source that `options` describe."""
-    from data_prep.archives import TarsSource
-    from data_prep.coco import CocoSource
-    from data_prep.folders import ClassFoldersSource, FolderSource
-    from data_prep.tables import TableSource
+    from data_prep.sources.archives import TarsSource
+    from data_prep.sources.coco import CocoSource
+    from data_prep.sources.folders import ClassFoldersSource, FolderSource
+    from data_prep.sources.tables import TableSource
 
     match options:
         case TableConfig():
