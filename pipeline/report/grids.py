@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Iterator, Sequence
 
 from pipeline.report.intervals import Measure, number, student_95
-from pipeline.report.markup import Markup, element
+from pipeline.report.markup import Markup, Node, element
 from pipeline.report.runs import Group, measure
 from pipeline.report.spec import Grid, ReportSpec, Source
 
@@ -19,7 +19,7 @@ def grids(spec: ReportSpec, groups: Sequence[Group]) -> Iterator[Markup]:
     if spec.grids:
         yield element(
             "p",
-            "Mean over seeds with its 95% interval (Student's t over the seeds), seeds' own figures in brackets. ",
+            "Mean over seeds with its 95% interval (Student's t over the seeds), seeds' own figures below it. ",
             "Below each row but the first: its difference from the first, paired by seed, with its 95% interval. An "
             "interval that holds 0 decides nothing.",
             class_="note",
@@ -52,14 +52,14 @@ def _grid(grid: Grid, groups: Sequence[Group]) -> Markup:
     return element("div", table, class_="scroll")
 
 
-def _told(found: Measure | None) -> str:
+def _told(found: Measure | None) -> Node:
     if found is None:
         return "not measured"
     if len(found.values) == 1:
         return " ".join(filter(None, (found.text(), found.interval_text())))
-    half = half_width(found.values)
-    values = ", ".join(_share(value, found.proportion) for value in found.values)
-    return f"{_share(found.mean, found.proportion)} ± {_share(half, found.proportion)} ({values})"
+    mean, half = (_share(value, found.proportion) for value in (found.mean, half_width(found.values)))
+    values = ", ".join(_share(value, found.proportion).removesuffix("%") for value in found.values)
+    return (f"{mean} ± {half}", element("span", values, class_="note"))  # on a line of its own: columns stay narrow
 
 
 def _difference(one: Measure | None, other: Measure | None) -> str:
