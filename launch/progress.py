@@ -17,6 +17,8 @@ _HEADLINES = (
     "_t2i_r1",
     "/box_ap",
     "/mask_ap",
+    "/iou_clicks_1",
+    "/iou_clicks_9",
 )
 
 

@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import hashlib
 import io
+import itertools
 import json
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -66,6 +67,23 @@ class Manifest:
         return shard, int(sample_id - self.starts[shard])
 
 
+def _no_data_set(url: str) -> DataError:
+    """What to do about a folder without a manifest; other people's tars are told apart."""
+    seen = itertools.islice(storage.entries(url), 10_000)
+    names = [entry.url.removeprefix(url.rstrip("/") + "/") for entry in seen]
+    tars = [name for name in names if name.endswith(".tar") and "/" not in name]
+    if tars:
+        return DataError(
+            f"no manifest.json, but tars such as {tars[0]}: nothing tells where their samples begin",
+            where=url,
+            fix="make a data set of them: `vitrail prep` with source {type: tars, url: THIS FOLDER}, "
+            "for SA-1B's with captions: none and annotations: true",
+        )
+    return DataError(
+        "no manifest.json: not a finished data set", where=url, fix="build it with `vitrail prep`, or mend the URL"
+    )
+
+
 def read_manifest(url: str) -> Manifest:
     """Read the manifest of the data set at folder `url`.
 
@@ -77,9 +95,7 @@ def read_manifest(url: str) -> Manifest:
     try:
         document = json.loads(storage.read(path))
     except FileNotFoundError as error:
-        raise DataError(
-            "no manifest.json: not a finished data set", where=url, fix="build it with `vitrail prep`, or mend the URL"
-        ) from error
+        raise _no_data_set(url) from error
     except ValueError as error:
         raise DataError(
             f"manifest.json is no JSON ({error})", where=path, fix="rebuild it with `vitrail prep`"

@@ -11,7 +11,7 @@ from tiny_chain import SIGKILL, Command, all_gone, commits, wait_for
 from launch.s3_server import find_rclone
 
 TRAINED = (
-    *("mae", "mp3", "flip", "flip_tune", "vitdet", "classify", "classify_mp3", "scratch"),
+    *("mae", "mp3", "flip", "flip_tune", "vitdet", "sam", "classify", "classify_mp3", "scratch"),
     *("probe", "probe_random", "probe_pixels"),
 )
 SHORTER = [

@@ -70,6 +70,9 @@ def test_damaged_manifests_are_named(data_set: Callable[..., Manifest], change, 
 def test_a_missing_manifest_or_other_bytes(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"no manifest.json.*vitrail prep"):
         read_manifest(str(tmp_path))
+    (tmp_path / "sa_000000.tar").write_bytes(b"")
+    with pytest.raises(DataError, match=r"tars such as sa_000000.tar.*type: tars.*annotations: true"):
+        read_manifest(str(tmp_path))
     (tmp_path / "manifest.json").write_bytes(b"\xff{")
     with pytest.raises(DataError, match="no JSON"):
         read_manifest(str(tmp_path))
