@@ -10,32 +10,31 @@ from __future__ import annotations
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
-from torchvision.ops import sigmoid_focal_loss
+from torch.nn import functional as F
+
+FOCAL_ALPHA = 0.25  # weight of the object's pixels; the others have 1 - alpha
 
 
-def focal_loss(
-    logits: Float[Tensor, "m k y x"],
-    truth: Bool[Tensor, "m y x"],
-    valid: Bool[Tensor, "m y x"],
-    *,
-    alpha: float = 0.25,
-    gamma: float = 2.0,
-) -> Float[Tensor, "m k"]:
-    """Focal loss (Lin et al. 2017) of each mask, averaged over its pixels, as SAM 2's training code has it."""
-    target = truth.unsqueeze(1).to(logits.dtype).expand_as(logits)
-    each: Tensor = sigmoid_focal_loss(logits, target, alpha=alpha, gamma=gamma, reduction="none")
-    inside = valid.unsqueeze(1)
-    return (each * inside).sum((2, 3)) / inside.sum((2, 3)).clamp(min=1)
-
-
-def dice_loss(
+def focal_and_dice(
     logits: Float[Tensor, "m k y x"], truth: Bool[Tensor, "m y x"], valid: Bool[Tensor, "m y x"]
-) -> Float[Tensor, "m k"]:
-    """1 - Dice coefficient (Milletari et al. 2016) of probabilities and truth, 1 added above and below the line."""
-    share = logits.sigmoid() * valid.unsqueeze(1)
-    target = (truth & valid).unsqueeze(1)
-    both = (share * target).sum((2, 3))
-    return 1 - (2 * both + 1) / (share.sum((2, 3)) + target.sum((2, 3)) + 1)
+) -> tuple[Float[Tensor, "m k"], Float[Tensor, "m k"]]:
+    """Focal loss and Dice loss of each mask, as SAM 2's training code has them.
+
+    Focal (Lin et al. 2017, alpha .25, gamma 2): torchvision's `sigmoid_focal_loss`, averaged over the pixels. Dice
+    (Milletari et al. 2016): 1 - Dice coefficient of probabilities and truth, 1 added above and below the line. Both in
+    terms of the probability given to what isn't true, which takes about half of the time of the two apart.
+    """
+    inside = valid.unsqueeze(1)
+    sign = (1 - 2 * truth.to(logits.dtype)).unsqueeze(1)
+    against = logits * sign
+    wrong = against.sigmoid()
+    weight = torch.where(truth, FOCAL_ALPHA, 1 - FOCAL_ALPHA).to(logits.dtype).unsqueeze(1) * inside
+    focal = (wrong.square() * F.softplus(against) * weight).sum((2, 3)) / inside.sum((2, 3)).clamp(min=1)
+    object_, rest = ((part & valid).unsqueeze(1).to(logits.dtype) for part in (truth, ~truth))
+    size = object_.sum((2, 3))
+    both = size - (wrong * object_).sum((2, 3))
+    taken = both + (wrong * rest).sum((2, 3))
+    return focal, 1 - (2 * both + 1) / (taken + size + 1)
 
 
 def mask_iou(

@@ -24,7 +24,7 @@ from pipeline.data.batch import Batch, Transform
 from pipeline.data.instances import Fitted, InstanceExample, LargeScaleJitter, Placement, decode_masks
 from pipeline.evaluate.base import Evaluation, Predictions
 from pipeline.evaluate.promptable import PromptableEvaluation, packed_masks
-from pipeline.losses.masks import dice_loss, focal_loss, mask_iou
+from pipeline.losses.masks import focal_and_dice, mask_iou
 from pipeline.models.noise import uniform
 from pipeline.models.sam import Embedded, SamConfig, SegmentAnything, neck
 from pipeline.models.sam_automatic import AutomaticSettings, automatic_masks
@@ -218,8 +218,7 @@ class SamStage(Stage):
         low, guess = answers
         logits = F.interpolate(low, embedded.size, mode="bilinear", align_corners=False)
         rows = torch.arange(len(low), device=low.device)
-        focal = focal_loss(logits, objects.masks, valid)
-        dice = dice_loss(logits, objects.masks, valid)
+        focal, dice = focal_and_dice(logits, objects.masks, valid)
         best = (self.config.focal_weight * focal + self.config.dice_weight * dice).argmin(1)
         with torch.no_grad():
             above = logits > 0
