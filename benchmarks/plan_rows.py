@@ -67,7 +67,7 @@ class MadeUpSource:
 
     def batches(self) -> Iterator[pa.RecordBatch]:
         for start in range(0, self._rows, BATCH_ROWS):
-            numbers = pa.array(range(start, min(start + BATCH_ROWS, self._rows)), pa.int64())
+            numbers = pa.array(np.arange(start, min(start + BATCH_ROWS, self._rows)))
             text = numbers.cast(pa.string())
             columns = {
                 "position": numbers,

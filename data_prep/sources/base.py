@@ -13,6 +13,7 @@ import posixpath
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 import pyarrow as pa
 
 from data_prep.account import Refused
@@ -142,7 +143,7 @@ def batches_of(rows: Iterator[Input]) -> Iterator[pa.RecordBatch]:
     held: list[Input] = []
 
     def batch() -> pa.RecordBatch:
-        arrays = [pa.array(range(start, start + len(held)), pa.int64())]
+        arrays = [pa.array(np.arange(start, start + len(held)))]
         arrays += [pa.array([row.get(field.name) for row in held], field.type) for field in list(SCHEMA)[1:]]
         return pa.RecordBatch.from_arrays(arrays, schema=SCHEMA)
 

@@ -12,6 +12,7 @@ import posixpath
 from collections.abc import Iterator, Sequence
 from typing import IO, Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
@@ -88,7 +89,7 @@ class TableSource:
 
     def _canonical(self, batch: pa.RecordBatch, start: int, where: str) -> pa.RecordBatch:
         rows = batch.num_rows
-        columns: dict[str, pa.Array] = {"position": pa.array(range(start, start + rows), pa.int64())}
+        columns: dict[str, pa.Array] = {"position": pa.array(np.arange(start, start + rows))}
         for field in ("url", "label", "split", "annotations"):
             column = getattr(self.options, f"{field}_column")
             if column is not None:
