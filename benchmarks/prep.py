@@ -164,7 +164,7 @@ def bare_loop(photos: Path, count: int) -> None:
         side = min(height, width)
         if side > SIZE:
             size = (round(height * SIZE / side), round(width * SIZE / side))
-            image = torch.from_numpy(pixels).permute(2, 0, 1)[None]
+            image = torch.from_numpy(pixels)[None].permute(0, 3, 1, 2)
             scaled = torch.nn.functional.interpolate(image, size, mode="bicubic", antialias=True)[0]
             pixels = scaled.permute(1, 2, 0).contiguous().numpy()
         simplejpeg.encode_jpeg(pixels, QUALITY, colorsubsampling="420", fastdct=False)
