@@ -17,6 +17,8 @@ import pyarrow as pa
 import pyarrow.ipc
 from jaxtyping import Int64, UInt16
 
+from pipeline.errors import StorageError
+
 MAX_BUCKETS = 2**16  # a bucket's number has 16 bits, by which NumPy sorts in linear time
 # Pieces are small: threads would cost more than they save.
 _WRITE = pa.ipc.IpcWriteOptions(compression="lz4", use_threads=False)
@@ -94,7 +96,22 @@ class Spill:
         return held, bounds
 
     def _spill(self) -> None:
+        """Append what is held to the file.
+
+        Raises:
+            StorageError: there is no room for it.
+        """
         held, bounds = self._sorted()
+        try:
+            self._append(held, bounds)
+        except OSError as error:
+            raise StorageError(
+                f"the plan can't be kept on disk ({' '.join(str(error).split())})",
+                where=tempfile.gettempdir(),
+                fix="set TMPDIR to a folder with room for half the size of the source's listing",
+            ) from error
+
+    def _append(self, held: pa.Table, bounds: Int64[np.ndarray, " buckets_plus_1"]) -> None:
         if self._folder is None:
             self._folder = tempfile.TemporaryDirectory(prefix="vitrail-plan-")
             path = os.path.join(self._folder.name, "runs.arrow")

@@ -1,3 +1,4 @@
+import resource
 from collections import Counter
 
 import numpy as np
@@ -8,7 +9,7 @@ from hypothesis import strategies as st
 
 from data_prep.plan.planning import Fingerprint, Plan, assign, mix
 from data_prep.sources.base import SCHEMA
-from pipeline.errors import DataError
+from pipeline.errors import DataError, StorageError
 
 
 def batch(start: int, count: int, split: str | None = "train") -> pa.RecordBatch:
@@ -91,6 +92,17 @@ def test_values_come_back_whichever_inputs_have_them(memory_bytes: int) -> None:
         found = pa.concat_tables([part.inputs for part in plan.partitions()])
     assert found.schema == SCHEMA
     assert found.sort_by("position") == pa.Table.from_batches(batches)
+
+
+def test_a_disk_without_room_for_the_plan_is_told() -> None:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    try:
+        with pytest.raises(StorageError, match="can't be kept on disk") as error:
+            planned([3000, 3000], memory_bytes=10)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "TMPDIR" in str(error.value)
 
 
 def test_spilled_inputs_are_removed_in_the_end(tmp_path, monkeypatch) -> None:

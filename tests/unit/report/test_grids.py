@@ -28,7 +28,7 @@ def test_a_grid_shows_means_with_intervals_and_differences_paired_by_seed(make_r
     cells = {"scratch": {"0": "plain", "50": "one"}, "MAE": {"0": "better"}}
     text = render(spec(labels, grids=[{"title": "Zero-shot", "figure": FIGURE, "cells": cells}]))
     half = 100 * 4.302653 * 0.1 / 3**0.5
-    assert f"30.0% ± {half:.1f}%<span class=\"note\">20.0, 30.0, 40.0</span>" in text
+    assert f'30.0% ± {half:.1f}%<span class="note">20.0, 30.0, 40.0</span>' in text
     assert "+5.0% ± 0.0%" in text, "paired: each seed gained the same"
     assert "not measured" in text, "MAE has no cell in column 50"
     assert student_95(2) == pytest.approx(4.302653, rel=1e-6)
