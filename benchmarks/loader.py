@@ -12,16 +12,19 @@ All four run on real photos (see `benchmarks.decode`) packed by our own shard wr
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 import hashlib
 import itertools
 import os
+import statistics
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor
 
@@ -227,32 +230,57 @@ def from_s3(manifest: Manifest, folder: Path, pairs: int, notes: dict[str, Any])
                 storage.write(f"s3://bench-marks/tars/{file.name}", file.read_bytes())
             remote = read_manifest("s3://bench-marks/tars")
             with ours(remote, None, workers=1) as there, ours(manifest, None, workers=1) as here:
-                sides = [loader.steps(Cursor()) for loader in (there, here)]
-                return compare(
+                sides = [_Watched(loader) for loader in (there, here)]
+                outcome = compare(
                     "loader-s3",
                     f"{S3_STEPS} steps of {BATCH} images from S3 on loopback against local disk, one worker",
-                    Contender("from S3", functools.partial(_advance, sides[0])),
-                    Contender("from disk", functools.partial(_advance, sides[1])),
+                    Contender("from S3", sides[0]),
+                    Contender("from disk", sides[1]),
                     check=lambda ours, peer: ours == peer,
                     pairs=pairs,
                     work=Work(S3_STEPS * BATCH, "images"),
                     goal=Goal(ratio_min=0.9),
-                    notes=notes | {"ratio": "the rate from S3 over the rate from disk", "server": "rclone serve s3"},
+                    notes=notes
+                    | {
+                        "ratio": "the rate from S3 over the rate from disk",
+                        "server": "rclone serve s3, on the same cores, its work counted",
+                    },
                 )
+                spent = {name: side.ms_an_image() for name, side in zip(("S3", "disk"), sides, strict=True)}
+                return dataclasses.replace(outcome, notes=outcome.notes | {"cpu_ms_an_image_of_our_worker": spent})
         finally:
             for name in set(os.environ) - set(before):
                 del os.environ[name]
             os.environ.update(before)
 
 
-def _advance(steps: Iterator[Any]) -> str:
-    """The next steps; a digest of what they hold."""
-    digest = hashlib.sha256()
-    for step in itertools.islice(steps, S3_STEPS):
-        for batch in step.micro:
-            digest.update(batch.ids.numpy().tobytes())
-            digest.update(batch.images.numpy().tobytes())
-    return digest.hexdigest()
+class _Watched:
+    """Steps of a loader with one worker, and the worker's CPU time."""
+
+    def __init__(self, loader: Loader) -> None:
+        others = psutil.Process().children()
+        self._steps = loader.steps(Cursor())
+        (self._worker,) = [child for child in psutil.Process().children() if child not in others]
+        self._spent: list[float] = []
+
+    def __call__(self) -> str:
+        """The next steps; a digest of what they hold."""
+        before, digest = self._cpu_s(), hashlib.sha256()
+        for step in itertools.islice(self._steps, S3_STEPS):
+            for batch in step.micro:
+                assert batch.images is not None
+                digest.update(batch.ids.numpy().tobytes())
+                digest.update(batch.images.numpy().tobytes())
+        self._spent.append(self._cpu_s() - before)
+        return digest.hexdigest()
+
+    def ms_an_image(self) -> float:
+        """Of the worker's CPU; the median over the calls after the first, which began with its start."""
+        return round(statistics.median(self._spent[1:]) / (S3_STEPS * BATCH) * 1000, 3)
+
+    def _cpu_s(self) -> float:
+        times = self._worker.cpu_times()
+        return float(times.user + times.system)
 
 
 def resuming(folder: Path, pairs: int) -> Comparison:

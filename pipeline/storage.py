@@ -35,7 +35,8 @@ READ_TIMEOUT_S = 60
 PART_SIZE_BYTES = 16 * 2**20  # objects of two parts and more are uploaded in parts
 _MAX_COPY_BYTES = 5 * 10**9  # the protocol's limit on a copy in one request
 MAX_PARTS = 9_000  # the protocol allows 10,000
-_PIECE_BYTES = 256 * 1024  # of a body, received at once
+_PIECE_BYTES = 2**20  # of a body, received at once
+_SMALL_PIECE_BYTES = 2**16  # once a body has broken off, so that little of what did arrive is lost
 PARTIAL_SUFFIX = ".partial"  # local files being written; never listed
 # botocore doesn't ask again for a body that breaks off, so all of that falls to these: where a twentieth of all bodies
 # breaks off, three tries lose one read in 8000, six one in 60 million.
@@ -272,68 +273,80 @@ class _Local:
 
 
 class _S3:
-    """Objects of an S3 server, through one s3fs instance of this process."""
+    """Objects of an S3 server, through one s3fs instance of this process. Their content is read by botocore's blocking
+    client, which takes two thirds of s3fs' processor time and holds the interpreter's lock for little of it.
+    """
 
     def __init__(self) -> None:
         # botocore otherwise asks for whole-object checksums, which ranged reads of some servers can't pass.
         os.environ.setdefault("AWS_RESPONSE_CHECKSUM_VALIDATION", "when_required")
         os.environ.setdefault("AWS_REQUEST_CHECKSUM_CALCULATION", "when_required")
+        import botocore.session
         import s3fs
+        from botocore.config import Config
 
         # Own servers are rarely reached by bucket.host names.
         own_server = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-        self._fs = s3fs.S3FileSystem(
-            skip_instance_cache=True,
-            use_listings_cache=False,
-            config_kwargs={
-                "connect_timeout": CONNECT_TIMEOUT_S,
-                "read_timeout": READ_TIMEOUT_S,
-                "max_pool_connections": 32,
-                "retries": {"mode": "standard", "total_max_attempts": 4},
-                **({"s3": {"addressing_style": "path"}} if own_server else {}),
-            },
-        )
+        settings: dict[str, Any] = {
+            "connect_timeout": CONNECT_TIMEOUT_S,
+            "read_timeout": READ_TIMEOUT_S,
+            "max_pool_connections": 32,
+            "retries": {"mode": "standard", "total_max_attempts": 4},
+            **({"s3": {"addressing_style": "path"}} if own_server else {}),
+        }
+        self._fs = s3fs.S3FileSystem(skip_instance_cache=True, use_listings_cache=False, config_kwargs=settings)
+        self._client = botocore.session.get_session().create_client("s3", config=Config(**settings))
         self._fs.retries = 1  # botocore retries single requests, `retrying` whole calls
         self._known_buckets: set[str] = set()
 
     def read(self, url: str) -> bytes:
-        bucket, key = _bucket_and_key(url)
-        return bytes(self._call(url, lambda: self._fs.cat_file(f"{bucket}/{key}", max_concurrency=1)))
+        return self._received(url, 0, None)
 
     def read_range(self, url: str, start: int, stop: int) -> bytes:
-        """A body that breaks off is gone on with from where it broke, and only tries without progress count."""
-        from fsspec.asyn import sync
+        return self._received(url, start, stop)
 
+    def _received(self, url: str, start: int, stop: int | None) -> bytes:
+        """Bytes [start, stop), to the end without `stop`.
+
+        A body that breaks off is gone on with from where it broke, and only tries without progress count.
+        """
         bucket, key = _bucket_and_key(url)
-        received, tag = bytearray(), ""
+        pieces: list[bytes] = []
+        received, tag, piece_size = 0, "", _PIECE_BYTES
 
-        async def go_on() -> None:
-            nonlocal tag
-            at = start + len(received)
-            reply = await self._fs._call_s3("get_object", Bucket=bucket, Key=key, Range=f"bytes={at}-{stop - 1}")
-            body = reply["Body"]
-            try:
-                if tag not in ("", reply.get("ETag", "")):  # another object stands there now: none of it may be mixed
-                    received.clear()
-                    tag = ""
+        def go_on() -> None:
+            nonlocal received, tag, piece_size
+            end = "" if stop is None else stop - 1
+            part = {} if start + received == 0 and stop is None else {"Range": f"bytes={start + received}-{end}"}
+            reply = self._client.get_object(Bucket=bucket, Key=key, **part)
+            with contextlib.closing(reply["Body"]) as body:
+                if part and not reply.get("ContentRange"):  # the whole, though a part was asked for
+                    if stop is not None:
+                        raise StorageError(
+                            "the server ignores byte ranges", where=url, fix="keep the data in a store that serves them"
+                        )
+                    pieces.clear()
+                    received = 0
+                elif tag not in ("", reply.get("ETag", "")):  # another object stands there now: none of it may be mixed
+                    pieces.clear()
+                    received, tag = 0, ""
                     raise ConnectionError("the object changed while it was read")
-                tag = reply.get("ETag", "")
-                while piece := await body.read(_PIECE_BYTES):
-                    received.extend(piece)
-            finally:
-                body.close()
+                tag, size, piece_size = reply.get("ETag", ""), piece_size, _SMALL_PIECE_BYTES
+                while piece := body.read(size):
+                    pieces.append(piece)
+                    received += len(piece)
 
-        while len(received) < stop - start:
-            before = len(received)
+        while True:
+            before = received
             try:
-                self._call(url, lambda: sync(self._fs.loop, go_on))
+                self._call(url, go_on)
                 break  # as much as there is
             except _RangeBeyondEnd:
                 break
             except StorageUnavailable:
-                if len(received) <= before:
+                if received <= before:
                     raise
-        return bytes(received)
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
     def write(self, url: str, data: Data) -> None:
         self._call(url, lambda: self._put(url, data, "overwrite"))

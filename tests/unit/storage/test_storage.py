@@ -237,6 +237,11 @@ def test_faults_that_pass_are_retried(flaky: type[Flaky], fault: str) -> None:
     assert not flaky.faults
 
 
+def test_a_server_that_ignores_byte_ranges_is_named(flaky: type[Flaky]) -> None:
+    with pytest.raises(StorageError, match="ignores byte ranges"):
+        storage.read_range("s3://bucket-one/object", 3, 6)
+
+
 def test_faults_that_stay_are_unavailable(flaky: type[Flaky], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(storage.time, "sleep", lambda seconds: None)
     flaky.faults[:] = ["short"] * 100
