@@ -17,7 +17,6 @@ import contextlib
 import functools
 import hashlib
 import itertools
-import json
 import logging
 import secrets
 import time
@@ -37,7 +36,7 @@ from data_prep.plan.segments import Segment, create_segment, next_segment, read_
 from data_prep.samples import packing
 from data_prep.samples.packing import Job
 from data_prep.shards import finish
-from data_prep.shards.commit import Committed, json_bytes
+from data_prep.shards.commit import Committed, json_bytes, read_document
 from data_prep.sources.base import Source, open_source
 from pipeline import storage
 from pipeline.errors import ConfigError, DataError
@@ -409,8 +408,7 @@ def _earlier_build(url: str) -> dict[str, Any] | None:
     """
     place = storage.join(url, "_prep", BUILD_NAME)
     try:
-        found: dict[str, Any] = json.loads(storage.read(place))
-        version = found["format_version"]
+        return read_document(place, BUILD_FORMAT_VERSION, "a build", "delete the output folder and build again")
     except FileNotFoundError:
         other = next(storage.entries(url), None)
         if other is None:
@@ -420,15 +418,6 @@ def _earlier_build(url: str) -> dict[str, Any] | None:
             where=f"output {url}",
             fix="choose another",
         ) from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"no JSON ({error})", where=place, fix="delete the output folder and build again") from error
-    if version != BUILD_FORMAT_VERSION:
-        raise DataError(
-            f"a build of format_version {version}, and this version goes on with {BUILD_FORMAT_VERSION} only",
-            where=place,
-            fix="train on that data set as it is, or build anew into another output",
-        )
-    return found
 
 
 def _refuse_changed_settings(earlier: dict[str, Any], now: dict[str, Any], url: str) -> None:

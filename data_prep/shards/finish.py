@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -29,6 +28,7 @@ from data_prep.shards.commit import (
     json_bytes,
     marker_bytes,
     marker_url,
+    read_document,
     read_marker,
     shard_stem,
     sidecar_bytes,
@@ -149,18 +149,9 @@ def finished_report(name: str, url: str) -> tuple[int, PrepReport] | None:
     """How many segments are finished, and their account; None before the first."""
     place = storage.join(url, REPORT_NAME)
     try:
-        document = json.loads(storage.read(place))
-        version = document["format_version"]
+        document = read_document(place, REPORT_FORMAT_VERSION, "an account of a build", "delete it and run again")
     except FileNotFoundError:
         return None
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"no account of a build ({error})", where=place, fix="delete it and run again") from error
-    if version != REPORT_FORMAT_VERSION:
-        raise DataError(
-            f"format_version {version}, and this version writes {REPORT_FORMAT_VERSION}",
-            where=place,
-            fix="train on that data set as it is; to extend it, build anew into another output",
-        )
     report = PrepReport(
         name=name,
         url=url,

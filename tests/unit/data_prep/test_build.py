@@ -243,3 +243,19 @@ def test_progress_ends_with_all_inputs(tmp_path: Path) -> None:
     assert [event.done for event in written] == [6, 13, 20]
     assert "20 of 20 inputs done: 20 written, 0 filtered, 0 failed" in str(written[-1])
     assert (told[-1].phase, told[-1].done, told[-1].total) == ("publish", 3, 3)
+
+
+@pytest.mark.parametrize("name", ["_prep/build.json", "prep.json"])
+def test_what_another_version_or_damage_left_is_told(tmp_path: Path, name: str) -> None:
+    config = settings(write_pairs(tmp_path / "raw", 8), tmp_path / "out")
+    build(config)
+    place = tmp_path / "out" / name
+    document = json.loads(place.read_text())
+    for content, words in (
+        (json.dumps(document | {"format_version": 1}), "of format_version 1, and this version goes on with"),
+        ('{"format"', "not an? (build|account)"),
+    ):
+        place.write_text(content)
+        with pytest.raises(DataError, match=words) as error:
+            build(config)
+        assert name in str(error.value)
