@@ -10,12 +10,12 @@ Source: libjpeg-turbo, turbojpeg.h (TurboJPEG 3 API); the numbers below are its 
 from __future__ import annotations
 
 import ctypes
-import ctypes.util
 import functools
 import importlib.util
 import logging
 import math
 import os
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -143,9 +143,13 @@ def decode_part(
 
 
 def _candidates() -> list[str]:
-    paths = []
-    if system := ctypes.util.find_library("turbojpeg"):
-        paths.append(system)
+    """Names to try: loading fails at once, while `ctypes.util.find_library` would ask a compiler."""
+    prefix = Path(sys.prefix) / "lib"  # conda's
+    if sys.platform == "darwin":
+        folders = (prefix, Path("/opt/homebrew/lib"), Path("/usr/local/lib"))
+        paths = [str(folder / "libturbojpeg.dylib") for folder in folders]
+    else:
+        paths = [str(prefix / "libturbojpeg.so.0"), "libturbojpeg.so.0"]
     if (package := importlib.util.find_spec("pylibjxl")) and package.origin:
         paths += sorted(str(path) for path in Path(package.origin).parent.glob("_pylibjxl.*.so"))
     return paths
