@@ -105,8 +105,7 @@ def decode(
     """
     header = header or read_header(data, max_pixels)
     if header.scalable:
-        size = 3 * header.height * header.width
-        buffer = scratch_memory("decoded", size) if scratch else np.empty(size, np.uint8)
+        buffer = scratch_memory("decoded", 3 * header.height * header.width) if scratch else None
         return _decode_jpeg(data, header, min_size, part, buffer)
     image, _ = _open(data)
     try:
@@ -122,10 +121,11 @@ def _decode_jpeg(
     header: Header,
     min_size: tuple[int, int] | None,
     part: Part | None,
-    buffer: UInt8[np.ndarray, " bytes"],
+    buffer: UInt8[np.ndarray, " bytes"] | None,
 ) -> UInt8[np.ndarray, "h w 3"]:
-    """Pixels in `buffer`. A file that doesn't end as it should is decoded whole, so that a truncated one is found
-    whatever the part.
+    """Pixels, in `buffer` where there is one.
+
+    A file that doesn't end as it should is decoded whole, so that a truncated one is found whatever the part.
     """
     height, width = min_size or (0, 0)
     try:

@@ -100,7 +100,10 @@ def find() -> TurboJPEG | None:
 
 
 def decode_part(
-    data: bytes | memoryview, eighths: int, part: tuple[int, int, int, int], buffer: UInt8[np.ndarray, " bytes"]
+    data: bytes | memoryview,
+    eighths: int,
+    part: tuple[int, int, int, int],
+    buffer: UInt8[np.ndarray, " bytes"] | None = None,
 ) -> UInt8[np.ndarray, "h w 3"] | None:
     """Part (top, left, bottom, right) of the pixels, RGB, of a JPEG decoded at a scale of `eighths`: what decoding the
     whole at that scale would have there, bit by bit. None where the library, or this file's way of keeping colours,
@@ -110,7 +113,7 @@ def decode_part(
         data: of a JPEG whose header was looked at already.
         eighths: numerator of the scale, 1 to 8.
         part: in pixels at that scale, within the image.
-        buffer: where the pixels come to lie; as large as the whole at that scale.
+        buffer: where the pixels come to lie, as large as the whole at that scale; by default in fresh memory.
 
     Raises:
         ValueError: damaged data, down to the part's last row; what lies below isn't looked at.
@@ -135,8 +138,11 @@ def decode_part(
     top, left, bottom, right = part
     x = max(left - _MARGIN, 0) // block * block
     w, h = min(right + _MARGIN, width) - x, bottom - top
-    if not (0 <= top < bottom <= height and 0 <= left < right <= width and buffer.size >= h * w * 3):
-        raise ValueError(f"part {part} of {height}x{width} pixels, into {buffer.size} bytes")
+    if not (0 <= top < bottom <= height and 0 <= left < right <= width):
+        raise ValueError(f"part {part} of {height}x{width} pixels")
+    buffer = np.empty(h * w * 3, np.uint8) if buffer is None else buffer
+    if buffer.size < h * w * 3:
+        raise ValueError(f"{h}x{w} pixels into {buffer.size} bytes")
     check(library.set_region(handle, _Region(x, top, w, h)))
     check(library.decompress(handle, source.ctypes.data, source.size, buffer.ctypes.data, 0, _RGB))
     return buffer[: h * w * 3].reshape(h, w, 3)[:, left - x : right - x]

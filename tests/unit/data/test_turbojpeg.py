@@ -64,7 +64,7 @@ def cases(draw: st.DrawFn) -> tuple[bytes, int, tuple[int, int], Part]:
 def test_a_part_is_what_the_whole_has_there(case: tuple[bytes, int, tuple[int, int], Part]) -> None:
     data, eighths, size, part = case
     buffer = np.empty(3 * size[0] * size[1], np.uint8)
-    pixels = turbojpeg.decode_part(data, eighths, part, buffer)
+    pixels = turbojpeg.decode_part(memoryview(data), eighths, part, buffer)
     min_height, min_width = size if eighths < 8 else (0, 0)
     whole = simplejpeg.decode_jpeg(data, "RGB", min_height=min_height, min_width=min_width)
     assert whole.shape[:2] == size
