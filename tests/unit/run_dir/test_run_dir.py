@@ -58,6 +58,14 @@ def test_changed_keys_are_named_and_free_ones_are_not(run: RunDir) -> None:
     run.prepare({**CONFIG, "data": {"workers": 4}})
 
 
+@pytest.mark.parametrize("key", ["block", "lanes", "window", "global_batch", "crops_per_image", "train"])
+def test_what_fixes_the_order_of_samples_stays(run: RunDir, key: str) -> None:
+    run.prepare({"name": "a", "data": {key: 1}})
+    run.write_status(attempt=1)
+    with pytest.raises(ConfigError, match=f"data.{key}: 1 -> 2"):
+        run.prepare({"name": "a", "data": {key: 2}})
+
+
 def test_status_merges(run: RunDir) -> None:
     assert run.status() == {}
     run.write_status(state="running", step=1)
