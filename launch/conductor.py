@@ -197,6 +197,8 @@ class Conductor:
             self._say(f"{result.name}: stopped; the same command goes on from here")
         else:
             self._say(f"{result.name}: failed: {result.error}")
+            if not self._has_output(node):  # nothing to go on from, so the mended configuration may be another one
+                (self._folder / f"{node.name}.json").unlink(missing_ok=True)
             if others := ", ".join(self._running):
                 self._say(f"letting {others} finish; nothing else will be started")
 
@@ -295,6 +297,10 @@ class Conductor:
                 where=f"{self._chain.where} in {self._chain.places.work}",
                 fix=f"undo the change, use another --work folder, or do it over with --redo {node.name}",
             )
+
+    def _has_output(self, node: Node) -> bool:
+        places = node.output, storage.join(self._chain.places.store, "checkpoints", node.name)
+        return any(True for place in places for _ in storage.entries(place))
 
     def _discard(self, redo: Iterable[str]) -> None:
         """Forget the nodes named and what builds on them, outputs included."""

@@ -91,6 +91,13 @@ def test_a_node_that_changed_since_is_refused_until_it_is_done_over(table: Path,
     assert len(read_manifest(str(manifest.parent)).shards) == 2
 
 
+def test_a_node_that_failed_before_it_wrote_anything_may_be_mended(table: Path, tmp_path: Path) -> None:
+    runner = Runner(tmp_path, two_builds(table))
+    wrong = str(tmp_path / "paris.csv")
+    assert runner.states(f"nodes.first.set.source.url={wrong}") == {"first": "failed", "second": "not started"}
+    assert runner.states() == {"first": "done", "second": "done"}
+
+
 def test_doing_over_an_unknown_node_is_refused(table: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"no node 'frist'.*first, second"):
         Runner(tmp_path, two_builds(table)).run(redo=("frist",))
