@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from pipeline.models.attention import Attention
 from pipeline.models.block import Block
 from pipeline.models.vit import ViT
-from pipeline.models.windows import SpatialBlock
+from pipeline.models.windows import SpatialAttention, SpatialBlock
 
 
 class Looks(NamedTuple):
@@ -46,7 +46,8 @@ def attention_weights(
     def keep(number: int) -> Any:
         def hook(attention: nn.Module, arguments: tuple[Any, ...]) -> None:
             assert isinstance(attention, Attention)
-            found[number] = attention.weights(*arguments)
+            given = arguments if isinstance(attention, SpatialAttention) else arguments[:1]  # with its bias
+            found[number] = attention.weights(*given)
 
         return hook
 

@@ -44,9 +44,10 @@ def test_weights_are_hugging_faces(tmp_path: object) -> None:
         torch.testing.assert_close(one.sum(-1), torch.ones(one.shape[:-1]))
 
 
-def test_relative_positions_count(tmp_path: object) -> None:
+@pytest.mark.parametrize("kind", [True, "shared"])
+def test_relative_positions_count(kind: object) -> None:
     """What `weights` tells is what the forward pass uses: applied to the values it gives the output."""
-    trunk = trunk_of(cls_token=False, relative_positions=True, window=2, global_blocks=(1,))
+    trunk = trunk_of(cls_token=False, relative_positions=kind, window=2, global_blocks=(1,))
     (weights,) = attention_weights(trunk, images(), (1,))
     attention, seen = trunk.blocks[1].attn, []
     attention.register_forward_hook(lambda _, given, out: seen.append((given[0], out)))
