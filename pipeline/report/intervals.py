@@ -50,7 +50,10 @@ class Measure(NamedTuple):
             return number(self.mean, proportion=self.proportion)
         if self.proportion:
             return f"{100 * self.mean:.1f} ± {100 * self.deviation:.1f}%"
-        return f"{number(self.mean)} ± {number(self.deviation)}"
+        if not (math.isfinite(self.mean) and 0 < self.deviation < math.inf):
+            return f"{number(self.mean)} ± {number(self.deviation)}"
+        decimals = max(0, 1 - math.floor(math.log10(self.deviation)))  # no more than the deviation's two digits say
+        return f"{self.mean:,.{decimals}f} ± {self.deviation:,.{decimals}f}"
 
     def interval_text(self) -> str | None:
         interval = self.interval

@@ -70,6 +70,19 @@ def test_several_seeds_have_mean_and_deviation_instead() -> None:
     assert three.bounds == pytest.approx((0.60, 0.68))
 
 
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ((0.1185, 0.1111, 0.1171), "0.1156 ± 0.0039"),
+        ((0.0874, 0.0174, 0.0865), "0.064 ± 0.040"),
+        ((1200.0, 1300.0, 1400.0), "1,300 ± 100"),
+        ((0.5, 0.5, 0.5), "0.5 ± 0"),
+    ],
+)
+def test_a_mean_has_no_more_digits_than_its_deviation_allows(values: tuple[float, ...], expected: str) -> None:
+    assert Measure(values, None, proportion=False).text() == expected
+
+
 def test_without_a_sample_count_there_is_no_interval() -> None:
     assert Measure((0.5,), None, proportion=True).interval is None
     assert Measure((0.5,), 400, proportion=False).interval is None
