@@ -366,10 +366,7 @@ def convert(
     source_format: Annotated[
         str | None, typer.Option("--from", metavar="FORMAT", help="SRC's format; default: our own, or a run.")
     ] = None,
-    known: Annotated[
-        list[str] | None,
-        typer.Option("--known", metavar="NAME=VALUE", help="What tensors don't tell, such as heads=12."),
-    ] = None,
+    known: KnownFacts = None,
     which: Which = "auto",
     as_json: AsJson = False,
 ) -> None:
@@ -384,13 +381,8 @@ def convert(
 def export(
     source: Annotated[str, typer.Argument(metavar="RUN|WEIGHTS", help="A run of stage sam, or a weight file of one.")],
     target: Annotated[str, typer.Argument(metavar="DIR", help="Folder for encoder.onnx and decoder.onnx; s3:// too.")],
-    source_format: Annotated[
-        str | None, typer.Option("--from", metavar="FORMAT", help="The weights' format; default: our own, or a run.")
-    ] = None,
-    known: Annotated[
-        list[str] | None,
-        typer.Option("--known", metavar="NAME=VALUE", help="What tensors don't tell, such as decoder_heads=8."),
-    ] = None,
+    source_format: From = None,
+    known: KnownFacts = None,
     which: Which = "auto",
     as_json: AsJson = False,
 ) -> None:

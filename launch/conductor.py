@@ -197,8 +197,6 @@ class Conductor:
             self._say(f"{result.name}: stopped; the same command goes on from here")
         else:
             self._say(f"{result.name}: failed: {result.error}")
-            if not self._has_output(node):  # nothing to go on from, so the mended configuration may be another one
-                (self._folder / f"{node.name}.json").unlink(missing_ok=True)
             if others := ", ".join(self._running):
                 self._say(f"letting {others} finish; nothing else will be started")
 
@@ -290,13 +288,17 @@ class Conductor:
 
     def _check_unchanged(self, node: Node) -> None:
         record = self._record(node.name)
-        if record is not None and record.fingerprint != node.fingerprint:
-            done = "finished" if record.state == "done" else "begun"
-            raise ConfigError(
-                f"node {node.name!r} was {done} with another configuration (its own, or that of a node before it)",
-                where=f"{self._chain.where} in {self._chain.places.work}",
-                fix=f"undo the change, use another --work folder, or do it over with --redo {node.name}",
-            )
+        if record is None or record.fingerprint == node.fingerprint:
+            return
+        if record.state != "done" and not self._has_output(node):  # nothing to go on from
+            (self._folder / f"{node.name}.json").unlink()
+            return
+        done = "finished" if record.state == "done" else "begun"
+        raise ConfigError(
+            f"node {node.name!r} was {done} with another configuration (its own, or that of a node before it)",
+            where=f"{self._chain.where} in {self._chain.places.work}",
+            fix=f"undo the change, use another --work folder, or do it over with --redo {node.name}",
+        )
 
     def _has_output(self, node: Node) -> bool:
         places = node.output, storage.join(self._chain.places.store, "checkpoints", node.name)

@@ -97,6 +97,8 @@ def coco_figures(
         num_classes: categories are numbered from 0.
     """
     evaluation = _evaluated(truth, found, num_classes, kind, MAX_DETECTIONS)
+    with contextlib.redirect_stdout(io.StringIO()):
+        evaluation.summarize()
     stats = dict(zip((*FIGURES, *RECALLS), (float(v) for v in evaluation.stats[:12]), strict=True))
     precision = torch.from_numpy(evaluation.eval["precision"][:, :, :, 0, -1])  # [thresholds, recalls, classes]
     of_classes: list[float | None] = []
@@ -125,7 +127,7 @@ def proposal_recalls(truth: Mapping[int, Truth], found: Sequence[Annotation]) ->
 def _evaluated(
     truth: Mapping[int, Truth], found: Sequence[Annotation], num_classes: int, kind: Kind, most: Sequence[int]
 ) -> Any:
-    """COCO's evaluation, done."""
+    """COCO's evaluation, up to its summary, which has names for `MAX_DETECTIONS` only."""
     from faster_coco_eval import COCO, COCOeval_faster
 
     annotations = [
@@ -146,8 +148,6 @@ def _evaluated(
     with contextlib.redirect_stdout(io.StringIO()):
         evaluation.evaluate()
         evaluation.accumulate()
-        if list(most) == list(MAX_DETECTIONS):
-            evaluation.summarize()
     return evaluation
 
 
