@@ -158,6 +158,33 @@ def prep(
 
 
 @app.command()
+def index(
+    url: Annotated[str, typer.Argument(metavar="URL", help="Folder of the tars; s3:// too.")],
+    to: Annotated[
+        str | None, typer.Option(metavar="FOLDER", help="Where manifest and indices go; default: beside the tars.")
+    ] = None,
+    match: Annotated[
+        str, typer.Option(metavar="PATTERN", help="Only tars with such names, such as 'train-*.tar'.")
+    ] = "*",
+    classes: Annotated[
+        str | None, typer.Option(metavar="FILE", help="A JSON list, names of the labels 0, 1, ...; default: numbers.")
+    ] = None,
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave out tars that can't be used.")] = False,
+    workers: Annotated[int, typer.Option(min=1, help="Tars read at a time.")] = 8,
+    as_json: AsJson = False,
+) -> None:
+    """Make existing WebDataset tars a data set as they are; run again to resume, or after they have changed."""
+    from launch.index import index_dataset
+    from launch.stopping import StopRequest
+
+    with StopRequest().on_signals() as stop:
+        document, lines = index_dataset(
+            url, to=to, match=match, classes=classes, skip_bad=skip_bad, workers=workers, stop=stop, say=_say
+        )
+    _reply(document, lines, as_json)
+
+
+@app.command()
 def train(
     config: Annotated[str, typer.Argument(help="The run's YAML file, or a run directory to go on with.")],
     overrides: Overrides = None,

@@ -69,6 +69,7 @@ class Entry(NamedTuple):
 
     url: str
     size_bytes: int
+    stamp: str = ""  # another one after the content was replaced: the file's time of modification, or the ETag
 
 
 def join(base: str, *parts: str) -> str:
@@ -255,7 +256,8 @@ class _Local:
                 found += [os.path.join(folder, name) for name in names if not name.endswith(PARTIAL_SUFFIX)]
         for path in sorted(found, key=os.fsencode):
             with contextlib.suppress(FileNotFoundError):  # deleted since
-                yield Entry(path, os.stat(path).st_size)
+                facts = os.stat(path)
+                yield Entry(path, facts.st_size, str(facts.st_mtime_ns))
 
     def delete(self, url: str) -> None:
         with _local_errors(url):
@@ -395,7 +397,7 @@ class _S3:
             page = self._call(url, list_page)
             for item in page.get("Contents", ()):
                 if not item["Key"].endswith("/"):  # folder markers
-                    yield Entry(f"s3://{bucket}/{item['Key']}", int(item["Size"]))
+                    yield Entry(f"s3://{bucket}/{item['Key']}", int(item["Size"]), str(item.get("ETag", "")).strip('"'))
             if not page.get("IsTruncated"):
                 return
             token = {"ContinuationToken": page["NextContinuationToken"]}

@@ -95,7 +95,7 @@ def _of_shard(folder: str, number: int) -> list[tuple[bytes, bytes]]:
 
     manifest = read_manifest(folder)
     shard = manifest.shards[number]
-    archive = memoryview(storage.read(storage.join(folder, shard.name)))
+    archive = memoryview(storage.read(manifest.tar_url(shard)))
     offsets = read_index(manifest, shard).tolist()
     found = []
     for start, stop in itertools.pairwise(offsets):

@@ -133,7 +133,7 @@ def _some(manifest: Manifest, count: int) -> Iterable[tuple[bytes, str]]:
     """(image, caption) of the first samples, in shards' order, which is shuffled."""
     from data_prep.shards.verify import first_members  # it reads what `finish` writes, which writes this page
 
-    for _, members in first_members(manifest, count):
+    for _, _, members in first_members(manifest, count):
         image = next((members[e] for e in ("jpg", "png", "webp") if e in members), b"")
         yield image, members.get("txt", b"").decode("utf-8", "replace")
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import bisect
+import contextlib
 import hashlib
 import io
 import itertools
 import json
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,11 +18,12 @@ from jaxtyping import Int64
 
 from data_prep.shards.finish import REPORT_NAME, SIZES_NAME
 from pipeline import storage
-from pipeline.data.images import UnreadableSample, decode
+from pipeline.data.images import UnreadableSample, decode, read_header
 from pipeline.data.manifest import MANIFEST_NAME, Manifest, Shard, read_index, read_manifest
+from pipeline.data.tar import IMAGE_EXTENSIONS, key_and_extension
 from pipeline.errors import DataError
 
-_IMAGES = ("jpg", "jpeg", "png", "webp")
+PIECE_BYTES = 16 * 2**20  # read at once, or one sample where that is larger
 _OTHERS = ("txt", "json", "cls")
 
 
@@ -52,7 +55,8 @@ class VerifyReport(NamedTuple):
             raise DataError(
                 f"{len(self.problems)} problems: {shown}{more}",
                 where=self.url,
-                fix="restore the objects named from a copy, or build the data set anew with `vitrail prep`",
+                fix="restore the objects named from a copy, or make the data set anew with `vitrail prep`, or, of tars "
+                "that something else wrote, with `vitrail index`",
             )
 
 
@@ -108,6 +112,8 @@ def _folders(url: str) -> list[str]:
 
 
 def _check_sizes_file(manifest: Manifest) -> Iterator[Problem]:
+    if is_indexed(manifest):
+        return  # there may be one, of somebody else's
     place = storage.join(manifest.url, SIZES_NAME)
     try:
         sizes = json.loads(storage.read(place))
@@ -131,79 +137,112 @@ def _check_sidecars(manifest: Manifest) -> Iterator[Problem]:
 
 
 def _check_shard(manifest: Manifest, shard: Shard) -> Iterator[Problem]:
-    place = storage.join(manifest.url, shard.name)
+    place = manifest.tar_url(shard)
+    offsets, wrong_index = _checked_index(manifest, shard)
     try:
-        archive = storage.read(place)
+        size_bytes = storage.size_bytes(place)
     except FileNotFoundError:
         yield Problem(place, None, "missing")
         return
-    sound = True
-    if len(archive) != shard.size_bytes:
-        sound = False
-        yield Problem(place, None, f"{len(archive)} bytes, the manifest says {shard.size_bytes}")
-    elif hashlib.sha256(archive).hexdigest() != shard.sha256:
-        sound = False
-        yield Problem(place, None, "its bytes aren't those that were written (sha256)")
+    if size_bytes != shard.size_bytes:
+        yield Problem(place, None, f"{size_bytes} bytes, the manifest says {shard.size_bytes}")
     keys, digests = _sidecar_samples(manifest, shard)
-    index_place = storage.join(manifest.url, shard.index_name)
-    try:
-        index = storage.read(index_place)
-        offsets = np.load(io.BytesIO(index), allow_pickle=False)
-    except (FileNotFoundError, ValueError, EOFError) as error:
-        yield Problem(index_place, None, f"missing or damaged ({error})")
-        return
-    if hashlib.sha256(index).hexdigest() != shard.index_sha256:
-        yield Problem(index_place, None, "its bytes aren't those that were written (sha256)")
-        return
-    if len(offsets) != shard.num_samples + 1 or offsets[0] != 0 or (np.diff(offsets) <= 0).any():
-        yield Problem(index_place, None, f"isn't a rising list of {shard.num_samples + 1} offsets from 0")
-        return
-    yield from _check_samples(place, archive, offsets, keys, digests, sound=sound)
-
-
-def _check_samples(
-    place: str,
-    archive: bytes,
-    offsets: Int64[np.ndarray, " n_plus_1"],
-    keys: list[str],
-    digests: list[str],
-    *,
-    sound: bool,
-) -> Iterator[Problem]:
-    """Check each sample's range; in an unsound shard, the sidecar's digests tell which samples are struck."""
-    for i, (start, stop) in enumerate(zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True)):
-        key = keys[i] if i < len(keys) else None
-        data = archive[start:stop]
-        if not sound and i < len(digests):
-            if hashlib.sha256(data).hexdigest() != digests[i]:
-                yield Problem(place, key, f"damaged: bytes {start} to {stop} aren't those that were written")
+    whole = hashlib.sha256()
+    damaged: list[Problem] = []  # by the sidecar's digests
+    unusable: list[Problem] = []
+    after = False  # whether anything follows the last sample
+    for i, start, data in _pieces(place, offsets.tolist(), size_bytes):
+        whole.update(data)
+        if i is None:
+            after = after or (start >= offsets[-1] and bool(data.strip(b"\0")))
             continue
-        what = sample_problem(data, key)
-        if what is not None:
-            yield Problem(place, key or f"number {i}", what)
-    if archive[offsets[-1] :].strip(b"\0"):
+        key = keys[i] if i < len(keys) else None
+        if i < len(digests) and hashlib.sha256(data).hexdigest() != digests[i]:
+            what = f"damaged: bytes {start} to {start + len(data)} aren't those that were written"
+            damaged.append(Problem(place, key, what))
+        what_is_wrong = sample_problem(data, key, foreign=is_indexed(manifest))
+        if what_is_wrong is not None:
+            unusable.append(Problem(place, key or f"number {i}", what_is_wrong))
+    sound = size_bytes == shard.size_bytes and whole.hexdigest() == shard.sha256
+    if size_bytes == shard.size_bytes and not sound:
+        yield Problem(place, None, "its bytes aren't those that were written (sha256)")
+    if wrong_index is not None:
+        yield wrong_index
+        return
+    # In an unsound shard the sidecar's digests tell which samples are struck.
+    yield from damaged if digests and not sound else unusable
+    if after and not is_indexed(manifest):
         yield Problem(place, None, f"holds bytes beyond its last sample, after {offsets[-1]}")
 
 
-def sample_problem(data: bytes, key: str | None) -> str | None:
+def is_indexed(manifest: Manifest) -> bool:
+    """Whether it is of tars that something else wrote, see `data_prep.indexing`: their members are less regular."""
+    return "indexed" in manifest.info
+
+
+def _checked_index(manifest: Manifest, shard: Shard) -> tuple[Int64[np.ndarray, " n_plus_1"], Problem | None]:
+    """A shard's offsets; where they can't be trusted, what is wrong with them, and an index of no sample."""
+    nothing = np.full(1, shard.size_bytes, dtype=np.int64)
+    place = manifest.index_url(shard)
+    try:
+        index = storage.read(place)
+        offsets = np.load(io.BytesIO(index), allow_pickle=False)
+    except (FileNotFoundError, ValueError, EOFError) as error:
+        return nothing, Problem(place, None, f"missing or damaged ({error})")
+    if hashlib.sha256(index).hexdigest() != shard.index_sha256:
+        return nothing, Problem(place, None, "its bytes aren't those that were written (sha256)")
+    first_is_right = offsets[0] >= 0 if is_indexed(manifest) else offsets[0] == 0
+    if len(offsets) != shard.num_samples + 1 or not first_is_right or (np.diff(offsets) <= 0).any():
+        return nothing, Problem(place, None, f"isn't a rising list of {shard.num_samples + 1} offsets from 0")
+    return offsets, None
+
+
+def _pieces(place: str, offsets: list[int], size_bytes: int) -> Iterator[tuple[int | None, int, bytes]]:
+    """All bytes of a tar in their order: (number, where it starts, bytes) of each sample, number None for what lies
+    before and after them. Read in pieces of several samples; no more than one such piece is held.
+    """
+    if size_bytes < offsets[-1]:
+        offsets = [min(offset, size_bytes) for offset in offsets]
+    yield from _plain(place, 0, offsets[0])
+    first = 0
+    while first < len(offsets) - 1:
+        stop = max(first + 1, bisect.bisect_right(offsets, offsets[first] + PIECE_BYTES) - 1)
+        data = storage.read_range(place, offsets[first], offsets[stop])
+        for i in range(first, stop):
+            start, end = offsets[i] - offsets[first], offsets[i + 1] - offsets[first]
+            yield i, offsets[i], data[start:end]
+        first = stop
+    yield from _plain(place, offsets[-1], size_bytes)
+
+
+def _plain(place: str, start: int, stop: int) -> Iterator[tuple[None, int, bytes]]:
+    for at in range(start, stop, PIECE_BYTES):
+        yield None, at, storage.read_range(place, at, min(at + PIECE_BYTES, stop))
+
+
+def sample_problem(data: bytes, key: str | None, *, foreign: bool = False) -> str | None:
     """What is wrong with one sample's byte range of a tar; None if nothing is.
 
     Args:
         key: the key it must have, where that is known.
+        foreign: something else wrote it: members that no stage reads, several images and empty captions are no fault.
     """
     try:
         content = _content(data)
     except (tarfile.TarError, ValueError, EOFError) as error:
         return f"no tar members ({error})"
-    keys = {name.partition(".")[0] for name in content}
+    found = {parts: value for name, value in content.items() if (parts := key_and_extension(name)) is not None}
+    if foreign:
+        found = {parts: value for parts, value in found.items() if parts[1] in (*IMAGE_EXTENSIONS, *_OTHERS)}
+    keys = {name for name, _ in found}
     if len(keys) != 1 or (key is not None and keys != {key}):
         return f"members of {sorted(keys)} where {key or 'one sample'} should be"
-    by_extension = {name.partition(".")[2]: value for name, value in content.items()}
-    foreign = set(by_extension) - set(_IMAGES) - set(_OTHERS)
-    if foreign:
-        return f"unexpected members {sorted(foreign)}"
-    pictures = [extension for extension in by_extension if extension in _IMAGES]
-    if len(pictures) != 1:
+    by_extension = {extension: value for (_, extension), value in found.items()}
+    unknown = set(by_extension) - set(IMAGE_EXTENSIONS) - set(_OTHERS)
+    if unknown:
+        return f"unexpected members {sorted(unknown)}"
+    pictures = [extension for extension in IMAGE_EXTENSIONS if extension in by_extension]
+    if len(pictures) != 1 and not (foreign and pictures):
         return f"{len(pictures)} images"
     try:
         decode(by_extension[pictures[0]])
@@ -214,7 +253,7 @@ def sample_problem(data: bytes, key: str | None) -> str | None:
         return f"its image can't be read: {error.reason}"
     except ValueError as error:
         return f"a member is damaged ({error})"
-    return None if caption else "an empty caption"
+    return None if caption or foreign else "an empty caption"
 
 
 def _content(data: bytes) -> dict[str, bytes]:
@@ -224,22 +263,20 @@ def _content(data: bytes) -> dict[str, bytes]:
         return {name: file.read() for name, file in files.items() if file is not None}
 
 
-def members_of(data: bytes) -> dict[str, bytes]:
-    """Extension -> bytes of one sample's members."""
-    return {name.partition(".")[2]: value for name, value in _content(data).items()}
-
-
-def first_members(manifest: Manifest, count: int) -> Iterator[tuple[str, dict[str, bytes]]]:
-    """(shard's name, extension -> bytes) of a split's first samples; the split is shuffled, so they are mixed.
+def first_members(manifest: Manifest, count: int) -> Iterator[tuple[str, str, dict[str, bytes]]]:
+    """(shard's name, key, extension -> bytes) of a split's first samples; what `vitrail prep` wrote is shuffled, so
+    they are mixed.
 
     Raises:
         DataError: an index is missing or damaged.
     """
     for shard in manifest.shards:
         offsets = read_index(manifest, shard)[: count + 1].tolist()
-        data = storage.read_range(storage.join(manifest.url, shard.name), offsets[0], offsets[-1])
+        data = storage.read_range(manifest.tar_url(shard), offsets[0], offsets[-1])
         for start, stop in itertools.pairwise(offsets):
-            yield shard.name, members_of(data[start - offsets[0] : stop - offsets[0]])
+            content = _content(data[start - offsets[0] : stop - offsets[0]])
+            named = [(parts, value) for name, value in content.items() if (parts := key_and_extension(name))]
+            yield shard.name, named[0][0][0], {extension: value for (_, extension), value in named}
         count -= len(offsets) - 1
         if count <= 0:
             return
@@ -252,16 +289,36 @@ def first_samples(manifest: Manifest, count: int) -> list[dict[str, Any]]:
         DataError: see `first_members`.
     """
     found: list[dict[str, Any]] = []
-    for name, members in first_members(manifest, count):
-        facts = json.loads(members.get("json", b"{}"))
+    for name, key, members in first_members(manifest, count):
         caption = members.get("txt", b"").decode("utf-8", "replace")
-        found.append({"shard": name, "caption": caption, **facts, "members": sorted(members)})
+        shown: dict[str, Any] = {"shard": name, "key": key, "caption": caption, "members": sorted(members)}
+        found.append(_facts(members) | shown if is_indexed(manifest) else shown | _facts(members))
     return found
+
+
+def _facts(members: Mapping[str, bytes]) -> dict[str, Any]:
+    """What a sample's JSON tells, of annotations their number, and its image's size where the JSON doesn't tell it."""
+    try:
+        facts = json.loads(members.get("json", b"{}"))
+    except ValueError:
+        facts = {}
+    facts = facts if isinstance(facts, dict) else {}
+    if isinstance(facts.get("annotations"), list):
+        facts["num_annotations"] = len(facts.pop("annotations"))
+    image = next((members[extension] for extension in IMAGE_EXTENSIONS if extension in members), None)
+    if image is not None and "width" not in facts:
+        with contextlib.suppress(UnreadableSample):
+            header = read_header(image)
+            facts |= {"width": header.width, "height": header.height}
+    return facts
 
 
 def _sidecar_samples(manifest: Manifest, shard: Shard) -> tuple[list[str], list[str]]:
     """Keys and digests of the shard's samples in order, from its sidecar; empty where that is missing or damaged."""
-    place = storage.join(manifest.url, shard.name.removesuffix(".tar") + ".parquet")
+    name = shard.name.removesuffix(".tar") + ".parquet"
+    if name not in manifest.info.get("sidecars", {}):
+        return [], []  # a file of somebody else's
+    place = storage.join(manifest.url, name)
     try:
         data = storage.read(place)
         table = pyarrow.parquet.read_table(io.BytesIO(data), columns=["key", "status", "tar_sha256"])

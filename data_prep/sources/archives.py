@@ -17,9 +17,9 @@ import pyarrow as pa
 from data_prep.config import TarsConfig
 from data_prep.sources.base import Places, RangedFile, batches_of, places_below, read_classes, refuse_if_empty
 from pipeline import storage
+from pipeline.data.tar import IMAGE_EXTENSIONS, key_and_extension
 from pipeline.errors import DataError
 
-_IMAGES = ("jpg", "jpeg", "png", "webp")
 _TEXTS = ("txt", "json", "cls")
 _MAX_TEXT_BYTES = 64 * 2**20  # SA-1B's JSONs hold a hundred masks and more
 _READ_AHEAD_BYTES = 2**20
@@ -63,13 +63,14 @@ class TarsSource:
         members: dict[str, tuple[int, int]] = {}
         texts: dict[str, bytes] = {}
         for member, file in _members(url):
-            folder, slash, base = member.name.rpartition("/")
-            stem, _, extension = base.partition(".")
-            if f"{folder}{slash}{stem}" != key:
+            parts = key_and_extension(member.name)
+            if parts is None:
+                continue
+            if parts[0] != key:
                 if key is not None:
                     yield from self._row(url, key, members, texts)
-                key, members, texts = f"{folder}{slash}{stem}", {}, {}
-            extension = extension.lower()
+                key, members, texts = parts[0], {}, {}
+            extension = parts[1]
             members[extension] = (member.offset_data, member.offset_data + member.size)
             if extension in _TEXTS and member.size <= _MAX_TEXT_BYTES:
                 file.seek(member.offset_data)
@@ -81,7 +82,7 @@ class TarsSource:
         self, url: str, key: str, members: Mapping[str, tuple[int, int]], texts: Mapping[str, bytes]
     ) -> Iterator[Mapping[str, Any]]:
         """The sample's row; none for what holds no image, such as a tar's notes."""
-        extension = next((extension for extension in _IMAGES if extension in members), None)
+        extension = next((extension for extension in IMAGE_EXTENSIONS if extension in members), None)
         if extension is None:
             return
         options = self.options

@@ -212,7 +212,7 @@ def read_classes(url: str) -> tuple[str, ...]:
     try:
         names = json.loads(storage.read(url))
     except FileNotFoundError as error:
-        raise DataError("no such file of class names", where=url, fix="mend source.classes") from error
+        raise DataError("no such file of class names", where=url, fix="mend the path of the class names") from error
     except ValueError as error:
         raise DataError(
             f"the class names are no JSON ({error})", where=url, fix="write a JSON list of names"

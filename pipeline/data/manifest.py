@@ -24,12 +24,12 @@ from pipeline import storage
 from pipeline.errors import DataError
 
 FORMAT = "vitrail.manifest"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 2 adds `shards_url`; what has none is written as 1, which older readers take
 MANIFEST_NAME = "manifest.json"
 
 
 class Shard(NamedTuple):
-    """One tar of a data set; names are relative to the manifest's folder."""
+    """One tar of a data set; names are relative to the manifest's folder, the tar's to `Manifest.shards_url`."""
 
     name: str
     num_samples: int
@@ -49,6 +49,15 @@ class Manifest:
     fingerprint: str  # of the inputs and settings that made it
     classes: tuple[str, ...] = ()  # names of `cls` labels, () where the data have none
     info: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # free facts: source, counts by reason
+    shards_url: str | None = None  # folder of the tars, where that isn't the manifest's own
+
+    def tar_url(self, shard: Shard) -> str:
+        """Where a shard's tar lies."""
+        return storage.join(self.shards_url or self.url, shard.name)
+
+    def index_url(self, shard: Shard) -> str:
+        """Where a shard's index lies."""
+        return storage.join(self.url, shard.index_name)
 
     @functools.cached_property
     def starts(self) -> Int64[np.ndarray, " shards_plus_1"]:
@@ -76,11 +85,13 @@ def _no_data_set(url: str) -> DataError:
         return DataError(
             f"no manifest.json, but tars such as {tars[0]}: nothing tells where their samples begin",
             where=url,
-            fix="make a data set of them: `vitrail prep` with source {type: tars, url: THIS FOLDER}, "
-            "for SA-1B's with captions: none and annotations: true",
+            fix="run `vitrail index THIS FOLDER`, which finds that out and leaves the tars as they are (--to OTHER "
+            "FOLDER where this one is read-only); to resize or filter, `vitrail prep` with source {type: tars}",
         )
     return DataError(
-        "no manifest.json: not a finished data set", where=url, fix="build it with `vitrail prep`, or mend the URL"
+        "no manifest.json: not a finished data set",
+        where=url,
+        fix="build it with `vitrail prep`, finish `vitrail index`, or mend the URL",
     )
 
 
@@ -97,12 +108,12 @@ def read_manifest(url: str) -> Manifest:
     except FileNotFoundError as error:
         raise _no_data_set(url) from error
     except ValueError as error:
-        raise DataError(
-            f"manifest.json is no JSON ({error})", where=path, fix="rebuild it with `vitrail prep`"
-        ) from error
+        raise DataError(f"manifest.json is no JSON ({error})", where=path, fix=_REBUILD_MANIFEST) from error
     if not isinstance(document, dict) or document.get("format") != FORMAT:
         raise DataError(
-            "manifest.json isn't a vitrail manifest", where=path, fix="point at a folder `vitrail prep` wrote"
+            "manifest.json isn't a vitrail manifest",
+            where=path,
+            fix="point at a folder that `vitrail prep` or `vitrail index` wrote",
         )
     version = document.get("format_version")
     if isinstance(version, int) and version > FORMAT_VERSION:
@@ -115,15 +126,16 @@ def read_manifest(url: str) -> Manifest:
         return _parse(url, document)
     except (KeyError, TypeError, ValueError) as error:
         reason = f"{error.args[0]!r} is missing" if isinstance(error, KeyError) else str(error)
-        raise DataError(
-            f"manifest.json is damaged: {reason}", where=path, fix="rebuild it with `vitrail prep`"
-        ) from error
+        raise DataError(f"manifest.json is damaged: {reason}", where=path, fix=_REBUILD_MANIFEST) from error
 
 
 def _parse(url: str, document: Mapping[str, Any]) -> Manifest:
     """Build the manifest; KeyError, TypeError or ValueError where the document isn't one."""
-    if document["format_version"] != FORMAT_VERSION:
+    if document["format_version"] not in range(1, FORMAT_VERSION + 1):
         raise ValueError(f"format_version {document['format_version']!r}")
+    shards_url = document["shards_url"] if document["format_version"] > 1 else None
+    if shards_url is not None and not (isinstance(shards_url, str) and shards_url.startswith(("/", "s3://"))):
+        raise ValueError(f"shards_url {shards_url!r} is neither an absolute path nor an s3:// URL")
     shards = tuple(Shard(**_typed(shard, _SHARD_TYPES, f"shard {i}")) for i, shard in enumerate(document["shards"]))
     for shard in shards:
         if shard.num_samples < 0 or shard.size_bytes < 0:
@@ -143,6 +155,7 @@ def _parse(url: str, document: Mapping[str, Any]) -> Manifest:
         fingerprint=top["fingerprint"],
         classes=tuple(top["classes"]),
         info=top["info"],
+        shards_url=shards_url,
     )
 
 
@@ -170,12 +183,13 @@ def manifest_bytes(manifest: Manifest) -> bytes:
     """`manifest.json` of a manifest: deterministic, so that equal data sets have equal bytes."""
     document = {
         "format": FORMAT,
-        "format_version": FORMAT_VERSION,
+        "format_version": 1 if manifest.shards_url is None else FORMAT_VERSION,
         "num_samples": manifest.num_samples,
         "fingerprint": manifest.fingerprint,
         "classes": list(manifest.classes),
         "info": manifest.info,
         "shards": [shard._asdict() for shard in manifest.shards],
+        **({} if manifest.shards_url is None else {"shards_url": manifest.shards_url}),
     }
     return (json.dumps(document, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode()
 
@@ -187,10 +201,14 @@ def index_bytes(offsets: Int64[np.ndarray, " n_plus_1"]) -> bytes:
     return buffer.getvalue()
 
 
+def index_size_bytes(num_samples: int) -> int:
+    """Size of the `.index.npy` of a shard."""
+    return len(index_bytes(np.zeros(0, dtype=np.int64))) + 8 * (num_samples + 1)
+
+
 def read_index(manifest: Manifest, shard: Shard) -> Int64[np.ndarray, " n_plus_1"]:
     """Offsets of a shard's samples; see `read_index_at`."""
-    path = storage.join(manifest.url, shard.index_name)
-    return read_index_at(path, shard.index_sha256, shard.num_samples, shard.size_bytes)
+    return read_index_at(manifest.index_url(shard), shard.index_sha256, shard.num_samples, shard.size_bytes)
 
 
 def read_index_at(path: str, sha256: str, num_samples: int, size_bytes: int) -> Int64[np.ndarray, " n_plus_1"]:
@@ -227,4 +245,5 @@ def read_index_at(path: str, sha256: str, num_samples: int, size_bytes: int) -> 
     return offsets
 
 
-_REBUILD = "rebuild the shard with `vitrail prep`"
+_REBUILD = "build it anew with `vitrail prep`; for tars made elsewhere, delete it and run `vitrail index` again"
+_REBUILD_MANIFEST = "delete it and run `vitrail prep` or `vitrail index`, whichever wrote it, again"

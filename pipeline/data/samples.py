@@ -6,8 +6,7 @@ import json
 
 from pipeline.data.batch import RawSample, derive_seed
 from pipeline.data.images import Encoded, UnreadableSample
-
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+from pipeline.data.tar import IMAGE_EXTENSIONS
 
 
 def image_member(sample: RawSample) -> Encoded:
@@ -61,14 +60,23 @@ def caption(sample: RawSample) -> str:
 
 
 def label(sample: RawSample) -> int:
-    """The `cls` member, an integer in ASCII digits.
+    """The class number in the `cls` member.
 
     Raises:
-        UnreadableSample: there is none, or it is no such integer.
+        UnreadableSample: there is none, or it is no number.
     """
     data = sample.member("cls")
     if data is None:
         raise UnreadableSample("no cls member")
+    return class_number(data)
+
+
+def class_number(data: bytes) -> int:
+    """What a `cls` member says, an integer in ASCII digits.
+
+    Raises:
+        UnreadableSample: it is no such integer.
+    """
     text = data.strip()
     if not text.isdigit() or len(text) > 9:
         raise UnreadableSample(f"cls {data[:20]!r} is no class number")

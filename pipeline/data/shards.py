@@ -1,4 +1,4 @@
-"""Reading samples from shards: ranged reads through storage, and a strict tar reader.
+"""Reading samples from shards: ranged reads through storage, of which the tar's members are taken.
 
 Only regular files with an extension of `EXTENSIONS` become members; everything else in a tar is passed over unseen,
 nothing is unpickled, and no name is ever taken for a command or a path. A sample that can't be read is an
@@ -11,7 +11,7 @@ import functools
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple, TypeVar
 
@@ -23,69 +23,20 @@ from pipeline.data.batch import RawSample
 from pipeline.data.cache import RangeCache
 from pipeline.data.images import UnreadableSample
 from pipeline.data.manifest import read_index_at
+from pipeline.data.tar import EXTENSIONS, key_and_extension, tar_members
 from pipeline.data.tasks import Place, Read, Spot
 
-EXTENSIONS = frozenset({"jpg", "jpeg", "png", "webp", "txt", "json", "cls"})
-BLOCK_BYTES = 512
 COPIED_BYTES = 4096  # smaller members are copied out of what was read; larger ones are views of it
 READ_THREADS = 8
 PATIENCE_S = 300.0  # how long a store may stay silent in the middle of a run
 
-_MAX_EXTENDED_HEADER_BYTES = 2**20
 _KEPT_INDICES = 64
 
 logger = logging.getLogger(__name__)
 
 
-class Member(NamedTuple):
-    """A file in a tar: its name, and where its content lies."""
-
-    name: str
-    start: int
-    stop: int
-
-
-def tar_members(data: memoryview) -> Iterator[Member]:
-    """The regular files of a piece of a tar that starts at a header; USTAR, and GNU's and PAX's long names.
-
-    Raises:
-        UnreadableSample: a damaged header, or a member that goes on beyond the end.
-    """
-    at = 0
-    long_name = ""
-    while at + BLOCK_BYTES <= len(data):
-        header = bytes(data[at : at + BLOCK_BYTES])
-        at += BLOCK_BYTES
-        if not header.strip(b"\0"):
-            continue  # end-of-archive blocks
-        checksum = _octal(header[148:156], "checksum")
-        if checksum != sum(header) - sum(header[148:156]) + 8 * 0x20:
-            raise UnreadableSample("damaged tar header (checksum)")
-        size = _octal(header[124:136], "size")
-        start, stop = at, at + size
-        at = stop + -size % BLOCK_BYTES
-        if stop > len(data):
-            raise UnreadableSample("a tar member goes on beyond the sample's bytes")
-        kind = header[156:157]
-        if kind in (b"L", b"x"):
-            if size > _MAX_EXTENDED_HEADER_BYTES:
-                raise UnreadableSample("an extended tar header of over a megabyte")
-            content = bytes(data[start:stop])
-            long_name = _text(content.rstrip(b"\0")) if kind == b"L" else _pax_path(content)
-            continue
-        if kind in (b"0", b"\0"):
-            name = _text(header[:100].split(b"\0", 1)[0])
-            prefix = _text(header[345:500].split(b"\0", 1)[0]) if header[257:262] == b"ustar" else ""
-            yield Member(long_name or (f"{prefix}/{name}" if prefix else name), start, stop)
-        long_name = ""
-    if len(data) - at > 0 and bytes(data[at:]).strip(b"\0"):
-        raise UnreadableSample("the sample's bytes end within a tar header")
-
-
 def parse_sample(data: memoryview, sample_id: int) -> RawSample:
     """The sample whose tar members, with their headers, are `data`.
-
-    As in WebDataset the key is a member's path up to the first dot of its base name, the rest is the extension.
 
     Raises:
         UnreadableSample: damaged headers, members of several samples, the same extension twice, or no member.
@@ -93,12 +44,10 @@ def parse_sample(data: memoryview, sample_id: int) -> RawSample:
     key: str | None = None
     members: dict[str, bytes | memoryview] = {}
     for member in tar_members(data):
-        folder, slash, base = member.name.rpartition("/")
-        stem, dot, extension = base.partition(".")
-        extension = extension.lower()
-        if not dot or extension not in EXTENSIONS:
+        parts = key_and_extension(member.name)
+        if parts is None or parts[1] not in EXTENSIONS:
             continue
-        member_key = f"{folder}{slash}{stem}"
+        member_key, extension = parts
         if key is None:
             key = member_key
         elif member_key != key:
@@ -233,30 +182,3 @@ class ReadAhead:
         """Drop everything; reads under way are waited for."""
         self._threads.shutdown(wait=True, cancel_futures=True)
         self._groups.clear()
-
-
-def _octal(field: bytes, what: str) -> int:
-    try:
-        return int(field.strip(b"\0 ") or b"0", 8)
-    except ValueError as error:
-        raise UnreadableSample(f"damaged tar header ({what})") from error
-
-
-def _text(name: bytes) -> str:
-    return name.decode("utf-8", "replace")
-
-
-def _pax_path(records: bytes) -> str:
-    """The `path` record of a PAX header, "" without one; sizes beyond 8 GB, which need a record too, are refused."""
-    path = ""
-    while records:
-        length, space, _ = records.partition(b" ")
-        if not space or not length.isdigit() or not 0 < int(length) <= len(records):
-            raise UnreadableSample("damaged PAX header")
-        name, _, value = records[len(length) + 1 : int(length) - 1].partition(b"=")
-        if name == b"size":
-            raise UnreadableSample("a PAX header that changes a member's size")
-        if name == b"path":
-            path = _text(value)
-        records = records[int(length) :]
-    return path

@@ -15,7 +15,6 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int64
 
-from pipeline import storage
 from pipeline.data.batch import derive_seed
 from pipeline.data.manifest import Manifest
 from pipeline.data.mixture import Source, Stream, first_ids
@@ -91,11 +90,11 @@ class ManifestReads:
         if number not in self._places:
             if len(self._places) > 4096:
                 self._places.clear()
-            shard, url = self._manifest.shards[number], self._manifest.url
+            shard = self._manifest.shards[number]
             self._places[number] = Place(
-                storage.join(url, shard.name),
+                self._manifest.tar_url(shard),
                 shard.sha256,
-                storage.join(url, shard.index_name),
+                self._manifest.index_url(shard),
                 shard.index_sha256,
                 shard.num_samples,
                 shard.size_bytes,

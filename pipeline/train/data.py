@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
@@ -20,6 +21,7 @@ from pipeline.ranks import World
 from pipeline.train.config import DataConfig, SourceConfig
 
 log = logging.getLogger("vitrail")
+_NAMED_SHARDS = 1000  # that a checkpoint names; of more it keeps a digest
 
 
 class RunData(NamedTuple):
@@ -50,7 +52,8 @@ class RunData(NamedTuple):
         found = [
             {
                 "num_samples": source.manifest.num_samples,
-                "shards": [[shard.num_samples, shard.sha256] for shard in source.manifest.shards][:1000],
+                "shards": [[shard.num_samples, shard.sha256] for shard in source.manifest.shards][:_NAMED_SHARDS],
+                **_digest_of_many(source.manifest),
                 **({} if len(self.train) == 1 else {"share": source.share}),
                 **({} if source.subset is None else {"subset": source.subset}),
             }
@@ -172,6 +175,27 @@ def _subset(config: SourceConfig, manifest: Manifest) -> int | None:
 
 def _labels(manifest: Manifest) -> str:
     return f"{len(manifest.classes)} classes" if manifest.classes else "none"
+
+
+def _digest_of_many(manifest: Manifest) -> dict[str, str]:
+    """A digest of all shards where not all are named one by one."""
+    if len(manifest.shards) <= _NAMED_SHARDS:
+        return {}
+    digest = hashlib.sha256()
+    for shard in manifest.shards:
+        digest.update(f"{shard.num_samples} {shard.sha256}\n".encode())
+    return {"all_shards": digest.hexdigest()}
+
+
+def same_data(before: Any, now: Any) -> bool:
+    """Whether two `RunData.identity` mean the same data; checkpoints of old have no digest of many shards."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        if "sources" in before and "sources" in now:
+            pairs = zip(before["sources"], now["sources"], strict=False)
+            return len(before["sources"]) == len(now["sources"]) and all(same_data(*pair) for pair in pairs)
+        if "all_shards" not in before:
+            now = {key: value for key, value in now.items() if key != "all_shards"}
+    return bool(before == now)
 
 
 def describe(data: RunData) -> list[str]:

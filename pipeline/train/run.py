@@ -23,7 +23,7 @@ from pipeline.train import commits as committed
 from pipeline.train.checkpoint import SavedWeights, load_newest, read_info, read_saved, read_weights, weights_digest
 from pipeline.train.commits import Attempt, Commit
 from pipeline.train.config import EmaConfig, TrainConfig
-from pipeline.train.data import RunData, describe, read_data
+from pipeline.train.data import RunData, describe, read_data, same_data
 from pipeline.train.ema import decay_after
 from pipeline.train.engine_deepspeed import DeepSpeedEngine, join_group
 from pipeline.train.guards import RollBack
@@ -269,7 +269,7 @@ class _Run:
 
     def _check_data(self, commit: Commit) -> None:
         before = commit.document["info"].get("data")
-        if before != self._info()["data"]:
+        if not same_data(before, self._info()["data"]):
             raise DataError(
                 "the training set isn't the one this run began with: its order of samples can't be continued",
                 where=self.data.where,

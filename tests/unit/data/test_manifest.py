@@ -71,7 +71,7 @@ def test_a_missing_manifest_or_other_bytes(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"no manifest.json.*vitrail prep"):
         read_manifest(str(tmp_path))
     (tmp_path / "sa_000000.tar").write_bytes(b"")
-    with pytest.raises(DataError, match=r"tars such as sa_000000.tar.*type: tars.*annotations: true"):
+    with pytest.raises(DataError, match=r"tars such as sa_000000.tar.*vitrail index.*--to.*type: tars"):
         read_manifest(str(tmp_path))
     (tmp_path / "manifest.json").write_bytes(b"\xff{")
     with pytest.raises(DataError, match="no JSON"):

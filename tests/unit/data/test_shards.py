@@ -15,10 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline import storage
-from pipeline.data import shards
 from pipeline.data.images import UnreadableSample
 from pipeline.data.manifest import Manifest
 from pipeline.data.shards import ReadAhead, ShardReader, parse_sample, patiently
+from pipeline.data.tar import EXTENSIONS
 from pipeline.data.tasks import ManifestReads, Spot
 from pipeline.errors import StorageError
 
@@ -38,7 +38,7 @@ def tar(
     return memoryview(buffer.getvalue() if end else buffer.getvalue()[:stop])
 
 
-MEMBERS = st.dictionaries(st.sampled_from(sorted(shards.EXTENSIONS)), st.binary(max_size=1500), min_size=1)
+MEMBERS = st.dictionaries(st.sampled_from(sorted(EXTENSIONS)), st.binary(max_size=1500), min_size=1)
 FORMATS = st.sampled_from([tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+VERBS = ("demo", "prep", "index", "verify", "train", "run", "plan", "doctor", "show", "runs", "report", "convert")
 HEAVY = ("torch", "numpy", "ray", "pydantic", "fsspec", "s3fs", "deepspeed", "rich", "pyarrow", "matplotlib", "yaml")
 
 
@@ -34,13 +35,24 @@ def test_help_imports_nothing_heavy() -> None:
 def test_help_names_every_verb(tmp_path: Path) -> None:
     told = vitrail("--help", cwd=tmp_path)
     assert told.returncode == 0
-    for verb in ("demo", "prep", "verify", "train", "run", "plan", "doctor", "show", "runs", "report", "convert"):
+    for verb in (
+        "demo",
+        "prep",
+        "index",
+        "verify",
+        "train",
+        "run",
+        "plan",
+        "doctor",
+        "show",
+        "runs",
+        "report",
+        "convert",
+    ):
         assert f"\n  {verb} " in told.stdout
 
 
-@pytest.mark.parametrize(
-    "verb", ["demo", "prep", "verify", "train", "run", "plan", "doctor", "show", "runs", "report", "convert"]
-)
+@pytest.mark.parametrize("verb", VERBS)
 def test_every_verb_has_help_and_json(verb: str, tmp_path: Path) -> None:
     told = vitrail(verb, "--help", cwd=tmp_path)
     assert told.returncode == 0

@@ -1,0 +1,132 @@
+"""What an index remembers of the tars it has read, so that it goes on where it was killed and sees what has changed.
+
+`_index/journal/` takes what was read lately, several tars an object; a run that comes to its end leaves all of it in
+`_index/tars.json` and an empty journal.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import secrets
+import threading
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from data_prep.indexing.walk import Problem, Walked
+from data_prep.shards.commit import json_bytes
+from pipeline import storage
+from pipeline.errors import ConfigError, DataError
+
+FORMAT = "vitrail.index"
+FORMAT_VERSION = 1
+FOLDER = "_index"
+_CHUNK_TARS, _CHUNK_S = 64, 2.0  # a killed run reads at most as much again
+_AT_ONCE = 16
+
+
+class Records:
+    """The records of a folder. `add` may be called by several threads."""
+
+    def __init__(self, folder: str) -> None:
+        self._folder = folder
+        self._lock = threading.Lock()
+        self._fresh: list[Walked] = []
+        self._written = time.monotonic()
+
+    def begin(self, url: str, match: str) -> None:
+        """Claim the folder for an index of the tars of `url` whose names `match`.
+
+        Raises:
+            ConfigError: it holds another index.
+            StorageError: it can't be written.
+        """
+        place = storage.join(self._folder, FOLDER, "settings.json")
+        document = {"format": FORMAT, "format_version": FORMAT_VERSION, "url": url, "match": match}
+        try:
+            found = _document(place)
+        except FileNotFoundError:
+            storage.write(place, json_bytes(document))
+            return
+        if (found.get("url"), found.get("match")) != (url, match):
+            raise ConfigError(
+                f"holds the index of {found.get('url')} ({found.get('match')}), not of {url} ({match})",
+                where=self._folder,
+                fix="give another folder with --to; or, if the tars have moved, delete _index and manifest.json there",
+            )
+
+    def read(self) -> dict[str, Walked]:
+        """Name -> what is known about the tar.
+
+        Raises:
+            DataError: a record is damaged.
+        """
+        found: list[Any] = []
+        with contextlib.suppress(FileNotFoundError):
+            found += _document(storage.join(self._folder, FOLDER, "tars.json"))["tars"]
+        with ThreadPoolExecutor(_AT_ONCE) as pool:
+            for chunk in pool.map(_document, self._journal()):
+                found += chunk["tars"]
+        try:
+            return {record.name: record for record in map(_walked, found)}
+        except (TypeError, KeyError) as error:
+            raise DataError(f"damaged records ({error})", where=self._folder, fix=_DELETE) from error
+
+    def add(self, record: Walked) -> None:
+        """Remember a tar, on disk within `_CHUNK_S` seconds or `_CHUNK_TARS` tars, or at the next `flush`."""
+        with self._lock:
+            self._fresh.append(record)
+            if len(self._fresh) >= _CHUNK_TARS or time.monotonic() - self._written >= _CHUNK_S:
+                self._flush()
+
+    def flush(self) -> None:
+        """Write what is only in memory."""
+        with self._lock:
+            self._flush()
+
+    def finish(self, records: Sequence[Walked]) -> None:
+        """Keep these records and no others."""
+        place = storage.join(self._folder, FOLDER, "tars.json")
+        passed = self._journal()
+        storage.write(place, _chunk(sorted(records, key=lambda record: record.name)))
+        self._fresh = []
+        with ThreadPoolExecutor(_AT_ONCE) as pool:
+            list(pool.map(storage.delete, passed))
+
+    def _journal(self) -> list[str]:
+        return [entry.url for entry in storage.entries(storage.join(self._folder, FOLDER, "journal"))]
+
+    def _flush(self) -> None:
+        if self._fresh:
+            name = f"{time.time_ns():020d}-{secrets.token_hex(4)}.json"  # later ones come last, and count
+            storage.write(storage.join(self._folder, FOLDER, "journal", name), _chunk(self._fresh))
+        self._fresh, self._written = [], time.monotonic()
+
+
+def _chunk(records: Iterable[Walked]) -> bytes:
+    tars = [record._asdict() | {"problem": record.problem and record.problem._asdict()} for record in records]
+    return json_bytes({"format": FORMAT, "format_version": FORMAT_VERSION, "tars": tars})
+
+
+def _walked(item: Mapping[str, Any]) -> Walked:
+    return Walked(**{**item, "problem": item["problem"] and Problem(**item["problem"])})
+
+
+def _document(place: str) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = json.loads(storage.read(place))
+        version = found["format_version"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"damaged records ({error})", where=place, fix=_DELETE) from error
+    if version != FORMAT_VERSION:
+        raise DataError(
+            f"records of format_version {version}, and this version goes on with {FORMAT_VERSION} only",
+            where=place,
+            fix="update vitrail, or delete the folder _index to read all tars again",
+        )
+    return found
+
+
+_DELETE = "delete it, which has the tars it tells of read again, and run the same command"
