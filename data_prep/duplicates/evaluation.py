@@ -22,10 +22,10 @@ from data_prep.samples import images
 from data_prep.sources.folders import is_image
 from pipeline import storage
 from pipeline.data.manifest import MANIFEST_NAME, read_index, read_manifest
+from pipeline.data.tar import IMAGE_EXTENSIONS
 from pipeline.errors import DataError
 
 _IMAGES_A_TASK = 1024
-_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 _ANY_SIZE = ImageConfig(max_aspect=1e9, max_pixels=400_000_000)
 
 
@@ -100,7 +100,11 @@ def _of_shard(folder: str, number: int) -> list[tuple[bytes, bytes]]:
     found = []
     for start, stop in itertools.pairwise(offsets):
         members = parse_sample(archive[start:stop], 0).members
-        data = bytes(next(members[extension] for extension in _EXTENSIONS if extension in members))
-        digest = json.loads(bytes(members.get("json", b"{}"))).get("sha256")
+        image = next((members[extension] for extension in IMAGE_EXTENSIONS if extension in members), None)
+        if image is None:
+            continue  # tars that something else wrote may hold such samples, and any JSON
+        data = bytes(image)
+        facts = json.loads(bytes(members.get("json", b"{}")))
+        digest = facts.get("sha256") if isinstance(facts, dict) else None
         found.append((bytes.fromhex(digest) if digest else hashlib.sha256(data).digest(), data))
     return found

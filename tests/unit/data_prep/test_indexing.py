@@ -14,6 +14,9 @@ from typing import Any
 
 import pytest
 import webdataset
+from hypothesis import HealthCheck, given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
 from prep_cases import encoded, settings, write_pairs
 from tar_sets import pair_members, sa1b_members, write_tar
 
@@ -425,3 +428,20 @@ def test_progress_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     said: list[str] = []
     index_tars(Choice(str(tmp_path)), say=said.append)
     assert any("of 1 tars" in line and "to go" in line for line in said)
+
+
+@given(at=st.integers(0, 6000), value=st.integers(0, 255), length=st.integers(0, 12_000))
+@hypothesis_settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_damage_is_named_or_harmless(tmp_path: Path, at: int, value: int, length: int) -> None:
+    path = write_tar(tmp_path / "0.tar", [("0.txt", b"x" * 600), ("0.cls", b"1"), ("1.txt", b"y"), ("1.cls", b"2")])
+    data = bytearray(path.read_bytes())
+    data[at] = value
+    path.write_bytes(data[:length])
+    record, offsets = walking.walk("0.tar", next(storage.entries(str(tmp_path))))
+    assert (record.problem is None) == bool(record.sha256)
+    assert len(offsets) == record.num_samples + 1
+    for start, stop in itertools.pairwise(offsets.tolist()):
+        assert parse_sample(memoryview(data)[start:stop], 0).members
+    if record.problem is None:
+        assert record.num_samples == 2 or at < 512 * 10
+    path.unlink()

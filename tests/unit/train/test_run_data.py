@@ -8,9 +8,13 @@ from typing import Any
 import pytest
 
 from pipeline import config as configs
+from pipeline.data.manifest import Manifest, Shard
+from pipeline.data.mixture import Source
+from pipeline.data.takedown import Takedown
 from pipeline.errors import ConfigError
 from pipeline.run_dir import RunDir
-from pipeline.train.config import TrainConfig
+from pipeline.train.config import DataConfig, TrainConfig
+from pipeline.train.data import RunData, same_data
 from tests import train_cases
 from tests.process_group import ProcessGroup
 from tests.unit.data.conftest import numbered, write_data_set
@@ -101,3 +105,21 @@ def test_sources_with_other_labels_are_refused(folder: Path, one: ProcessGroup) 
     outcome = one.run(run_cases.run, mixed(folder, "labels", **{"data.train": sources}))[0]
     assert outcome[0] == "ConfigError"
     assert "2 classes, not 7 classes" in outcome[1]
+
+
+def test_of_many_shards_a_checkpoint_knows_every_one() -> None:
+    def identity(changed: int | None, num_sources: int = 1) -> Any:
+        shards = tuple(
+            Shard(f"{i}.tar", 2, 9, "other" if i == changed else f"{i}", f"{i}.index.npy", "") for i in range(1200)
+        )
+        source = Source(Manifest("somewhere", shards, 2400, ""), 1, None)
+        config = configs.validate(DataConfig, {"train": "somewhere", "global_batch": 16}, where="test")
+        return RunData(config, (source,) * num_sources, {}, Takedown()).identity()
+
+    for num_sources in (1, 2):
+        assert same_data(identity(None, num_sources), identity(None, num_sources))
+        assert not same_data(identity(None, num_sources), identity(1100, num_sources)), "beyond those it names"
+    assert not same_data(identity(None), identity(None, 2))
+    before = {key: value for key, value in identity(None).items() if key != "all_shards"}
+    assert same_data(before, identity(None)), "a checkpoint from before there was a digest"
+    assert not same_data(before, identity(3))
