@@ -35,7 +35,7 @@ def describe(place: str, *, verify: bool = False, num_samples: int = 0) -> Told:
         raise DataError(
             "neither a run directory (status.json) nor a data set (manifest.json)",
             where=place,
-            fix="check the path; `vitrail runs FOLDER` lists runs",
+            fix="check the path; `vitrail runs FOLDER` lists runs, `vitrail index` makes a data set of existing tars",
         )
     from data_prep.shards.verify import first_samples
 

@@ -134,6 +134,8 @@ def _walk(stream: _Stream, samples: _Samples, size_bytes: int) -> None:
     except DamagedTar as damage:
         if damage.at == 0:
             raise _Problem(f"no tar ({damage.reason} at its start)", "move it elsewhere, or fetch it anew") from damage
+        if "end within" in damage.reason:
+            raise _Problem(f"cut off at byte {size_bytes}, within a member's header", _FETCH) from damage
         if "beyond the end" in damage.reason:
             raise _Problem(f"cut off at byte {size_bytes}, within the member at byte {damage.at}", _FETCH) from damage
         raise _Problem(f"{damage.reason} at byte {damage.at}", _FETCH) from damage

@@ -105,7 +105,7 @@ def _folders(url: str) -> list[str]:
         raise DataError(
             f"neither {MANIFEST_NAME} nor {REPORT_NAME}: not a finished data set",
             where=url,
-            fix="mend the URL, or finish the build with `vitrail prep`",
+            fix="mend the URL, or finish the build with `vitrail prep`, or with `vitrail index` of existing tars",
         ) from None
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{REPORT_NAME} is damaged ({error})", where=url, fix="name the splits' folders") from error

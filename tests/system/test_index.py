@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from prep_cases import encoded, write_table
 from tar_sets import pair_members, sa1b_members, write_tar
 from web_server import serving
@@ -21,6 +22,8 @@ from data_prep.indexing.index import Choice, index_tars
 from data_prep.shards.verify import verify
 from launch.s3_server import S3Server, find_rclone
 from pipeline import storage
+from pipeline.data.instances import Fitted, InstanceExample
+from pipeline.data.loader import sweep
 from pipeline.data.manifest import manifest_bytes, read_manifest
 from tests.unit.data_prep.test_indexing import ours, theirs
 
@@ -100,6 +103,10 @@ def test_tars_on_s3_are_indexed_where_they_are(tmp_path: Path, monkeypatch: pyte
         ]
         assert ours(manifest) == theirs(tmp_path / "local")
         assert verify("s3://mine/sa").problems == ()
+        transform = InstanceExample(Fitted((32, 32)))
+        batches = [next(sweep(one, transform, rank=0, world_size=1, batch=9)) for one in (manifest, local)]
+        assert [batch.weight.sum() for batch in batches] == [9, 9]
+        assert torch.equal(batches[0].images, batches[1].images)
         data = bytearray(storage.read("s3://raw/sa/sa_0.tar"))
         data[1100] ^= 1
         storage.write("s3://raw/sa/sa_0.tar", bytes(data))

@@ -190,6 +190,7 @@ def flipped(data: bytes, at: int) -> bytes:
     [
         (lambda data: cut(data, 0.2), r"cut off at byte \d+, within the member at byte \d+.*anew"),
         (lambda data: data.rstrip(b"\0") + bytes(-len(data.rstrip(b"\0")) % 512), "without an end of archive"),
+        (lambda data: data[: 512 * 3 + 200], r"cut off at byte 1736, within a member's header"),
         (lambda data: b"", "an empty file"),
         (lambda data: b"<html>not found</html>" * 100, "no tar"),
         (gzip.compress, r"compressed \(gzip\).*unpack"),
