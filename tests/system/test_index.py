@@ -49,7 +49,7 @@ def files_of(folder: Path) -> dict[str, str]:
     }
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_a_killed_index_goes_on_and_ends_as_if_nothing_had_been(tmp_path: Path, number: int) -> None:
     source, whole, parts = (tmp_path / name for name in ("tars", "whole", "parts"))
     first = write_tar(source / "00000.tar", pair_members(0, 2))
