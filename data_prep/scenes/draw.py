@@ -22,6 +22,9 @@ Hsv: TypeAlias = tuple[float, float, float]  # hue, saturation, value in [0, 1]
 
 _NUM_TRIES = 8  # places tried for a small object before it is left out
 _MAX_TILT = 0.3  # radians, of shapes
+_PART_MIDDLE = 0.7  # of an object's greatest depth: parts are centred no nearer to its edge
+_PART_RADIUS = (0.6, 0.9)  # of the depth where they are centred, so that they lie within the object
+_MIN_PART = 0.08  # of the image's shorter side: the smallest radius of a part
 _MAX_PATTERN_TILT = 0.25  # radians, of textures; well below the 45 degrees between two kinds of stripes
 
 
@@ -42,6 +45,7 @@ class Scene(NamedTuple):
     image: UInt8[np.ndarray, "h w 3"]
     objects: tuple[SceneObject, ...]
     background: Hsv  # the first of its two colors
+    part: SceneObject | None = None  # of the main object, whose mask holds it, too
 
     @property
     def main(self) -> SceneObject:
@@ -130,7 +134,14 @@ class Canvas:
 
 
 def draw_scene(
-    draw: np.random.Generator, shape: str, texture: str, *, height: int, width: int, max_clutter: int
+    draw: np.random.Generator,
+    shape: str,
+    texture: str,
+    *,
+    height: int,
+    width: int,
+    max_clutter: int,
+    with_part: bool = False,
 ) -> Scene:
     """Render one scene around a main object of the given class; everything else is drawn at random.
 
@@ -143,6 +154,8 @@ def draw_scene(
         height: of the image, pixels.
         width: of the image, pixels.
         max_clutter: at most so many small objects beside the main one.
+        with_part: whether the main object bears another one in its middle, as a shirt bears an emblem, if it is wide
+            enough there.
     """
     canvas = Canvas(height, width)
     background = _draw_background(canvas, draw)
@@ -152,12 +165,13 @@ def draw_scene(
     main = _outline(canvas, draw, shape, center, radius)
     objects: list[SceneObject] = []
     for outline in _clutter(canvas, draw, int(draw.integers(max_clutter + 1)), main.mask):
-        period = draw.uniform(0.5, 0.8) * outline.radius
+        period = _small_period(draw, outline.radius)
         objects.append(_paint(canvas, draw, outline, str(draw.choice(list(TEXTURES))), period))
     objects.append(_paint(canvas, draw, main, texture, draw.uniform(0.17, 0.28) * canvas.side))
+    part = _part(canvas, draw, main) if with_part else None
     _light(canvas, draw)
     image = (np.clip(canvas.pixels, 0, 1) * 255 + 0.5).astype(np.uint8)
-    return Scene(image, tuple(objects), background)
+    return Scene(image, tuple(objects), background, part)
 
 
 class _Outline(NamedTuple):
@@ -166,6 +180,7 @@ class _Outline(NamedTuple):
     shape: str
     center: tuple[float, float]
     radius: float
+    depth: Plane  # pixels from its edge, positive inside
     coverage: Plane  # share of every pixel that it covers
     mask: Bool[np.ndarray, "h w"]
 
@@ -196,8 +211,9 @@ def _outline(
     canvas: Canvas, draw: np.random.Generator, shape: str, center: tuple[float, float], radius: float
 ) -> _Outline:
     x, y = canvas.turned(draw.uniform(-_MAX_TILT, _MAX_TILT), center, radius)
-    coverage = np.clip(SHAPES[shape](x, y) * radius + 0.5, 0, 1)
-    return _Outline(shape, center, radius, coverage, coverage >= 0.5)
+    depth = SHAPES[shape](x, y) * radius
+    coverage = np.clip(depth + 0.5, 0, 1)
+    return _Outline(shape, center, radius, depth, coverage, coverage >= 0.5)
 
 
 def _clutter(
@@ -216,6 +232,23 @@ def _clutter(
                 taken[top:bottom, left:right] = True
                 yield _outline(canvas, draw, shape, center, radius)
                 break
+
+
+def _part(canvas: Canvas, draw: np.random.Generator, whole: _Outline) -> SceneObject | None:
+    """Lay a part over the middle of an object, well inside of it; None where the object is too thin for one."""
+    shape = str(draw.choice(list(SHAPES)))
+    y, x = np.nonzero(whole.depth >= _PART_MIDDLE * whole.depth.max())
+    place = int(draw.integers(len(x)))
+    radius = draw.uniform(*_PART_RADIUS) * float(whole.depth[y[place], x[place]])
+    if radius < _MIN_PART * canvas.side:
+        return None
+    outline = _outline(canvas, draw, shape, (float(x[place]), float(y[place])), radius)
+    return _paint(canvas, draw, outline, str(draw.choice(list(TEXTURES))), _small_period(draw, radius))
+
+
+def _small_period(draw: np.random.Generator, radius: float) -> float:
+    """Of the texture of a small object of that radius; both in pixels."""
+    return draw.uniform(0.5, 0.8) * radius
 
 
 def _paint(canvas: Canvas, draw: np.random.Generator, outline: _Outline, texture: str, period: float) -> SceneObject:

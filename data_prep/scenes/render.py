@@ -63,6 +63,7 @@ class ScenesConfig(Config):
     max_side: int = Field(default=128, ge=32)  # pixels
     max_aspect: float = Field(default=1.25, ge=1)  # longer over shorter side
     max_clutter: int = Field(default=3, ge=0, le=6)  # small objects beside the main one, at most
+    part_share: float = Field(default=0, ge=0, le=1)  # of main objects that bear a part, an annotated object of its own
 
     @model_validator(mode="after")
     def _possible(self) -> ScenesConfig:
@@ -109,7 +110,10 @@ def render(config: ScenesConfig, split: str, index: int) -> RenderedScene:
     draw = np.random.default_rng([config.seed, _SPLITS.index(split), index, 0])
     label = label_of(config, split, index)
     width, height = _draw_size(config, draw)
-    scene = draw_scene(draw, *CLASSES[label], height=height, width=width, max_clutter=config.max_clutter)
+    with_part = config.part_share > 0 and draw.uniform() < config.part_share
+    scene = draw_scene(
+        draw, *CLASSES[label], height=height, width=width, max_clutter=config.max_clutter, with_part=with_part
+    )
     text = caption(scene, draw)
     extension, data = _encode(scene.image, draw)
     row = {
@@ -182,11 +186,11 @@ def _encode(image: np.ndarray, draw: np.random.Generator) -> tuple[str, bytes]:
 
 
 def _annotations(scene: Scene) -> list[dict[str, Any]]:
-    """COCO annotations of every object, the main one first."""
+    """COCO annotations of every object, the main one first and its part last."""
     from pycocotools import mask as coco_mask
 
     found = []
-    for item in reversed(scene.objects):
+    for item in (*reversed(scene.objects), *([scene.part] if scene.part else [])):
         mask = coco_mask.encode(np.asfortranarray(item.mask.astype(np.uint8)))
         found.append(
             {

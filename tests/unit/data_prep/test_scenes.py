@@ -113,6 +113,29 @@ def test_annotations_outline_every_object_the_labelled_one_first(written: Path) 
     assert set(numbers) == {1, 2, 3, 4}
 
 
+def test_a_part_lies_within_the_main_object_whose_mask_holds_it_too() -> None:
+    config = ScenesConfig(part_share=1.0, max_clutter=0)
+    numbers = Counter()
+    for index in range(60):
+        row = render(config, "train", index).row
+        whole, *parts = (coco_mask.decode(item["segmentation"]) for item in json.loads(row["annotations"]))
+        numbers[len(parts)] += 1
+        for part in parts:
+            assert (part <= whole).all()
+            assert 0.01 < part.sum() / whole.sum() < 0.75
+    assert set(numbers) == {0, 1}  # thin objects bear none
+    assert numbers[1] > 30
+
+
+def test_without_parts_scenes_are_what_they_always_were() -> None:
+    assert render(ScenesConfig(part_share=0.0), "train", 7) == render(ScenesConfig(), "train", 7)
+    some = [
+        len(json.loads(render(ScenesConfig(part_share=0.5, max_clutter=0), "train", i).row["annotations"]))
+        for i in range(60)
+    ]
+    assert 0.15 < some.count(2) / 60 < 0.6
+
+
 def test_a_mask_covers_exactly_the_pixels_its_object_changes() -> None:
     size = {"height": 96, "width": 100, "max_clutter": 0}
     for shape in SHAPES:
