@@ -7,7 +7,7 @@ at most, y x pixels of the stored image.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -36,35 +36,42 @@ class Click(NamedTuple):
     foreground: bool
 
 
-def next_click(truth: Bool[np.ndarray, "y x"], predicted: Bool[np.ndarray, "y x"] | None = None) -> Click:
+def next_click(
+    truth: Bool[np.ndarray, "y x"],
+    predicted: Bool[np.ndarray, "y x"] | None = None,
+    clicked: Iterable[Click] = (),
+) -> Click:
     """Where a careful person would click: in the middle of what is most wrong.
 
     The first click is the object's pixel farthest from its boundary, later ones the pixel farthest from the boundary of
     what was missed or of what was wrongly taken, whichever lies deeper; the image's border bounds too. Of equals the
-    first in reading order is taken, and what was missed before what was wrongly taken. Where nothing is wrong the first
-    click's place serves again.
+    first in reading order is taken, and what was missed before what was wrongly taken. As in RITM's evaluation
+    (Sofiiuk et al. 2021, `Clicker`), no pixel is clicked twice; where nothing else is wrong the first click's place
+    serves again.
     """
+    fresh = np.ones_like(truth)
+    for click in clicked:
+        fresh[click.y, click.x] = False
     missed = truth if predicted is None else truth & ~predicted
-    place, depth = _deepest(missed)
+    place, depth = _deepest(missed, fresh)
     if predicted is not None:
-        other, other_depth = _deepest(predicted & ~truth)
+        other, other_depth = _deepest(predicted & ~truth, fresh)
         if other_depth > depth:
             return Click(*other, foreground=False)
         if depth == 0:
-            place, _ = _deepest(truth)
+            place, _ = _deepest(truth, np.ones_like(truth))
     return Click(*place, foreground=True)
 
 
-def _deepest(region: Bool[np.ndarray, "y x"]) -> tuple[tuple[int, int], float]:
-    """The pixel (x, y) of a region farthest from what isn't in it, and how far that is."""
+def _deepest(region: Bool[np.ndarray, "y x"], fresh: Bool[np.ndarray, "y x"]) -> tuple[tuple[int, int], float]:
+    """The fresh pixel (x, y) of a region farthest from what isn't in it, and how far that is; 0 where there is none."""
     if not region.any():
         return (0, 0), 0.0
     rows, columns = np.flatnonzero(region.any(1)), np.flatnonzero(region.any(0))
-    top, left = int(rows[0]), int(columns[0])
-    cut = np.pad(region[top : rows[-1] + 1, left : columns[-1] + 1], 1)
-    depths = distance_transform_edt(cut)[1:-1, 1:-1]
+    box = slice(int(rows[0]), int(rows[-1]) + 1), slice(int(columns[0]), int(columns[-1]) + 1)
+    depths = distance_transform_edt(np.pad(region[box], 1))[1:-1, 1:-1] * fresh[box]
     y, x = np.unravel_index(int(depths.argmax()), depths.shape)
-    return (int(x) + left, int(y) + top), float(depths[y, x])
+    return (int(x) + int(columns[0]), int(y) + int(rows[0])), float(depths[y, x])
 
 
 def iou(a: Bool[np.ndarray, "y x"], b: Bool[np.ndarray, "y x"]) -> float:

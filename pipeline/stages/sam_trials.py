@@ -47,7 +47,7 @@ class _Tried:
 
     def click(self) -> None:
         """Add the next click."""
-        self.clicks.append(next_click(self.truth, self.predicted))
+        self.clicks.append(next_click(self.truth, self.predicted, self.clicks))
 
     def prompts(self) -> Prompts:
         """All clicks so far, and the last mask."""
