@@ -126,7 +126,11 @@ def size_bytes(url: str) -> int:
 
 
 def entries(url: str) -> Iterator[Entry]:
-    """Every object below folder `url`, at any depth, in byte order of the names; none where there is no such folder."""
+    """Every object below folder `url`, at any depth, in byte order of the names; none where there is no such folder.
+
+    Raises:
+        StorageError: the folder can't be read, or a link in it leads nowhere: what is missing isn't passed over.
+    """
     return _store(url).entries(url)
 
 
@@ -255,9 +259,13 @@ class _Local:
             for folder, _, names in os.walk(top, onerror=_raise_unless_missing):
                 found += [os.path.join(folder, name) for name in names if not name.endswith(PARTIAL_SUFFIX)]
         for path in sorted(found, key=os.fsencode):
-            with contextlib.suppress(FileNotFoundError):  # deleted since
+            try:
                 facts = os.stat(path)
-                yield Entry(path, facts.st_size, str(facts.st_mtime_ns))
+            except FileNotFoundError:
+                if os.path.islink(path):
+                    raise StorageError("a link to what isn't there", where=path, fix="mend or remove it") from None
+                continue  # deleted since
+            yield Entry(path, facts.st_size, str(facts.st_mtime_ns))
 
     def delete(self, url: str) -> None:
         with _local_errors(url):

@@ -111,6 +111,15 @@ def test_large_objects_go_up_in_parts_and_come_back_whole(bucket: str, monkeypat
     assert storage.read(url) == data
 
 
+def test_a_link_that_leads_nowhere_is_no_missing_object_but_an_error(tmp_path: Path) -> None:
+    storage.write(str(tmp_path / "real"), b"x")
+    (tmp_path / "good.tar").symlink_to(tmp_path / "real")
+    assert [entry.size_bytes for entry in storage.entries(str(tmp_path))] == [1, 1]
+    (tmp_path / "lost.tar").symlink_to(tmp_path / "unmounted" / "lost.tar")
+    with pytest.raises(StorageError, match=r"lost\.tar: a link to what isn't there"):
+        list(storage.entries(str(tmp_path)))
+
+
 def test_listings_longer_than_a_page(moto_bucket: str) -> None:
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda i: storage.write(f"{moto_bucket}/{i:04d}", b""), range(1005)))
