@@ -22,7 +22,7 @@ from data_prep.samples import images
 from data_prep.sources.folders import is_image
 from pipeline import storage
 from pipeline.data.manifest import MANIFEST_NAME, read_index, read_manifest
-from pipeline.data.tar import IMAGE_EXTENSIONS
+from pipeline.data.tar import first_image
 from pipeline.errors import DataError
 
 _IMAGES_A_TASK = 1024
@@ -100,7 +100,7 @@ def _of_shard(folder: str, number: int) -> list[tuple[bytes, bytes]]:
     found = []
     for start, stop in itertools.pairwise(offsets):
         members = parse_sample(archive[start:stop], 0).members
-        image = next((members[extension] for extension in IMAGE_EXTENSIONS if extension in members), None)
+        image = first_image(members)
         if image is None:
             continue  # tars that something else wrote may hold such samples, and any JSON
         data = bytes(image)

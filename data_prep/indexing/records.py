@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import secrets
 import threading
 import time
@@ -16,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from data_prep.indexing.walk import Problem, Walked
-from data_prep.shards.commit import json_bytes
+from data_prep.shards.commit import json_bytes, read_document
 from pipeline import storage
 from pipeline.errors import ConfigError, DataError
 
@@ -115,18 +114,14 @@ def _walked(item: Mapping[str, Any]) -> Walked:
 
 
 def _document(place: str) -> dict[str, Any]:
-    try:
-        found: dict[str, Any] = json.loads(storage.read(place))
-        version = found["format_version"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"damaged records ({error})", where=place, fix=_DELETE) from error
-    if version != FORMAT_VERSION:
-        raise DataError(
-            f"records of format_version {version}, and this version goes on with {FORMAT_VERSION} only",
-            where=place,
-            fix="update vitrail, or delete the folder _index to read all tars again",
-        )
-    return found
+    return read_document(
+        place,
+        FORMAT_VERSION,
+        "records",
+        _DELETE,
+        damaged="damaged records",
+        renew="update vitrail, or delete the folder _index to read all tars again",
+    )
 
 
 _DELETE = "delete it, which has the tars it tells of read again, and run the same command"

@@ -329,12 +329,22 @@ def json_bytes(document: Mapping[str, Any]) -> bytes:
     return (json.dumps(document, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode("utf-8")
 
 
-def read_document(place: str, format_version: int, what: str, fix: str) -> dict[str, Any]:
+def read_document(
+    place: str,
+    format_version: int,
+    what: str,
+    fix: str,
+    *,
+    damaged: str | None = None,
+    renew: str = "train on that data set as it is, or build anew into another output",
+) -> dict[str, Any]:
     """The JSON object at `place`, if this version can go on with it.
 
     Args:
         what: it is.
         fix: what to do where it is damaged.
+        damaged: what it is then; default: not `what`.
+        renew: what to do where another version wrote it.
 
     Raises:
         FileNotFoundError: there is none.
@@ -344,12 +354,12 @@ def read_document(place: str, format_version: int, what: str, fix: str) -> dict[
         document: dict[str, Any] = json.loads(storage.read(place))
         version = document["format_version"]
     except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"not {what} ({error})", where=place, fix=fix) from error
+        raise DataError(f"{damaged or f'not {what}'} ({error})", where=place, fix=fix) from error
     if version != format_version:
         raise DataError(
             f"{what} of format_version {version}, and this version goes on with {format_version} only",
             where=place,
-            fix="train on that data set as it is, or build anew into another output",
+            fix=renew,
         )
     return document
 

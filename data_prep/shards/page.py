@@ -21,6 +21,7 @@ from data_prep.account import REASONS, PrepReport
 from pipeline import storage
 from pipeline.data.images import UnreadableSample, decode
 from pipeline.data.manifest import Manifest
+from pipeline.data.tar import first_image
 
 PAGE_NAME = "report.html"
 NUM_SIDECARS = 20  # that histograms are made of, spread over each split
@@ -134,8 +135,7 @@ def _some(manifest: Manifest, count: int) -> Iterable[tuple[bytes, str]]:
     from data_prep.shards.verify import first_members  # it reads what `finish` writes, which writes this page
 
     for _, _, members in first_members(manifest, count):
-        image = next((members[e] for e in ("jpg", "png", "webp") if e in members), b"")
-        yield image, members.get("txt", b"").decode("utf-8", "replace")
+        yield first_image(members) or b"", members.get("txt", b"").decode("utf-8", "replace")
 
 
 def _figure(image: bytes, caption: str) -> str:

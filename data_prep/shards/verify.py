@@ -20,11 +20,10 @@ from data_prep.shards.finish import REPORT_NAME, SIZES_NAME
 from pipeline import storage
 from pipeline.data.images import UnreadableSample, decode, read_header
 from pipeline.data.manifest import MANIFEST_NAME, Manifest, Shard, read_index, read_manifest
-from pipeline.data.tar import IMAGE_EXTENSIONS, key_and_extension
+from pipeline.data.tar import EXTENSIONS, IMAGE_EXTENSIONS, first_image, key_and_extension
 from pipeline.errors import DataError
 
 PIECE_BYTES = 16 * 2**20  # read at once, or one sample where that is larger
-_OTHERS = ("txt", "json", "cls")
 
 
 class Problem(NamedTuple):
@@ -233,12 +232,12 @@ def sample_problem(data: bytes, key: str | None, *, foreign: bool = False) -> st
         return f"no tar members ({error})"
     found = {parts: value for name, value in content.items() if (parts := key_and_extension(name)) is not None}
     if foreign:
-        found = {parts: value for parts, value in found.items() if parts[1] in (*IMAGE_EXTENSIONS, *_OTHERS)}
+        found = {parts: value for parts, value in found.items() if parts[1] in EXTENSIONS}
     keys = {name for name, _ in found}
     if len(keys) != 1 or (key is not None and keys != {key}):
         return f"members of {sorted(keys)} where {key or 'one sample'} should be"
     by_extension = {extension: value for (_, extension), value in found.items()}
-    unknown = set(by_extension) - set(IMAGE_EXTENSIONS) - set(_OTHERS)
+    unknown = set(by_extension) - EXTENSIONS
     if unknown:
         return f"unexpected members {sorted(unknown)}"
     pictures = [extension for extension in IMAGE_EXTENSIONS if extension in by_extension]
@@ -305,7 +304,7 @@ def _facts(members: Mapping[str, bytes]) -> dict[str, Any]:
     facts = facts if isinstance(facts, dict) else {}
     if isinstance(facts.get("annotations"), list):
         facts["num_annotations"] = len(facts.pop("annotations"))
-    image = next((members[extension] for extension in IMAGE_EXTENSIONS if extension in members), None)
+    image = first_image(members)
     if image is not None and "width" not in facts:
         with contextlib.suppress(UnreadableSample):
             header = read_header(image)

@@ -6,7 +6,7 @@ import json
 
 from pipeline.data.batch import RawSample, derive_seed
 from pipeline.data.images import Encoded, UnreadableSample
-from pipeline.data.tar import IMAGE_EXTENSIONS
+from pipeline.data.tar import first_image
 
 
 def image_member(sample: RawSample) -> Encoded:
@@ -15,10 +15,9 @@ def image_member(sample: RawSample) -> Encoded:
     Raises:
         UnreadableSample: there is none.
     """
-    for extension in IMAGE_EXTENSIONS:
-        data = sample.members.get(extension)
-        if data is not None:
-            return data
+    data = first_image(sample.members)
+    if data is not None:
+        return data
     raise UnreadableSample(f"no image among its members ({', '.join(sorted(sample.members)) or 'none'})")
 
 

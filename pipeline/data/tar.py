@@ -5,8 +5,8 @@ One walk serves the reader of a sample, who has its bytes, and the indexing of t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Literal, NamedTuple
+from collections.abc import Callable, Iterator, Mapping
+from typing import Literal, NamedTuple, TypeVar
 
 from pipeline.data.images import UnreadableSample
 
@@ -15,6 +15,7 @@ IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")  # of several in a sample the 
 EXTENSIONS = frozenset({*IMAGE_EXTENSIONS, "txt", "json", "cls"})  # of the members that stages read
 _MAX_EXTENDED_HEADER_BYTES = 2**20
 
+Content = TypeVar("Content")
 Take = Callable[[int, int], bytes | memoryview]
 """Bytes [start, stop) of what is walked. Ranges are asked for in rising order, and those in between never."""
 
@@ -108,6 +109,11 @@ def key_and_extension(name: str) -> tuple[str, str] | None:
     folder, slash, base = name.rpartition("/")
     stem, dot, extension = base.partition(".")
     return (f"{folder}{slash}{stem}", extension.lower()) if stem and dot else None
+
+
+def first_image(members: Mapping[str, Content]) -> Content | None:
+    """Of a sample's members by extension, the one that is its image; None where none is."""
+    return next((members[extension] for extension in IMAGE_EXTENSIONS if extension in members), None)
 
 
 def _octal(field: bytes, what: str, at: int) -> int:
