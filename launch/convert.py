@@ -14,10 +14,9 @@ from pipeline.convert.weights import Format, Weights, load_table, numbered
 from pipeline.data.manifest import read_manifest
 from pipeline.errors import CheckpointError, ConfigError, UserError
 from pipeline.run_dir import RunDir
+from pipeline.stages import stage_class
 
 OWN = "vitrail"
-CLASS_ROWS = {"head.weight": 0, "heads.0.weight": 0, "boxes.heads.0.cls_score.weight": 1}
-"""Parameters with a row for each class, and how many rows they have beside (the background)."""
 
 
 def convert_weights(
@@ -96,16 +95,19 @@ def run_weights(url: str, which: str = "auto") -> Weights:
 
 
 def _classes(config: configs.Document, state: dict[str, Any]) -> tuple[str, ...]:
-    """The classes' names, from the training data's manifest; numbers where it is out of reach by now."""
-    counts = [state[name].shape[0] - others for name, others in CLASS_ROWS.items() if name in state]
-    if not counts:
+    """The names of the classes a stage learnt, from the training data's manifest, which all sources share; numbers
+    where it is out of reach by now.
+    """
+    name, others = stage_class(str(config["stage"])).class_rows or ("", 0)
+    if name not in state:
         return ()
+    count = state[name].shape[0] - others
     try:
         train = config["data"]["train"]
         classes = read_manifest(str(train if isinstance(train, str) else train[0]["url"])).classes
     except (UserError, OSError, KeyError):
         classes = ()
-    return tuple(classes) if len(classes) == counts[0] else numbered(counts[0])
+    return tuple(classes) if len(classes) == count else numbered(count)
 
 
 def _taken(facts: dict[str, Any], form: Format) -> dict[str, Any]:

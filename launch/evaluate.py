@@ -10,21 +10,23 @@ import torch
 
 from launch.predict import changed_options, is_run, read_weights_of
 from pipeline import ranks, storage
-from pipeline.convert.weights import Weights, build
+from pipeline.convert.weights import Weights, build, checked_options, numbered
 from pipeline.data.batch import Batch, Transform
 from pipeline.data.loader import sweep
 from pipeline.data.manifest import Manifest, read_manifest
-from pipeline.errors import CheckpointError, ConfigError, DataError
+from pipeline.errors import CheckpointError, ConfigError
 from pipeline.evaluate.base import Evaluation, Measured, Predictions
 from pipeline.evaluate.knn import KnnEvaluation
 from pipeline.models.pixels import normalize
 from pipeline.models.pooling import Pooling, pool
 from pipeline.run_dir import RunDir
-from pipeline.stages.base import Stage
-from pipeline.stages.images import ImageOptions, image_transform, with_labels
+from pipeline.stages.base import LEARNT, DataFacts, LabelUse, Stage
+from pipeline.stages.images import ImageOptions, measured_transform, with_labels
+from pipeline.train.data import check_classes
 
 FORMAT, FORMAT_VERSION = "vitrail.evaluation", 1
 TRAIN = "train"
+VOTES = LabelUse("is measured by the labels of neighbours in the training set (--knn)")
 
 
 class Knn(NamedTuple):
@@ -68,15 +70,15 @@ def evaluate(
         weights = weights._replace(options=changed_options(weights.options, settings))
     places = _places(source, sets, train)
     manifests = {name: read_manifest(url) for name, url in places.items()}
-    weights = _with_classes(weights, manifests)
-    stage, _ = build(weights)
+    facts = _facts(weights, manifests, knn)
+    stage, _ = build(weights, facts)
     stage = stage.to(ranks.device())
     names = tuple(name for name in manifests if name != TRAIN)
     on = ", ".join(f"{name} ({manifests[name].num_samples})" for name in names)
     say(f"{weights.stage} from {source}, {weights.told}, on {on}")
     if knn is None:
         _whole(stage, weights)
-    evaluations, predict, transform = _own(stage) if knn is None else _neighbours(stage, knn)
+    evaluations, predict, transform = _own(stage) if knn is None else _neighbours(stage, knn, manifests)
     if not evaluations:
         raise ConfigError(f"stage {weights.stage!r} has no evaluation", where=source, fix="add --knn")
 
@@ -135,32 +137,60 @@ def _named(given: str) -> tuple[str, str]:
     return given.rstrip("/").rpartition("/")[2] or given, given
 
 
-def _with_classes(weights: Weights, manifests: Mapping[str, Manifest]) -> Weights:
-    """Weights without classes of their own take the data's; others must have the same ones.
+def _facts(weights: Weights, manifests: Mapping[str, Manifest], knn: Knn | None) -> DataFacts:
+    """What the stage is to know of the data sets: the classes it learnt; those of neighbours' labels, which are the
+    training set's; and each set's own.
 
     Raises:
-        DataError: a set's labels mean other classes than the weights' head or another set's.
+        ConfigError: a set's labels mean other classes than the weights' head or the training set's, and matter.
     """
-    numbered = tuple(map(str, range(len(weights.classes))))
-    first = weights.classes if weights.classes != numbered else ()
-    for manifest in manifests.values():
-        if not manifest.classes:
-            continue
-        first = first or manifest.classes
-        if tuple(manifest.classes) != tuple(first):
-            raise DataError(
-                f"its classes ({_few(manifest.classes)}) aren't those of the weights or of the other sets"
-                f" ({_few(first)})",
-                where=manifest.url,
-                fix="prepare all sets with the list of classes the weights were trained with",
-            )
-    if weights.classes and len(first) != len(weights.classes):
-        first = weights.classes
-    return weights._replace(classes=tuple(first))
+    cls, options = checked_options(weights)
+    own = {name: manifest.classes for name, manifest in manifests.items() if name != TRAIN}
+    training = manifests[TRAIN].classes if TRAIN in manifests else ()
+    if knn is not None:
+        _check_votes(manifests, weights.stage)
+        return DataFacts(weights.classes or training, 0, own)
+    use = cls.label_use(options)
+    if cls.class_rows is not None:
+        return DataFacts(_learnt(weights, manifests), 0, own)
+    if use is not None and training:
+        labelled = {one.url: one for one in manifests.values() if one.classes}
+        check_classes(training, manifests[TRAIN].url, labelled, weights.stage, use)
+    return DataFacts(training or weights.classes, 0, own)
 
 
-def _few(classes: Sequence[str]) -> str:
-    return f"{len(classes)}: {', '.join(classes[:3])}" + (", ..." if len(classes) > 3 else "")
+def _check_votes(manifests: Mapping[str, Manifest], stage: str) -> None:
+    """Refuse neighbours where labels can't be compared, be it that there are none."""
+    train = manifests.get(TRAIN)
+    if train is None:  # the evaluation tells
+        return
+    if not train.classes:
+        raise ConfigError(
+            "it has no labels for neighbours to vote with", where=train.url, fix="give a labelled data set as --train"
+        )
+    check_classes(train.classes, train.url, {one.url: one for one in manifests.values()}, stage, VOTES)
+
+
+def _learnt(weights: Weights, manifests: Mapping[str, Manifest]) -> tuple[str, ...]:
+    """The classes' names: the weights' own; where those are but numbers, the data's.
+
+    Raises:
+        ConfigError: a set's labels mean other classes than the weights' or another set's.
+    """
+    labelled = {one.url: one for one in manifests.values() if one.classes}
+    unnamed = numbered(len(weights.classes))
+    if weights.classes != unnamed:
+        check_classes(weights.classes, "the weights", labelled, weights.stage, LEARNT)
+        return weights.classes
+    if not labelled:
+        return weights.classes
+    first = next(iter(labelled.values()))
+    check_classes(first.classes, first.url, labelled, weights.stage, LEARNT)
+    if weights.classes and first.classes != unnamed[: len(first.classes)]:
+        if len(first.classes) != len(weights.classes):
+            check_classes(weights.classes, "the weights", labelled, weights.stage, LEARNT)
+        return first.classes
+    return weights.classes or first.classes
 
 
 def _whole(stage: Stage, weights: Weights) -> None:
@@ -181,7 +211,7 @@ def _own(stage: Stage) -> Measures:
     return stage.evaluations(), stage.predict, stage.transform(train=False)
 
 
-def _neighbours(stage: Stage, knn: Knn) -> Measures:
+def _neighbours(stage: Stage, knn: Knn, manifests: Mapping[str, Manifest]) -> Measures:
     options = getattr(stage, "config", None)
     assert isinstance(options, ImageOptions)
     if knn.pooling == "cls" and not stage.trunk.config.cls_token:
@@ -192,7 +222,8 @@ def _neighbours(stage: Stage, knn: Knn) -> Measures:
         tokens = stage.trunk(normalize(batch.images, options.pixels))
         return with_labels({"features": pool(tokens, knn.pooling).float()}, batch)
 
-    transform = image_transform(options, stage.data, train=False, labels=True)
+    num_classes = len(manifests[TRAIN].classes) if TRAIN in manifests else 0  # without it the evaluation says so
+    transform = measured_transform(options, num_classes=num_classes)
     return {"knn": KnnEvaluation(knn.k, knn.temperature)}, features, transform
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from launch.chain import Chain, load_chain
 from launch.cluster import available_cores
@@ -13,6 +14,10 @@ from pipeline import config as configs
 from pipeline.config import Document
 from pipeline.errors import ConfigError, UserError
 from pipeline.train.config import TrainConfig
+
+if TYPE_CHECKING:
+    from pipeline.data.mixture import Source
+    from pipeline.stages.base import LabelUse
 
 Told = tuple[dict[str, Any], list[str]]
 
@@ -60,9 +65,11 @@ def plan_training(document: Document, *, where: str, workers: int | None, nodes:
     gpus = torch.cuda.device_count()
     world_size = nodes * (workers or gpus or 1)
     resolved = resolve(config, World(0, world_size, 0), torch.device("cuda" if gpus else "cpu"))
-    lines = [f"run {config.run_url}, stage {config.stage}", *resolved.lines(), *_plan_reading(config, world_size)]
+    sources, why_not = _read_sources(config)
+    lines = [f"run {config.run_url}, stage {config.stage}", *resolved.lines()]
+    lines += _plan_reading(config, sources, world_size)
     plan: dict[str, Any] = {"kind": "train", "run": config.run_url, "stage": config.stage, **resolved.document()}
-    counted, why_not = _count_parameters(config)
+    counted, why_not = _count_parameters(config, sources) if sources else (None, why_not)
     if counted is None:
         lines.append(f"parameters: not counted ({why_not})")
         return plan, lines
@@ -76,7 +83,41 @@ def plan_training(document: Document, *, where: str, workers: int | None, nodes:
     return plan, lines
 
 
-def _plan_reading(config: TrainConfig, world_size: int) -> list[str]:
+def _read_sources(config: TrainConfig) -> tuple[tuple[Source, ...], str]:
+    """The training sets, or () and why they can't be read yet.
+
+    Raises:
+        ConfigError: options are wrong, or sets that can be read name classes that this stage can't have side by side.
+    """
+    from pipeline.stages import stage_class
+    from pipeline.train.data import read_sources
+
+    cls = stage_class(config.stage)
+    options = configs.validate(cls.options, config.options, where=config.name, prefix="options")
+    use = cls.label_use(options)
+    try:
+        sources = read_sources(config.data.sources, config.stage, use)
+    except ConfigError:
+        raise
+    except (UserError, FileNotFoundError) as error:
+        return (), f"the data can't be read: {error}"
+    _check_evaluation_sets(config, sources, use)
+    return sources, ""
+
+
+def _check_evaluation_sets(config: TrainConfig, sources: Sequence[Source], use: LabelUse | None) -> None:
+    """Those that there are by now; the others' turn comes when the run begins."""
+    from pipeline.data.manifest import Manifest, read_manifest
+    from pipeline.train.data import check_evaluation_sets
+
+    sets: dict[str, Manifest] = {}
+    for name, url in config.data.evaluate.items() if use is not None else ():
+        with contextlib.suppress(UserError, FileNotFoundError):
+            sets[name] = read_manifest(url)
+    check_evaluation_sets(sources, sets, config.stage, use)
+
+
+def _plan_reading(config: TrainConfig, sources: Sequence[Source], world_size: int) -> list[str]:
     """What reading the data comes to; nothing where they can't be read yet.
 
     Raises:
@@ -84,14 +125,11 @@ def _plan_reading(config: TrainConfig, world_size: int) -> list[str]:
         DataError: sets too small for the global batch.
     """
     from pipeline.data.capacity import advice, check_batch, check_data, held_bytes
-    from pipeline.train.data import read_sources
 
     data = config.data
     shape = {"world_size": world_size, "workers": data.workers, "lanes": data.lanes}
     check_batch(data.global_batch, copies=data.crops_per_image, **shape)
-    try:
-        sources = read_sources(data.sources)
-    except (UserError, FileNotFoundError):
+    if not sources:
         return []
     check_data(sources, data.global_batch, data.crops_per_image)
     held = held_bytes(sources, window=data.window, **shape)
@@ -115,24 +153,20 @@ def state_bytes(num_parameters: int, num_trained: int, zero_stage: int, world_si
     )
 
 
-def _count_parameters(config: TrainConfig) -> tuple[tuple[int, int] | None, str]:
+def _count_parameters(config: TrainConfig, sources: Sequence[Source]) -> tuple[tuple[int, int] | None, str]:
     """(all, trained) parameters of the stage, built without memory; or why they can't be counted."""
     import torch
 
     from pipeline.stages import stage_class
     from pipeline.stages.base import DataFacts
-    from pipeline.train.data import read_sources
+    from pipeline.train.data import shared_classes
 
     cls = stage_class(config.stage)
     options = configs.validate(cls.options, config.options, where=config.name, prefix="options")
     try:
-        sources = read_sources(config.data.sources)
-    except (UserError, FileNotFoundError) as error:
-        return None, f"the data can't be read: {error}"
-    try:
         with torch.device("meta"):
             num_samples = sum(source.num_samples for source in sources)
-            stage = cls(options, DataFacts(sources[0].manifest.classes, num_samples))
+            stage = cls(options, DataFacts(shared_classes(sources), num_samples))
     except (NotImplementedError, RuntimeError) as error:
         return None, f"{config.stage} can't be built without data: {error}"
     counts = [(name, parameter.numel()) for name, parameter in stage.named_parameters()]

@@ -101,16 +101,19 @@ class Format(abc.ABC):
         """
 
 
-def build(weights: Weights) -> tuple[Stage, LoadReport]:
+def build(weights: Weights, data: DataFacts | None = None) -> tuple[Stage, LoadReport]:
     """A stage with these weights (fp32, eval mode), and what became of each name. Parts that the weights don't hold
     are drawn from torch's global generator.
+
+    Args:
+        data: what the stage is to know of data; None: the weights' own classes.
 
     Raises:
         CheckpointError: tensors are missing, left over, or of another shape than the options imply.
         ConfigError: the options are impossible.
     """
     cls, options = checked_options(weights)
-    stage = cls(options, DataFacts(weights.classes))
+    stage = cls(options, DataFacts(weights.classes) if data is None else data)
     wanted = dict.fromkeys(name for name in stage.state_dict() if name.startswith(weights.parts))
     missing = [name for name in wanted if name not in weights.state]
     beyond = [name for name in weights.state if name not in wanted]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from pipeline.errors import DataError
 from pipeline.evaluate.base import Measured, Predict, Sweep
 from pipeline.evaluate.classification import best_classes, classification_figures
 from pipeline.evaluate.collect import collect, labelled
@@ -28,14 +29,22 @@ class Tokenizer(Protocol):
 class ImageTextEvaluation:
     """`<set>/zeroshot_top1` and so on where samples have labels, `<set>/retrieval_*` where they have captions.
 
+    Every set is measured by its own classes, which `details` tells as `<set>/classes`.
+
     The stage predicts `image_embedding` and `text_embedding` [B,E] for what a batch holds, `labels` (-1 where a sample
     has none), and `text` for telling equal captions; an empty caption is none.
     """
 
     def __init__(
-        self, classes: Sequence[str], templates: Sequence[str], tokenizer: Tokenizer, *, retrieval: bool = True
+        self,
+        classes: Mapping[str, Sequence[str]],
+        templates: Sequence[str],
+        tokenizer: Tokenizer,
+        *,
+        retrieval: bool = True,
     ) -> None:
-        self.classes = tuple(classes)
+        """Takes what each set's classes are called in prompts; "" stands for all sets that aren't named."""
+        self.classes = {name: tuple(own) for name, own in classes.items()}
         self.templates = tuple(templates)
         self.tokenizer = tokenizer
         self.retrieval = retrieval
@@ -46,15 +55,18 @@ class ImageTextEvaluation:
         details: dict[str, Any] = {}
         if not names:
             return Measured({})
-        by_class = self._class_embeddings(predict) if self.classes else None
+        by_class = {
+            own: self._class_embeddings(predict, own) for own in dict.fromkeys(map(self._classes_of, names)) if own
+        }
         for name in names:
             found = collect(predict, sweep(name), ("image_embedding", "text_embedding", "labels", "text"))
             known = labelled(found)
-            if by_class is not None and known:
-                best = best_classes(known["image_embedding"].float() @ by_class.T)
-                own, own_details = classification_figures(best, known["labels"], self.classes, f"{name}/zeroshot_")
+            if (classes := self._classes_of(name)) and known:
+                _check_labels(known["labels"], classes, name)
+                best = best_classes(known["image_embedding"].float() @ by_class[classes].T)
+                own, own_details = classification_figures(best, known["labels"], classes, f"{name}/zeroshot_")
                 figures |= own
-                details |= own_details
+                details |= {f"{name}/classes": own_details.pop("classes"), **own_details}
             if self.retrieval and "text_embedding" in found:
                 own, own_details = self._retrieve(found, name)
                 figures |= own
@@ -78,8 +90,21 @@ class ImageTextEvaluation:
     def _told(self, tokens: Tensor) -> str:
         return self.tokenizer.decode(tokens)
 
-    def _class_embeddings(self, predict: Predict) -> Tensor:
+    def _classes_of(self, name: str) -> tuple[str, ...]:
+        return self.classes.get(name, self.classes.get("", ()))
+
+    def _class_embeddings(self, predict: Predict, classes: tuple[str, ...]) -> Tensor:
         """Each rank embeds its share of the prompts; all get all classes."""
-        tokens = self.tokenizer(prompts(self.classes, self.templates))
+        tokens = self.tokenizer(prompts(classes, self.templates))
         embedded = collect(predict, prompt_batches(tokens), ("text_embedding",))["text_embedding"]
-        return class_embeddings(torch.as_tensor(embedded).float(), len(self.classes))
+        return class_embeddings(torch.as_tensor(embedded).float(), len(classes))
+
+
+def _check_labels(labels: Int[Tensor, " b"], classes: Sequence[str], name: str) -> None:
+    """Raise DataError for a label beyond the set's own classes; the same on all ranks, which hold the same labels."""
+    if int(labels.max()) >= len(classes):
+        raise DataError(
+            f"label {int(labels.max())}, but the data name {len(classes)} classes",
+            where=f"evaluation set {name!r}",
+            fix="prepare the set with the whole list of its classes",
+        )

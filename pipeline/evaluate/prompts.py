@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Sequence
+import logging
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pipeline import storage
@@ -13,6 +14,8 @@ from pipeline.models.open_clip_file import open_clip_file
 
 TEMPLATES = {"openai_imagenet": "OPENAI_IMAGENET_TEMPLATES", "simple_imagenet": "SIMPLE_IMAGENET_TEMPLATES"}
 IMAGENET = "imagenet"
+
+log = logging.getLogger("vitrail")
 
 
 def templates(wanted: str | Sequence[str]) -> tuple[str, ...]:
@@ -52,6 +55,35 @@ def class_names(wanted: str | Sequence[str], labels: Sequence[str]) -> tuple[str
             fix="give one name for each class, in the order of the labels",
         )
     return names
+
+
+def names_of_sets(
+    wanted: str | Sequence[str] | Mapping[str, str | Sequence[str]], labels: Mapping[str, Sequence[str]]
+) -> dict[str, tuple[str, ...]]:
+    """What each set's classes are called in prompts, in the order of its labels; see `class_names`.
+
+    Args:
+        wanted: as `class_names` takes it, for sets that have the same labels; or by the set's name, the others' classes
+            being called as their data call them.
+        labels: each set's own names; () of a set that has no labels. "" stands for any set.
+
+    Raises:
+        ConfigError: see `class_names`; or one list of names is given for several lists of classes.
+    """
+    if isinstance(wanted, Mapping):
+        strange = sorted(wanted.keys() - labels.keys())
+        if strange and "" not in labels:
+            log.warning("options.class_names: none of the sets measured is called %s", " or ".join(strange))
+        return {name: class_names(wanted.get(name, ()), own) for name, own in labels.items()}
+    lists = {tuple(own): name for name, own in labels.items() if own}
+    if wanted and len(lists) > 1:
+        sets = " and ".join(sorted(lists.values()))
+        raise ConfigError(
+            f"one list of names, and sets {sets} have classes of their own",
+            where="options.class_names",
+            fix="give names by set, `{SET: imagenet}`; sets left out keep the names their data give",
+        )
+    return {name: class_names(wanted, own) for name, own in labels.items()}
 
 
 def _names(wanted: str | Sequence[str]) -> tuple[tuple[str, ...], str]:

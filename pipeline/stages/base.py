@@ -27,9 +27,23 @@ from pipeline.models.vit import ViT
 class DataFacts(NamedTuple):
     """What a stage may know of its training data before it is built."""
 
-    classes: tuple[str, ...] = ()  # label names, from the manifest
+    classes: tuple[str, ...] = ()  # label names, which all training sets share; () where they have none or differ
     num_samples: int = 0
-    measured_classes: tuple[str, ...] = ()  # label names of the evaluation sets, where the training data have none
+    sets: Mapping[str, tuple[str, ...]] = {}  # each evaluation set's own label names, by the set's name
+
+
+class LabelUse(NamedTuple):
+    """What takes labels for numbers of the training data's classes: then all sets must name the same ones."""
+
+    why: str  # what the stage does with them, for messages: "learns classes"
+    instead: str = ""  # the way out other than to prepare the sets with one list of classes
+
+
+LEARNT = LabelUse("learns classes")
+NEIGHBOURS = LabelUse(
+    "compares labels with those of the training data (options.evaluate)",
+    ", or leave it out of options.evaluate and measure such sets afterwards: `vitrail eval RUN SET --knn --train SET`",
+)
 
 
 class Losses(NamedTuple):
@@ -71,12 +85,23 @@ class Stage(nn.Module, abc.ABC):
     options: ClassVar[type[Config]]
     question: ClassVar[type[Config]] = Question
     resizes_patches: ClassVar[bool] = False  # whether weights for patches of another size may start it
+    class_rows: ClassVar[tuple[str, int] | None] = None  # of a stage that learns classes: a parameter with a row for
+    # each of them, and how many rows it has beside (the background)
     limits: ClassVar[Mapping[str, tuple[float, float]]] = {}  # parameter name -> range held on the fp32 masters
     trunk: ViT
 
     def __init__(self, options: Config, data: DataFacts) -> None:
         super().__init__()
         self.data = data
+
+    @classmethod
+    def label_use(cls, options: Config) -> LabelUse | None:
+        """What, with these options, needs one list of classes for all sets of a run; None: any sets may be mixed and
+        measured, since labels aren't read, or by each evaluation set's own classes (`DataFacts.sets`).
+
+        Asked before the stage is built, when manifests are read.
+        """
+        return None if cls.class_rows is None else LEARNT
 
     @final  # type: ignore[misc]  # torch declares it as a writable attribute
     def forward(self, call: Literal["loss", "predict", "embed", "contrast"], x: Any) -> Any:

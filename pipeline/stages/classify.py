@@ -65,6 +65,7 @@ class ClassifyStage(Stage):
     """
 
     options: ClassVar[type[Config]] = ClassifyOptions
+    class_rows: ClassVar[tuple[str, int] | None] = ("head.weight", 0)
 
     def __init__(self, options: ClassifyOptions, data: DataFacts) -> None:
         super().__init__(options, data)

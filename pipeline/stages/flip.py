@@ -27,14 +27,14 @@ from pipeline.evaluate.base import Evaluation, Predictions
 from pipeline.evaluate.image_text import ImageTextEvaluation
 from pipeline.evaluate.knn import KnnEvaluation
 from pipeline.evaluate.logistic import LogisticEvaluation
-from pipeline.evaluate.prompts import class_names, templates
+from pipeline.evaluate.prompts import names_of_sets, templates
 from pipeline.losses.contrastive import clip_loss, siglip_loss
 from pipeline.models.masking import random_masking
 from pipeline.models.pixels import normalize
 from pipeline.models.pooling import AttentionPool, pool
 from pipeline.models.text import TextConfig, TextMasking, TextTower
 from pipeline.models.vit import ViT
-from pipeline.stages.base import Answer, ContrastiveStage, DataFacts, Losses, Picture, Question
+from pipeline.stages.base import NEIGHBOURS, Answer, ContrastiveStage, DataFacts, LabelUse, Losses, Picture, Question
 from pipeline.stages.images import ImageOptions, captioned_transform, with_labels
 
 LOGIT_SCALE_MAX = math.log(100)
@@ -45,6 +45,7 @@ log = logging.getLogger("vitrail")
 
 Ratio = Annotated[float, Field(ge=0, lt=1)]
 Measure = Literal["zeroshot", "retrieval", "knn", "linear_probe"]
+ClassNames = str | tuple[str, ...]
 
 
 @functools.cache
@@ -78,7 +79,8 @@ class FlipOptions(ImageOptions):
     decay_positions: bool = True  # weight decay also for trained position tables, as open_clip; the official FLIP: no
     evaluate: tuple[Measure, ...] = ("zeroshot", "retrieval")
     templates: str | tuple[str, ...] = "openai_imagenet"  # prompts, or the name of a list of open_clip's
-    class_names: str | tuple[str, ...] = ()  # for zero-shot: imagenet (open_clip's), a file; (): the data's own
+    class_names: ClassNames | dict[str, ClassNames] = ()  # for zero-shot: imagenet (open_clip's), a file; (): as the
+    # data call them; or any of these by name of the evaluation set, where sets have classes of their own
 
     @model_validator(mode="after")
     def _possible(self) -> FlipOptions:
@@ -147,9 +149,18 @@ class FlipStage(ContrastiveStage):
         self.logit_bias: nn.Parameter | None = None
         if options.loss == "siglip":
             self.logit_bias = nn.Parameter(torch.full((1,), options.init_bias))
-        self.labels = data.classes or data.measured_classes
-        self.classes = class_names(options.class_names, self.labels)
+        # A set is measured by its own classes; one that names none by the training data's.
+        self.labels = {name: own or data.classes for name, own in data.sets.items()} or {"": data.classes}
+        self.prompted = names_of_sets(options.class_names, self.labels)
         self._check_freeze()
+
+    @classmethod
+    def label_use(cls, options: Config) -> LabelUse | None:
+        """Neighbours' labels and the linear probe's, where they are asked for; zero-shot classification goes by each
+        set's own classes.
+        """
+        assert isinstance(options, FlipOptions)
+        return NEIGHBOURS if {"knn", "linear_probe"}.intersection(options.evaluate) else None
 
     @property
     def schedule_changes(self) -> tuple[int, ...]:
@@ -221,8 +232,9 @@ class FlipStage(ContrastiveStage):
         return F.normalize(self.text(text, keep).float(), dim=-1)
 
     def transform(self, train: bool) -> Transform:
-        """Images and tokens; labels where the data have any, for zero-shot classification."""
-        num_classes = 0 if train else len(self.labels)
+        """Images and tokens; in evaluation labels, where one of the sets has any and something looks at them."""
+        read = not train and any(measure != "retrieval" for measure in self.config.evaluate)
+        num_classes = max(map(len, self.labels.values())) if read else 0
         return captioned_transform(self.config, train=train, num_classes=num_classes, tokenizer=self.tokenizer)
 
     def evaluations(self) -> Mapping[str, Evaluation]:
@@ -230,7 +242,7 @@ class FlipStage(ContrastiveStage):
         wanted = self.config.evaluate
         found: dict[str, Evaluation] = {}
         if "zeroshot" in wanted or "retrieval" in wanted:
-            classes = self.classes if "zeroshot" in wanted else ()
+            classes = self.prompted if "zeroshot" in wanted else {}
             found["image_text"] = ImageTextEvaluation(
                 classes, templates(self.config.templates), self.tokenizer, retrieval="retrieval" in wanted
             )

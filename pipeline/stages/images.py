@@ -58,7 +58,7 @@ class LabelledExample(ImageExample):
         for example in examples:
             if example.label is not None and example.label >= self.num_classes:
                 raise DataError(
-                    f"label {example.label}, but the training data name {self.num_classes} classes",
+                    f"label {example.label}, but the data name {self.num_classes} classes",
                     where=f"sample {sample.key}",
                     fix="prepare all sets of a run with the same list of classes",
                 )
@@ -90,7 +90,7 @@ class MeasuredExample:
     """
 
     image: ImageTransform
-    text: Tokenize
+    text: Tokenize | None
     num_classes: int
 
     def __call__(self, sample: RawSample, seed: int) -> Example:
@@ -139,7 +139,14 @@ def captioned_transform(options: ImageOptions, *, train: bool, num_classes: int,
     if train:
         image = TrainImage(size=size, scale=options.crop_scale, flip=options.flip)
         return CaptionedExample(image=image, text=tokenizer)
-    return MeasuredExample(image=EvalImage(size=size), text=tokenizer, num_classes=num_classes)
+    return measured_transform(options, num_classes=num_classes, tokenizer=tokenizer)
+
+
+def measured_transform(options: ImageOptions, *, num_classes: int, tokenizer: Tokenize | None = None) -> Transform:
+    """Samples of an evaluation set to uint8 images, with their labels, -1 where one has none: a set without labels is
+    still measured by what needs none. Captions by `tokenizer`, labels if `num_classes` > 0.
+    """
+    return MeasuredExample(image=EvalImage(size=options.model.image_hw), text=tokenizer, num_classes=num_classes)
 
 
 def with_labels(predictions: Mapping[str, Tensor], batch: Batch) -> dict[str, Tensor]:

@@ -34,8 +34,8 @@ from pipeline.models.noise import uniform
 from pipeline.models.pixels import denormalize, normalize, patchify, unpatchify
 from pipeline.models.pooling import Pooling, pool
 from pipeline.models.vit import Tokens, ViT
-from pipeline.stages.base import DataFacts, Losses, Picture, Stage
-from pipeline.stages.images import ImageOptions, image_transform, with_labels
+from pipeline.stages.base import NEIGHBOURS, DataFacts, LabelUse, Losses, Picture, Stage
+from pipeline.stages.images import ImageOptions, image_transform, measured_transform, with_labels
 
 NUM_PICTURES = 8
 GRAY = 128  # of masked patches in pictures
@@ -111,6 +111,12 @@ class MaeStage(Stage):
     """Pretraining; afterwards `encode` gives features and `reconstruct` fills in what a mask hides."""
 
     options: ClassVar[type[Config]] = MaeOptions
+
+    @classmethod
+    def label_use(cls, options: Config) -> LabelUse | None:
+        """Neighbours' labels, where they are asked for."""
+        assert isinstance(options, MaeOptions)
+        return NEIGHBOURS if "knn" in options.evaluate else None
 
     def __init__(self, options: MaeOptions, data: DataFacts) -> None:
         super().__init__(options, data)
@@ -198,8 +204,9 @@ class MaeStage(Stage):
 
     def transform(self, train: bool) -> Transform:
         """Random crop and mirroring in training, the centre otherwise; labels only where kNN wants them."""
-        labels = "knn" in self.config.evaluate and bool(self.data.classes) and not train
-        return image_transform(self.config, self.data, train=train, labels=labels)
+        if "knn" in self.config.evaluate and self.data.classes and not train:
+            return measured_transform(self.config, num_classes=len(self.data.classes))
+        return image_transform(self.config, self.data, train=train, labels=False)
 
     def evaluations(self) -> Mapping[str, Evaluation]:
         """Reconstruction error with masks from the samples' seeds; weighted kNN on the features."""

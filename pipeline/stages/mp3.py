@@ -28,8 +28,8 @@ from pipeline.models.masking import Masking, mask_picture, random_masking
 from pipeline.models.pixels import normalize, patchify, unpatchify
 from pipeline.models.pooling import Pooling, pool
 from pipeline.models.vit import ViT
-from pipeline.stages.base import DataFacts, Losses, Picture, Stage
-from pipeline.stages.images import ImageOptions, image_transform, with_labels
+from pipeline.stages.base import NEIGHBOURS, DataFacts, LabelUse, Losses, Picture, Stage
+from pipeline.stages.images import ImageOptions, image_transform, measured_transform, with_labels
 
 NUM_PICTURES = 8
 GRAY = 128  # of places without a patch in pictures
@@ -75,6 +75,12 @@ class Mp3Stage(Stage):
     """The trunk without positions, and a linear classifier of each patch over all places."""
 
     options: ClassVar[type[Config]] = Mp3Options
+
+    @classmethod
+    def label_use(cls, options: Config) -> LabelUse | None:
+        """Neighbours' labels, where they are asked for."""
+        assert isinstance(options, Mp3Options)
+        return NEIGHBOURS if "knn" in options.evaluate else None
 
     def __init__(self, options: Mp3Options, data: DataFacts) -> None:
         super().__init__(options, data)
@@ -126,8 +132,9 @@ class Mp3Stage(Stage):
 
     def transform(self, train: bool) -> Transform:
         """Random crop and mirroring in training, the centre otherwise; labels only where kNN wants them."""
-        labels = "knn" in self.config.evaluate and bool(self.data.classes) and not train
-        return image_transform(self.config, self.data, train=train, labels=labels)
+        if "knn" in self.config.evaluate and self.data.classes and not train:
+            return measured_transform(self.config, num_classes=len(self.data.classes))
+        return image_transform(self.config, self.data, train=train, labels=False)
 
     def evaluations(self) -> Mapping[str, Evaluation]:
         """Share of patches put in their place, and the loss; weighted kNN on the features."""

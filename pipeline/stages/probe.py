@@ -64,6 +64,7 @@ class ProbeStage(Stage):
     """
 
     options: ClassVar[type[Config]] = ProbeOptions
+    class_rows: ClassVar[tuple[str, int] | None] = ("heads.0.weight", 0)
     question: ClassVar[type[Config]] = ProbeQuestion
 
     def __init__(self, options: ProbeOptions, data: DataFacts) -> None:

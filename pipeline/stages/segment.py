@@ -50,6 +50,7 @@ class SegmentStage(Stage):
     """Trunk and head; the classes of a data set's objects and a background."""
 
     options: ClassVar[type[Config]] = SegmentOptions
+    class_rows: ClassVar[tuple[str, int] | None] = ("head.head.weight", 1)
     resizes_patches: ClassVar[bool] = True
 
     def __init__(self, options: SegmentOptions, data: DataFacts) -> None:

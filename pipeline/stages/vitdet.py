@@ -65,6 +65,7 @@ class VitDetStage(Stage):
     """Trunk, pyramid, proposals, and heads for boxes and masks."""
 
     options: ClassVar[type[Config]] = VitDetOptions
+    class_rows: ClassVar[tuple[str, int] | None] = ("boxes.heads.0.cls_score.weight", 1)
     question: ClassVar[type[Config]] = DetectionQuestion
     resizes_patches: ClassVar[bool] = True  # MAE's ViT-H has patches of 14 pixels, ViTDet's of 16
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from fractions import Fraction
 from typing import Any, NamedTuple
 
@@ -18,6 +18,7 @@ from pipeline.data.mixture import Source, shares_of, sources_of
 from pipeline.data.takedown import Takedown, read_takedown
 from pipeline.errors import ConfigError, DataError
 from pipeline.ranks import World
+from pipeline.stages.base import LabelUse
 from pipeline.train.config import DataConfig, SourceConfig
 
 log = logging.getLogger("vitrail")
@@ -34,8 +35,8 @@ class RunData(NamedTuple):
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """Names of the labels, the same in all training sets."""
-        return self.train[0].manifest.classes
+        """Names of the labels, where all training sets have the same; else ()."""
+        return shared_classes(self.train)
 
     @property
     def num_samples(self) -> int:
@@ -105,11 +106,16 @@ class RunData(NamedTuple):
         return None if cache is None else RangeCache(cache.folder, int(cache.limit_gb * 1e9))
 
 
-def read_data(config: DataConfig, world_size: int) -> RunData:
+def read_data(config: DataConfig, world_size: int, stage: str, use: LabelUse | None) -> RunData:
     """Read the manifests and the takedown list of a run on rank 0, check that they can serve it, and broadcast them.
 
+    Args:
+        stage: its name, for messages.
+        use: of labels, by this stage with its options.
+
     Raises:
-        ConfigError: ranks, workers, lanes and batch don't fit each other, or sources contradict one another.
+        ConfigError: ranks, workers, lanes and batch don't fit each other, or the sets name different classes and the
+            stage needs one list of them.
         DataError: a set is missing, damaged, or too small for the global batch.
         StorageError: a place can't be read.
     """
@@ -122,11 +128,12 @@ def read_data(config: DataConfig, world_size: int) -> RunData:
             lanes=config.lanes,
             copies=config.crops_per_image,
         )
-        train = read_sources(config.sources)
+        train = read_sources(config.sources, stage, use)
         check_data(train, config.global_batch, config.crops_per_image)
         for line in advice(config.global_batch, world_size=world_size, workers=config.workers, lanes=config.lanes):
             log.warning("%s", line)
         sets = {name: read_manifest(url) for name, url in config.evaluate.items()}
+        check_evaluation_sets(train, sets, stage, use)
         takedown = Takedown() if config.takedown is None else read_takedown(config.takedown)
         if len(takedown):
             log.info("%d samples are withdrawn by %s", len(takedown), config.takedown)
@@ -135,21 +142,17 @@ def read_data(config: DataConfig, world_size: int) -> RunData:
     return ranks.from_first(read)
 
 
-def read_sources(configs: Sequence[SourceConfig]) -> tuple[Source, ...]:
-    """The training sets with their shares.
+def read_sources(configs: Sequence[SourceConfig], stage: str, use: LabelUse | None) -> tuple[Source, ...]:
+    """The training sets with their shares; see `read_data`.
 
     Raises:
-        ConfigError: a subset is larger than its set, or the sets' labels differ.
-        DataError, StorageError: a set can't be read.
+        ConfigError: the sets name different classes, and the stage needs one list of them.
+        DataError, StorageError: a set can't be read, or a subset is larger than its set.
     """
     manifests = [read_manifest(config.url) for config in configs]
-    for manifest in manifests[1:]:
-        if manifest.classes != manifests[0].classes:
-            raise ConfigError(
-                f"its labels aren't those of {manifests[0].url}: {_labels(manifest)}, not {_labels(manifests[0])}",
-                where=f"data.train: {manifest.url}",
-                fix="prepare all sets with the same list of classes",
-            )
+    if use is not None:
+        first, *others = manifests
+        check_classes(first.classes, first.url, {f"data.train: {one.url}": one for one in others}, stage, use)
     subsets = [_subset(config, manifest) for config, manifest in zip(configs, manifests, strict=True)]
     if configs[0].weight is not None:
         shares = shares_of([config.weight or 0.0 for config in configs])
@@ -159,6 +162,39 @@ def read_sources(configs: Sequence[SourceConfig]) -> tuple[Source, ...]:
     if len(manifests) == 1:
         shares = (1,)
     return tuple(Source(*parts) for parts in zip(manifests, shares, subsets, strict=True))
+
+
+def check_evaluation_sets(
+    train: Sequence[Source], sets: Mapping[str, Manifest], stage: str, use: LabelUse | None
+) -> None:
+    """Raise ConfigError for an evaluation set whose labels a stage would take for other classes than they are of.
+
+    A set that names no classes has no labels, and training data that name none leave nothing to compare with.
+    """
+    classes = shared_classes(train)
+    if use is not None and classes:
+        labelled = {f"data.evaluate.{name}: {one.url}": one for name, one in sets.items() if one.classes}
+        check_classes(classes, train[0].manifest.url, labelled, stage, use)
+
+
+def check_classes(
+    classes: Sequence[str], whose: str, others: Mapping[str, Manifest], stage: str, use: LabelUse
+) -> None:
+    """Raise ConfigError for the first of `others`, under the place that names it, with other classes than these."""
+    for where, manifest in others.items():
+        if manifest.classes != tuple(classes):
+            raise ConfigError(
+                f"its labels aren't those of {whose}: {_difference(manifest.classes, classes)}; "
+                f"and stage {stage!r} {use.why}",
+                where=where,
+                fix=f"prepare all sets with the same list of classes{use.instead}",
+            )
+
+
+def shared_classes(sources: Sequence[Source]) -> tuple[str, ...]:
+    """The class names of data sets that all have the same; else ()."""
+    first, *others = [source.manifest.classes for source in sources]
+    return first if all(one == first for one in others) else ()
 
 
 def _subset(config: SourceConfig, manifest: Manifest) -> int | None:
@@ -173,8 +209,13 @@ def _subset(config: SourceConfig, manifest: Manifest) -> int | None:
     return None if count == there else count
 
 
-def _labels(manifest: Manifest) -> str:
-    return f"{len(manifest.classes)} classes" if manifest.classes else "none"
+def _difference(found: Sequence[str], wanted: Sequence[str]) -> str:
+    """How two lists of classes differ: in number, or which is the first that has another name."""
+    if len(found) != len(wanted):
+        here, there = (f"{len(some)} classes" if some else "none" for some in (found, wanted))
+        return f"{here}, not {there}"
+    number = next(i for i, names in enumerate(zip(found, wanted, strict=True)) if names[0] != names[1])
+    return f"class {number} is {found[number]!r}, not {wanted[number]!r}"
 
 
 def _digest_of_many(manifest: Manifest) -> dict[str, str]:
@@ -203,8 +244,11 @@ def describe(data: RunData) -> list[str]:
     if len(data.train) == 1 and data.train[0].subset is None:
         return []
     total = sum(source.share for source in data.train)
-    return [
+    lines = [
         f"{source.share / total:.2%} of the samples from {source.manifest.url}: "
         f"{source.num_samples} of its {source.manifest.num_samples}"
         for source in data.train
     ]
+    if len({source.manifest.classes for source in data.train}) > 1:
+        lines.append("these sets name different classes: their labels aren't read")
+    return lines

@@ -88,14 +88,14 @@ def _train(config: TrainConfig, stop: StopSignal, attempt_hint: str | None, watc
     resolved = resolve(config, ranks.world(), ranks.device())
     cls = stage_class(config.stage)
     options = configs.validate(cls.options, config.options, where=config.name, prefix="options")
-    data = read_data(config.data, ranks.world().size)
+    data = read_data(config.data, ranks.world().size, config.stage, cls.label_use(options))
     for line in [*resolved.lines(), *describe(data)]:
         _say("%s", line)
     ranks.from_first(lambda: run.prepare(document, resolved.document(), command_line(), complete=_complete))
     try:
         seeded_init(config.seed)
-        measured = next((one.classes for one in data.sets.values() if one.classes), ())
-        stage = cls(options, DataFacts(data.classes, data.num_samples, measured))
+        classes_of_sets = {name: manifest.classes for name, manifest in data.sets.items()}
+        stage = cls(options, DataFacts(data.classes, data.num_samples, classes_of_sets))
         return _Run(config, run, resolved, stage, data, attempt_hint, watchdog).go(stop)
     except Exception as error:
         if ranks.world().rank == 0:

@@ -15,10 +15,13 @@ import pytest
 import torch
 from PIL import Image
 
-from pipeline.stages import STAGES
-from pipeline.stages.base import Picture
+from pipeline.config import validate
+from pipeline.errors import ConfigError
+from pipeline.stages import STAGES, stage_class
+from pipeline.stages.base import DataFacts, Picture
 
 pytestmark = pytest.mark.timeout(900)  # one fixture does everything
+CLASSES = ("dark", "red", "green", "blue")
 
 
 class Trials(NamedTuple):
@@ -67,6 +70,30 @@ def start(repository: Path, folder: Path, world_size: int) -> list[subprocess.Po
 @pytest.fixture(params=list(STAGES))
 def trials(request: pytest.FixtureRequest, all_trials: dict[str, Trials]) -> Trials:
     return all_trials[request.param]
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_a_stage_says_whether_it_learns_classes(name: str) -> None:
+    """Then all data sets of a run must name the same: see `Stage.label_use`."""
+    cls = stage_class(name)
+    model = {"width": 32, "depth": 2, "heads": 2, "image_size": 32, "patch_size": 8}
+    if name in ("vitdet", "segment", "sam"):
+        model |= {"cls_token": False, "final_norm": False}
+    options = validate(cls.options, {"model": model}, where=name)
+    if cls.class_rows is None:
+        with torch.device("meta"):
+            shapes = [
+                {key: tuple(value.shape) for key, value in cls(options, DataFacts(classes)).state_dict().items()}
+                for classes in ((), CLASSES)
+            ]
+        assert shapes[0] == shapes[1]
+        return
+    assert cls.label_use(options) is not None
+    parameter, others = cls.class_rows
+    with torch.device("meta"):
+        assert cls(options, DataFacts(CLASSES)).state_dict()[parameter].shape[0] == len(CLASSES) + others
+    with pytest.raises(ConfigError, match="names no classes"):
+        cls(options, DataFacts())
 
 
 @pytest.mark.parametrize("key", ["losses", "losses_bf16"])

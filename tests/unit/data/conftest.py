@@ -54,7 +54,11 @@ def tar_bytes(samples: Sequence[tuple[str, Members]]) -> tuple[bytes, list[int]]
     return buffer.getvalue(), offsets
 
 
-def write_data_set(url: str, shards: Sequence[Sequence[tuple[str, Members]]]) -> Manifest:
+def write_data_set(
+    url: str,
+    shards: Sequence[Sequence[tuple[str, Members]]],
+    classes: Sequence[str] = tuple(f"class {i}" for i in range(7)),
+) -> Manifest:
     """Write tars, indices and manifest; every shard a list of (key, members)."""
     entries = []
     for number, samples in enumerate(shards):
@@ -65,8 +69,7 @@ def write_data_set(url: str, shards: Sequence[Sequence[tuple[str, Members]]]) ->
         storage.write(storage.join(url, index_name), index)
         hashes = [hashlib.sha256(data).hexdigest() for data in (archive, index)]
         entries.append(Shard(name, len(samples), len(archive), hashes[0], index_name, hashes[1]))
-    classes = tuple(f"class {i}" for i in range(7))
-    manifest = Manifest(url, tuple(entries), sum(map(len, shards)), "fingerprint", classes, {"source": "test"})
+    manifest = Manifest(url, tuple(entries), sum(map(len, shards)), "fingerprint", tuple(classes), {"source": "test"})
     storage.write(storage.join(url, MANIFEST_NAME), manifest_bytes(manifest))
     return read_manifest(url)
 

@@ -9,6 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
+
+from tests import train_cases
+from tests.unit.data.conftest import numbered, write_data_set
 
 VERBS = ("demo", "prep", "index", "verify", "train", "run", "plan", "doctor", "show", "runs", "report", "convert")
 HEAVY = ("torch", "numpy", "ray", "pydantic", "fsspec", "s3fs", "deepspeed", "rich", "pyarrow", "matplotlib", "yaml")
@@ -100,6 +104,17 @@ def test_a_chain_can_be_planned_without_running_anything(tmp_path: Path) -> None
     assert nodes["mae"]["after"] == ["pairs"]
     assert {node["state"] for node in nodes.values()} == {"new"}
     assert list(tmp_path.iterdir()) == []
+
+
+def test_planning_finds_sets_whose_labels_would_be_mixed_up(tmp_path: Path) -> None:
+    write_data_set(str(tmp_path / "train"), numbered([40, 24]))
+    write_data_set(str(tmp_path / "heldout"), numbered([10]), classes=("cat", "dog"))
+    document = train_cases.document(tmp_path, "planned")
+    (tmp_path / "mae.yaml").write_text(yaml.safe_dump(document))
+    assert vitrail("plan", "mae.yaml", cwd=tmp_path).returncode == 0
+    told = vitrail("plan", "mae.yaml", "options.evaluate=[knn]", cwd=tmp_path)
+    assert told.returncode == 2
+    assert "2 classes, not 7 classes; and stage 'mae' compares labels" in told.stderr
 
 
 def test_a_folder_that_is_neither_run_nor_data_set_is_said_to_be_so(tmp_path: Path) -> None:

@@ -14,10 +14,11 @@ import safetensors.torch
 import torch
 import yaml
 
-from launch.convert import convert_weights
+from launch.convert import convert_weights, run_weights
 from pipeline import convert
 from pipeline.convert.loading import load_initial
 from pipeline.errors import ConfigError, UserError
+from pipeline.stages import stage_class
 from pipeline.stages.base import DataFacts, Stage
 from pipeline.stages.classify import ClassifyOptions, ClassifyStage
 from pipeline.stages.mae import MaeOptions, MaeStage
@@ -135,6 +136,19 @@ def test_classes_that_the_data_do_not_name_are_numbered(tmp_path: Path) -> None:
     shutil.rmtree(tmp_path / "train")
     convert_weights(run, target, None, "vitrail", [])
     assert convert.load(target, "vitrail").data.classes == ("0", "1", "2")
+
+
+@pytest.mark.parametrize(("name", "classes"), [("mp3", ()), ("segment", tuple(f"class {i}" for i in range(7)))])
+def test_a_run_tells_the_classes_that_its_stage_learnt(tmp_path: Path, name: str, classes: tuple[str, ...]) -> None:
+    """A head over the places of an image says nothing of classes; one over pixels' classes has a background beside."""
+    write_data_set(str(tmp_path / "train"), numbered([4]))
+    cls = stage_class(name)
+    model = MODEL if name == "mp3" else MODEL | {"cls_token": False, "final_norm": False}
+    stage = cls(cls.options.model_validate({"model": model}), DataFacts(classes))
+    run = run_of(stage, tmp_path)
+    config = {"stage": name, "options": {"model": model}, "data": {"train": [{"url": str(tmp_path / "train")}]}}
+    (Path(run) / "config.yaml").write_text(yaml.safe_dump(config))
+    assert run_weights(run).classes == classes
 
 
 def test_a_run_without_a_checkpoint_says_so(tmp_path: Path) -> None:

@@ -15,11 +15,13 @@ import yaml
 
 from launch.evaluate import Knn, evaluate
 from pipeline import convert
+from pipeline.config import validate
 from pipeline.data.transforms import EvalImage
 from pipeline.errors import CheckpointError, ConfigError, DataError
 from pipeline.evaluate.knn import knn_scores
 from pipeline.stages.base import DataFacts
 from pipeline.stages.classify import ClassifyOptions, ClassifyStage
+from pipeline.stages.flip import FlipOptions, FlipStage
 from pipeline.stages.mae import MaeOptions, MaeStage
 from tests.unit.data.conftest import numbered, sample, write_data_set
 from tests.unit.launch.saved_run import save_checkpoint
@@ -104,11 +106,79 @@ def test_options_can_be_changed_and_sets_named(place: Path) -> None:
 
 def test_labels_that_mean_other_classes_are_refused(place: Path) -> None:
     convert.save(classifier(tuple("abcdefg")), str(place / "w.safetensors"), "vitrail")
-    with pytest.raises(DataError, match=r"7: class 0, class 1, class 2, \.\.\.\) aren't those of the weights"):
+    with pytest.raises(ConfigError, match=r"aren't those of the weights: class 0 is 'class 0', not 'a'; .*classify"):
         evaluate(str(place / "w.safetensors"), [str(place / "heldout")], said)
     convert.save(classifier(("0", "1", "2")), str(place / "w.safetensors"), "vitrail")
-    with pytest.raises(DataError, match="label 3, but the training data name 3 classes"):
+    with pytest.raises(ConfigError, match="aren't those of the weights: 7 classes, not 3 classes"):
         evaluate(str(place / "w.safetensors"), [str(place / "heldout")], said)
+
+
+def test_classes_of_which_the_weights_know_the_number_are_called_as_the_data_call_them(place: Path) -> None:
+    convert.save(classifier(tuple("0123456")), str(place / "w.safetensors"), "vitrail")
+    document, _ = evaluate(str(place / "w.safetensors"), [str(place / "heldout")], said)
+    assert document["details"]["classes"][:2] == ["class 0", "class 1"]
+    write_data_set(str(place / "few"), numbered([3]), classes=("0", "1", "2"))  # as `vitrail index` counts them
+    document, _ = evaluate(str(place / "w.safetensors"), [str(place / "few")], said)
+    assert len(document["details"]["classes"]) == 7
+    write_data_set(str(place / "few"), numbered([3]), classes=("cat", "dog", "owl"))
+    with pytest.raises(ConfigError, match="3 classes, not 7 classes"):
+        evaluate(str(place / "w.safetensors"), [str(place / "few")], said)
+
+
+def test_sets_of_other_classes_are_measured_by_what_reads_no_labels(place: Path) -> None:
+    write_data_set(str(place / "other"), numbered([6]), classes=tuple("abcdefg"))
+    write_data_set(str(place / "plain"), numbered([5]), classes=())
+    sets = [str(place / name) for name in ("heldout", "other", "plain")]
+    weights = str(place / "w.safetensors")
+    convert.save(mae(), weights, "vitrail")
+    document, _ = evaluate(weights, sets, said, train=str(place / "train"))
+    assert list(document["figures"]) == [f"{name}/reconstruction_mse" for name in ("heldout", "other", "plain")]
+    with pytest.raises(ConfigError, match=r"class 0 is 'a', not 'class 0'; and stage 'mae' compares labels"):
+        evaluate(weights, sets, said, train=str(place / "train"), settings=["evaluate=[reconstruction, knn]"])
+
+
+def test_neighbours_vote_with_the_training_sets_labels_and_for_no_others(place: Path) -> None:
+    """Whatever classes the weights learnt: only their trunk takes part."""
+    write_data_set(str(place / "other"), numbered([6]), classes=tuple("abcdefg"))
+    write_data_set(str(place / "plain"), numbered([5]), classes=())
+    weights = str(place / "w.safetensors")
+    convert.save(classifier(("cat", "dog")), weights, "vitrail")
+    document, _ = evaluate(weights, [str(place / "heldout")], said, train=str(place / "train"), knn=Knn(k=3))
+    assert list(document["figures"]) == ["heldout/knn_top1"]
+    for name, message in (("other", "class 0 is 'a', not 'class 0'"), ("plain", "none, not 7 classes")):
+        with pytest.raises(ConfigError, match=message):
+            evaluate(weights, [str(place / name)], said, train=str(place / "train"), knn=Knn())
+    with pytest.raises(ConfigError, match="no labels for neighbours to vote with"):
+        evaluate(weights, [str(place / "heldout")], said, train=str(place / "plain"), knn=Knn())
+
+
+def test_zero_shot_measures_each_set_by_its_own_classes_and_names(place: Path) -> None:
+    write_data_set(str(place / "other"), numbered([9]), classes=("cat", "dog", "owl", "hen", "cow", "pig", "bee"))
+    write_data_set(str(place / "few"), numbered([3]), classes=("cat", "dog", "owl"))
+    sets = [str(place / name) for name in ("heldout", "other", "few")]
+    weights = str(place / "w.safetensors")
+    options = {
+        "model": MODEL, "embed_dim": 8, "templates": ["a {}"], "evaluate": ["zeroshot"],
+        "text": {"context_length": 8, "width": 16, "heads": 2, "layers": 1, "vocab_size": 600},
+    }  # fmt: skip
+    torch.manual_seed(0)
+    stage = FlipStage(validate(FlipOptions, options, where="test"), DataFacts(tuple("xyz"))).eval()
+    convert.save(stage, weights, "vitrail")
+    names = "class_names={few: [a cat, a dog, an owl]}"
+    document, _ = evaluate(weights, sets, said, settings=[names])
+    assert document["details"]["heldout/classes"] == [f"class {i}" for i in range(7)]
+    assert document["details"]["other/classes"][2:4] == ["owl", "hen"]
+    assert document["details"]["few/classes"] == ["a cat", "a dog", "an owl"]
+    with torch.no_grad():
+        texts = stage.embed_texts(stage.tokenizer([f"a {name}" for name in document["details"]["other/classes"]]))
+        best = (stage.embed_images(torch.stack([pixels(i) for i in range(9)])) @ texts.T).argmax(1)
+    right = (best == torch.arange(9) % 7).double().mean().item()
+    assert document["figures"]["other/zeroshot_top1"] == pytest.approx(right)
+    with pytest.raises(ConfigError, match=r"one list of names, and sets few and heldout and other have classes"):
+        evaluate(weights, sets, said, settings=["class_names=[a, b, c]"])
+    write_data_set(str(place / "few"), numbered([9]), classes=("cat", "dog", "owl"))
+    with pytest.raises(DataError, match=r"evaluation set 'few': label 6, but the data name 3 classes"):
+        evaluate(weights, sets, said)
 
 
 def test_mistakes_of_the_command_are_named(place: Path) -> None:

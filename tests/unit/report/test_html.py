@@ -198,13 +198,14 @@ def test_pictures_are_inside_the_file_with_their_captions(make_run: Any) -> None
     assert (images[0]["width"], images[0]["height"]) == ("16", "16")
 
 
-def test_a_zero_shot_confusion_matrix_names_the_classes_it_mixes_up(make_run: Any) -> None:
+@pytest.mark.parametrize("key", ["heldout/classes", "classes"])  # of this set; of all sets, as earlier versions wrote
+def test_a_zero_shot_confusion_matrix_names_the_classes_it_mixes_up(make_run: Any, key: str) -> None:
     matrix = [[9, 1, 0, 0], [0, 10, 0, 0], [0, 0, 4, 6], [0, 0, 0, 10]]
     run = make_run(
         "flip",
         stage="flip",
         evaluations=[{"heldout/zeroshot_top1": 0.825}],
-        details={"heldout/zeroshot_confusion": matrix, "classes": CLASSES},
+        details={"heldout/zeroshot_confusion": matrix, "other/classes": ["cat", "dog"], key: CLASSES},
     )
     text = page({"runs": {"FLIP": run}}).text
     assert "FLIP: zero-shot classification, heldout" in text

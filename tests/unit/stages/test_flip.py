@@ -159,7 +159,7 @@ def test_the_transform_travels_to_workers_and_checks_labels() -> None:
     assert example.image.shape == (3, 32, 32)
     assert example.label == 2
     assert example.text.shape == (16,)
-    with pytest.raises(DataError, match="label 3, but the training data name 3 classes"):
+    with pytest.raises(DataError, match="label 3, but the data name 3 classes"):
         transform(RawSample(0, "k", members | {"cls": b"3"}), 7)
     assert build().transform(train=True)(RawSample(0, "k", members), 7).label is None
 
@@ -204,9 +204,9 @@ def test_a_pair_without_a_caption_is_absent_in_training_and_measured_without_it(
 
 def test_labels_of_the_evaluation_sets_serve_where_the_training_data_have_none() -> None:
     torch.manual_seed(0)
-    stage = FlipStage(validate(FlipOptions, OPTIONS, where="test"), DataFacts((), 10, CLASSES))
+    stage = FlipStage(validate(FlipOptions, OPTIONS, where="test"), DataFacts((), 10, {"heldout": CLASSES}))
     assert stage.transform(train=False)(sample(txt=b"a", cls=b"2"), 0).label == 2
-    assert stage.evaluations()["image_text"].classes == CLASSES
+    assert stage.evaluations()["image_text"].classes == {"heldout": CLASSES}
 
 
 def test_masks_follow_their_schedule_by_samples_seen() -> None:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from data_prep.build import build
+from launch.evaluate import Knn, evaluate
 from pipeline import config as configs
 from pipeline.data.manifest import Manifest, Shard
 from pipeline.data.mixture import Source
@@ -16,9 +20,31 @@ from pipeline.run_dir import RunDir
 from pipeline.train.config import DataConfig, TrainConfig
 from pipeline.train.data import RunData, same_data
 from tests import train_cases
+from tests.prep_cases import settings, write_pairs
 from tests.process_group import ProcessGroup
 from tests.unit.data.conftest import numbered, write_data_set
-from tests.unit.train import run_cases
+from tests.unit.stages import sam_batches
+from tests.unit.train import flip_cases, run_cases
+
+MODEL = {"width": 16, "depth": 2, "heads": 2, "image_size": 16, "patch_size": 8}
+
+
+@pytest.fixture(scope="module")
+def kinds(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Data sets as `vitrail prep` makes them: labels of different classes, with an object in each image, and none."""
+    folder = tmp_path_factory.mktemp("kinds")
+    lists = {"animals": ("cat", "dog"), "plants": ("oak", "fern", "moss"), "swapped": ("dog", "cat"), "captions": ()}
+    for name, classes in lists.items():
+        columns: dict[str, Any] = {}
+        source: dict[str, Any] = {}
+        if classes:
+            labels = [i % len(classes) for i in range(24)]
+            mask = [[4, 2, 30, 2, 30, 24, 4, 24]]
+            objects = [{"bbox": [4, 2, 26, 22], "segmentation": mask, "category_id": label} for label in labels]
+            columns = {"label": labels, "objects": [json.dumps([one]) for one in objects]}
+            source = {"label_column": "label", "annotations_column": "objects", "classes": classes}
+        build(settings(write_pairs(folder / "raw" / name, 24, **columns), folder / name, source=source))
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -92,19 +118,101 @@ def test_sources_that_contradict_are_refused(folder: Path, sources: list, messag
         configs.validate(TrainConfig, mixed(folder, "refused", **{"data.train": sources}), where="test")
 
 
-def test_sources_with_other_labels_are_refused(folder: Path, one: ProcessGroup) -> None:
-    import dataclasses
+def of_kinds(kinds: Path, name: str, train: list[str], evaluate: list[str], **changes: Any) -> dict[str, Any]:
+    """A short run on some of the data sets of `kinds`."""
+    settings = {
+        "data.train": [{"url": str(kinds / one / "train")} for one in train],
+        "data.evaluate": {one: str(kinds / one / "train") for one in evaluate},
+        "length_samples": 64,
+        "checkpoint.every_samples": 32,
+    }
+    return train_cases.document(kinds, name, **(settings | changes))
 
-    from pipeline import storage
-    from pipeline.data.manifest import MANIFEST_NAME, manifest_bytes
 
-    other = write_data_set(str(folder / "other"), numbered([30]))
-    renamed = dataclasses.replace(other, classes=("one", "two"))
-    storage.write(storage.join(other.url, MANIFEST_NAME), manifest_bytes(renamed))
-    sources = [{"url": str(folder / "train")}, {"url": str(folder / "other")}]
-    outcome = one.run(run_cases.run, mixed(folder, "labels", **{"data.train": sources}))[0]
+def evaluated(kinds: Path, name: str) -> dict[str, float]:
+    lines = RunDir(str(kinds / "runs" / name)).metrics()
+    figures: dict[str, float] = next(line["figures"] for line in lines if line["kind"] == "evaluate")
+    return figures
+
+
+def test_reconstruction_mixes_and_measures_sets_of_any_classes_and_resumes_exactly(
+    kinds: Path, one: ProcessGroup, two: ProcessGroup
+) -> None:
+    names = ["animals", "plants", "captions"]
+    whole = two.run(run_cases.run, of_kinds(kinds, "whole", names, names))[0]
+    assert whole[:3] == ("done", 4, 64)
+    figures = evaluated(kinds, "whole")
+    assert set(figures) == {f"{name}/reconstruction_mse" for name in names}
+    again, _ = evaluate(str(kinds / "runs" / "whole"), [], lambda _: None)
+    assert again["figures"] == pytest.approx(figures, rel=1e-4), "`vitrail eval` accepts what the run did"
+    with pytest.raises(ConfigError, match="needs the train set"):
+        evaluate(str(kinds / "runs" / "whole"), [], lambda _: None, knn=Knn())
+    assert two.run(run_cases.run, of_kinds(kinds, "parts", names, names), 2, 0)[0][0] == "stopped"
+    assert two.run(run_cases.run, of_kinds(kinds, "parts", names, names))[0] == whole
+    start = {"stage": "classify", "options": {"model": MODEL}, "init_from": str(kinds / "runs" / "whole")}
+    tuned = one.run(run_cases.run, of_kinds(kinds, "tuned", ["plants"], ["plants", "captions"], **start))[0]
+    assert tuned[0] == "done", "weights of a mixture start a stage that learns classes"
+    assert "plants/top1" in evaluated(kinds, "tuned")
+
+
+def test_segment_anything_mixes_instances_of_any_categories(kinds: Path, one: ProcessGroup) -> None:
+    options = {"model": sam_batches.MODEL, "sam": sam_batches.SAM, "clicks": 1, "repeats": 1, "max_objects": 2}
+    changes = {"stage": "sam", "options": options, "engine.zero_stage": 0, "length_samples": 32}
+    names = ["animals", "plants"]
+    whole = one.run(run_cases.run, of_kinds(kinds, "sam", names, names, **changes))[0]
+    assert whole[:3] == ("done", 2, 32)
+    lines = RunDir(str(kinds / "runs" / "sam")).metrics()
+    assert all(line["num_absent"] == 0 and line["focal"] > 0 for line in lines if line["kind"] == "train")
+    found = evaluated(kinds, "sam")
+    assert found["animals/num_objects"] == found["plants/num_objects"] == 24
+
+
+def test_zero_shot_goes_by_each_sets_own_classes(kinds: Path, one: ProcessGroup) -> None:
+    options = flip_cases.OPTIONS | {"text_mask_ratio": 0.0}
+    changes = {"stage": "flip", "options": options, "engine.zero_stage": 0, "length_samples": 16}
+    names = ["animals", "plants", "captions"]
+    outcome = one.run(run_cases.run, of_kinds(kinds, "flip", ["captions", "animals"], names, **changes))[0]
+    assert outcome[0] == "done"
+    found = evaluated(kinds, "flip")
+    assert {name for name in names if f"{name}/zeroshot_top1" in found} == {"animals", "plants"}
+    assert all(f"{name}/retrieval_i2t_r1" in found for name in names)
+    written = next(Path(kinds / "runs" / "flip").rglob("evaluations/step-*.json"))
+    details = json.loads(written.read_text())["details"]
+    assert details["animals/classes"] == ["cat", "dog"]
+    assert details["plants/classes"] == ["oak", "fern", "moss"]
+    assert [len(row) for row in details["plants/zeroshot_confusion"]] == [3, 3, 3]
+
+
+KNN = {"evaluate": ["reconstruction", "knn"], "decoder": {"width": 16, "depth": 1, "heads": 2}}
+
+
+@pytest.mark.parametrize(
+    ("stage", "options", "train", "evaluate", "message"),
+    [
+        ("classify", {}, ["animals", "plants"], [], "3 classes, not 2 classes; and stage 'classify' learns classes"),
+        ("probe", {}, ["animals", "captions"], [], "none, not 2 classes; and stage 'probe' learns classes"),
+        ("classify", {}, ["animals"], ["plants"], r"data.evaluate.plants: .*: 3 classes, not 2 classes"),
+        ("classify", {}, ["animals"], ["swapped"], r"class 0 is 'dog', not 'cat'"),
+        ("mae", KNN, ["animals", "plants"], [], r"stage 'mae' compares labels .* leave it out of options.evaluate"),
+        ("mae", KNN, ["animals"], ["plants"], r"data.evaluate.plants: .* stage 'mae' compares labels"),
+    ],
+)
+def test_labels_of_other_classes_are_refused_where_they_would_be_mixed_up(
+    kinds: Path, one: ProcessGroup, stage: str, options: dict, train: list, evaluate: list, message: str
+) -> None:
+    document = of_kinds(kinds, "refused", train, evaluate, stage=stage, options={"model": MODEL, **options})
+    outcome = one.run(run_cases.run, document)[0]
     assert outcome[0] == "ConfigError"
-    assert "2 classes, not 7 classes" in outcome[1]
+    assert re.search(message, " ".join(outcome[1:]))
+
+
+def test_neighbours_leave_out_a_set_without_labels(kinds: Path, one: ProcessGroup) -> None:
+    options = {"model": MODEL, "mask_ratio": 0.5, **KNN}
+    document = of_kinds(kinds, "neighbours", ["animals"], ["animals", "captions"], options=options, length_samples=16)
+    assert one.run(run_cases.run, document)[0][0] == "done"
+    assert set(evaluated(kinds, "neighbours")) == {
+        "animals/knn_top1", "animals/reconstruction_mse", "captions/reconstruction_mse",
+    }  # fmt: skip
 
 
 def test_of_many_shards_a_checkpoint_knows_every_one() -> None:
