@@ -22,7 +22,7 @@ from pipeline.models.pooling import Pooling, pool
 from pipeline.run_dir import RunDir
 from pipeline.stages.base import LEARNT, DataFacts, LabelUse, Stage
 from pipeline.stages.images import ImageOptions, measured_transform, with_labels
-from pipeline.train.data import check_classes
+from pipeline.train.data import check_classes, warn_of_unnamed
 
 FORMAT, FORMAT_VERSION = "vitrail.evaluation", 1
 TRAIN = "train"
@@ -151,6 +151,8 @@ def _facts(weights: Weights, manifests: Mapping[str, Manifest], knn: Knn | None)
         _check_votes(manifests, weights.stage)
         return DataFacts(weights.classes or training, 0, own)
     use = cls.label_use(options)
+    if use is not None and (training or weights.classes):
+        warn_of_unnamed(manifests.values())
     if cls.class_rows is not None:
         return DataFacts(_learnt(weights, manifests), 0, own)
     if use is not None and training:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from fractions import Fraction
 from typing import Any, NamedTuple
 
@@ -167,14 +167,23 @@ def read_sources(configs: Sequence[SourceConfig], stage: str, use: LabelUse | No
 def check_evaluation_sets(
     train: Sequence[Source], sets: Mapping[str, Manifest], stage: str, use: LabelUse | None
 ) -> None:
-    """Raise ConfigError for an evaluation set whose labels a stage would take for other classes than they are of.
-
-    A set that names no classes has no labels, and training data that name none leave nothing to compare with.
+    """Raise ConfigError for an evaluation set whose labels a stage would take for other classes than they are of; warn
+    of those that don't say. Training data that name no classes leave nothing to compare with.
     """
     classes = shared_classes(train)
     if use is not None and classes:
-        labelled = {f"data.evaluate.{name}: {one.url}": one for name, one in sets.items() if one.classes}
-        check_classes(classes, train[0].manifest.url, labelled, stage, use)
+        named = {f"data.evaluate.{name}: {one.url}": one for name, one in sets.items() if one.classes}
+        check_classes(classes, train[0].manifest.url, named, stage, use)
+        warn_of_unnamed(sets.values())
+
+
+def warn_of_unnamed(sets: Iterable[Manifest]) -> None:
+    """Such a set usually has no labels; where it has some, only the user can know what they mean."""
+    for manifest in sets:
+        if not manifest.classes:
+            log.warning(
+                "%s names no classes: if it has labels they are taken for numbers of the training data's", manifest.url
+            )
 
 
 def check_classes(

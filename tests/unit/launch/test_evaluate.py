@@ -125,6 +125,18 @@ def test_classes_of_which_the_weights_know_the_number_are_called_as_the_data_cal
         evaluate(str(place / "w.safetensors"), [str(place / "few")], said)
 
 
+def test_a_set_that_does_not_say_what_its_labels_mean_is_warned_of(
+    place: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_data_set(str(place / "plain"), numbered([5]), classes=())
+    convert.save(classifier(tuple(f"class {i}" for i in range(7))), str(place / "w.safetensors"), "vitrail")
+    document, _ = evaluate(str(place / "w.safetensors"), [str(place / "plain"), str(place / "heldout")], said)
+    assert set(document["figures"]) > {"plain/top1", "heldout/top1"}
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{place / 'plain'} names no classes: if it has labels they are taken for numbers of the training data's"
+    ]
+
+
 def test_sets_of_other_classes_are_measured_by_what_reads_no_labels(place: Path) -> None:
     write_data_set(str(place / "other"), numbered([6]), classes=tuple("abcdefg"))
     write_data_set(str(place / "plain"), numbered([5]), classes=())

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tar_sets import sa1b_members, write_tar
 
 from data_prep.build import build
+from data_prep.indexing.index import Choice, index_tars
 from launch.evaluate import Knn, evaluate
 from pipeline import config as configs
 from pipeline.data.manifest import Manifest, Shard
@@ -155,16 +157,21 @@ def test_reconstruction_mixes_and_measures_sets_of_any_classes_and_resumes_exact
     assert "plants/top1" in evaluated(kinds, "tuned")
 
 
-def test_segment_anything_mixes_instances_of_any_categories(kinds: Path, one: ProcessGroup) -> None:
+def test_segment_anything_mixes_instances_of_any_categories_and_of_none(kinds: Path, one: ProcessGroup) -> None:
+    """As SA-1B, which has no categories, beside COCO, which has 80."""
+    write_tar(kinds / "tars" / "sa_000000.tar", sa1b_members(0, 14))
+    index_tars(Choice(str(kinds / "tars"), str(kinds / "sa1b" / "train")))
     options = {"model": sam_batches.MODEL, "sam": sam_batches.SAM, "clicks": 1, "repeats": 1, "max_objects": 2}
     changes = {"stage": "sam", "options": options, "engine.zero_stage": 0, "length_samples": 32}
-    names = ["animals", "plants"]
+    names = ["animals", "sa1b", "plants"]
     whole = one.run(run_cases.run, of_kinds(kinds, "sam", names, names, **changes))[0]
     assert whole[:3] == ("done", 2, 32)
     lines = RunDir(str(kinds / "runs" / "sam")).metrics()
     assert all(line["num_absent"] == 0 and line["focal"] > 0 for line in lines if line["kind"] == "train")
     found = evaluated(kinds, "sam")
-    assert found["animals/num_objects"] == found["plants/num_objects"] == 24
+    assert [found[f"{name}/num_objects"] for name in names] == [24, 28, 24]
+    assert one.run(run_cases.run, of_kinds(kinds, "sam_parts", names, names, **changes), 1)[0][0] == "stopped"
+    assert one.run(run_cases.run, of_kinds(kinds, "sam_parts", names, names, **changes))[0] == whole
 
 
 def test_zero_shot_goes_by_each_sets_own_classes(kinds: Path, one: ProcessGroup) -> None:
