@@ -85,11 +85,12 @@ class PromptableEvaluation:
 
     `<set>/iou_clicks_{1,2,3,5,9}`: of the mask the model itself ranks highest; `<set>/iou_oracle_1`: of the best of the
     three after one click; `<set>/iou_box`: from a true box; those of small, medium and large objects with `_small` and
-    so on, where there are any. `<set>/num_objects` counts. Where the stage looks for everything, `<set>/ar1000` (see
+    so on, where there are any. `<set>/num_objects` counts, and `<set>/objects_left_out` those that the stage passed
+    over, where there are any. Where the stage looks for everything, `<set>/ar1000` (see
     `pipeline.evaluate.coco.proposal_recalls`) and `<set>/masks_per_image`.
 
-    From a stage's `clicks` [B,Q,K], `oracle`, `box` and `area` [B,Q], absent objects NaN; and where it has them
-    `everything` [B,D,L] and `everything_scores` [B,D], as `packed_masks` makes them.
+    From a stage's `clicks` [B,Q,K], `oracle`, `box` and `area` [B,Q], absent objects NaN, and `left_out` [B]; and where
+    it has them `everything` [B,D,L] and `everything_scores` [B,D], as `packed_masks` makes them.
     """
 
     def __call__(self, predict: Predict, sweep: Sweep, names: tuple[str, ...]) -> Measured:
@@ -104,7 +105,7 @@ class PromptableEvaluation:
                 own.extend(_masks_of_everything(predictions, batch))
                 return predictions
 
-            found = collect(watched, sweep(name), ("clicks", "oracle", "box", "area"))
+            found = collect(watched, sweep(name), ("clicks", "oracle", "box", "area", "left_out"))
             measured, curve = _by_clicks(found)
             measured |= _by_recall(own)
             figures |= {f"{name}/{key}": value for key, value in measured.items()}
@@ -125,6 +126,8 @@ def _by_clicks(found: Mapping[str, Tensor]) -> tuple[dict[str, float], list[floa
     columns["iou_box"] = found["box"].flatten()[there].double()
     area = area[there]
     figures = {"num_objects": float(len(area))}
+    if left_out := float(found["left_out"].sum()):
+        figures["objects_left_out"] = left_out
     for title, values in columns.items():
         figures[title] = values.mean().item()
         for size, (low, high) in SIZES.items():

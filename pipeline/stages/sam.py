@@ -40,6 +40,7 @@ from pipeline.stages.sam_pictures import answer_of, everything_of, trial_picture
 from pipeline.stages.sam_trials import click_trials
 
 PARTS = ("trunk", "neck", "prompt_encoder", "mask_decoder")
+OBJECTS_AT_ONCE = 64  # that an evaluation asks the decoder about
 Part = Literal["trunk", "neck", "prompt_encoder", "mask_decoder"]
 
 
@@ -51,7 +52,8 @@ class SamOptions(ImageOptions):
     freeze: tuple[Part, ...] = ()  # [trunk]: train what stands on it; [trunk, neck, prompt_encoder]: the decoder alone
     jitter: tuple[float, float] | None = None  # range of large-scale jitter's factor in training; None: whole images
     max_objects: int = Field(default=64, gt=0)  # of an image and step, drawn where there are more
-    max_area: float = Field(default=0.9, gt=0, le=1)  # objects that cover more of the image are left out
+    min_area: int = Field(default=1, gt=0)  # pixels of the input; smaller objects aren't trained on
+    max_area: float = Field(default=0.9, gt=0, le=1)  # nor are those that cover more of the image
     clicks: int = Field(default=8, ge=0)  # corrective points after the first prompt
     repeats: int = Field(default=2, ge=0)  # rounds without a new point, one of them last, the others anywhere
     point_share: float = Field(default=0.5, ge=0, le=1)  # first prompts that are a point; the others are a box
@@ -61,6 +63,7 @@ class SamOptions(ImageOptions):
     dice_weight: float = Field(default=1.0, ge=0)
     iou_weight: float = Field(default=1.0, ge=0)
     evaluate: tuple[Literal["clicks", "automatic"], ...] = ("clicks",)  # automatic: how many objects masks find
+    evaluate_objects: int = Field(default=512, gt=0)  # of an image that clicks and boxes are tried on, its first ones
     automatic: AutomaticSettings = AutomaticSettings()  # how everything is found, for this
 
     @model_validator(mode="after")
@@ -261,7 +264,7 @@ class SamStage(Stage):
             boxes = one.boxes[one.crowd == 0]
             height, width = content_size(one, size)
             area = masks.flatten(1).sum(1)
-            good = ((area > 0) & (area <= options.max_area * height * width)).nonzero().flatten()
+            good = ((area >= options.min_area) & (area <= options.max_area * height * width)).nonzero().flatten()
             if len(good) > options.max_objects:
                 order = uniform(batch.seeds[i : i + 1].cpu(), "sam_objects", len(good))[0].argsort()
                 good = good[order[: options.max_objects].sort().values]
@@ -277,14 +280,21 @@ class SamStage(Stage):
 
     def predict(self, batch: Batch) -> Predictions:
         """IoU of each object (absent ones NaN): `clicks` [B,Q,9] after so many clicks, `oracle` [B,Q] of the best of
-        three masks after one click, `box` [B,Q] from its true box; `area` [B,Q] in pixels of the stored image. For
-        pictures, of the largest object (annotation number `object` [B], -1 for none), masks `after_one`, `after_all`
-        and `from_box` [B,y,x], and `places` [B,9,3], its clicks x, y in pixels of the input with their labels.
+        three masks after one click, `box` [B,Q] from its true box; `area` [B,Q] in pixels of the stored image;
+        `left_out` [B], how many objects beyond `evaluate_objects` an image has. Collective. For pictures, of the
+        largest object (annotation number `object` [B], -1 for none), masks `after_one`, `after_all` and `from_box`
+        [B,y,x], and `places` [B,9,3], its clicks x, y in pixels of the input with their labels.
         With `evaluate: [automatic]` also `everything` and `everything_scores`, masks of all there is, see
         `pipeline.evaluate.promptable.packed_masks`.
         """
         embedded = self.embed(batch)
-        found = click_trials(self.model, embedded, instances_of(batch), most=self.config.max_objects)
+        found = click_trials(
+            self.model,
+            embedded,
+            instances_of(batch),
+            most=self.config.evaluate_objects,
+            at_once=OBJECTS_AT_ONCE,
+        )
         if "automatic" in self.config.evaluate:
             views = tuple(v for one in instances_of(batch) if (v := one.view) is not None)
             one_by_one = EmbeddedImages(embedded, views).each()

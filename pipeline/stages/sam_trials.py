@@ -5,6 +5,7 @@ Legend: B images, Q objects of an image at most, M objects of all images, y x of
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 
@@ -13,6 +14,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from pipeline import ranks
 from pipeline.data.batch import Instances
 from pipeline.data.instances import decode_masks
 from pipeline.data.views import View, fitted
@@ -59,17 +61,24 @@ class _Tried:
 
 @torch.no_grad()
 def click_trials(
-    model: SegmentAnything, embedded: Embedded, instances: Sequence[Instances], *, most: int
+    model: SegmentAnything, embedded: Embedded, instances: Sequence[Instances], *, most: int, at_once: int
 ) -> dict[str, Tensor]:
-    """What `SamStage.predict` promises. Every call asks equally often, whatever objects there are, as ZeRO-3 needs.
+    """What `SamStage.predict` promises. Collective: every rank asks equally often, whatever objects it has, as ZeRO-3
+    needs.
 
     One click may mean several things, so three masks answer it; to more clicks, and the mask so far, one answers.
+
+    Args:
+        most: objects of an image that are tried, its first ones.
+        at_once: objects that the decoder is asked about at a time, which bounds its memory.
     """
     tried = [one for i, own in enumerate(instances) for one in _tried(i, own, most)]
+    calls = max(ranks.gather(max(1, math.ceil(len(tried) / at_once))))
+    asked = functools.partial(_asked, model, embedded, calls=calls, at_once=at_once)
     for number in range(NUM_CLICKS):
         for one in tried:
             one.click()
-        low, guess = _asked(model, embedded, [one.prompts() for one in tried], first=number == 0)
+        low, guess = asked([one.prompts() for one in tried], first=number == 0)
         for row, one in enumerate(tried):
             preferred = int(guess[row].argmax())
             masks = (stored_logits(low[row : row + 1], one.view)[0] > 0).cpu().numpy()
@@ -80,11 +89,13 @@ def click_trials(
                 one.oracle = max(iou(mask, one.truth) for mask in masks)
                 one.first = one.low
     boxes = [prompts_of(boxes=one.view.shown(one.box[None]), image=one.image) for one in tried]
-    low, guess = _asked(model, embedded, boxes, first=True)
+    low, guess = asked(boxes, first=True)
     for row, one in enumerate(tried):
         one.boxed = low[row, int(guess[row].argmax())]
         one.by_box = iou((stored_logits(one.boxed[None, None], one.view)[0, 0] > 0).cpu().numpy(), one.truth)
-    return _tensors(tried, len(instances), most, low)
+    single = [int((own.crowd == 0).sum()) for own in instances]
+    left_out = torch.tensor([max(0, num - most) for num in single], device=low.device)
+    return {**_tensors(tried, len(instances), most, low), "left_out": left_out}
 
 
 def _tried(image: int, instances: Instances, most: int) -> list[_Tried]:
@@ -103,17 +114,20 @@ def _tried(image: int, instances: Instances, most: int) -> list[_Tried]:
 
 
 def _asked(
-    model: SegmentAnything, embedded: Embedded, prompts: Sequence[Prompts], *, first: bool
+    model: SegmentAnything, embedded: Embedded, prompts: Sequence[Prompts], *, first: bool, calls: int, at_once: int
 ) -> tuple[Float[Tensor, "m k y x"], Float[Tensor, "m k"]]:
-    """Masks and predicted IoUs; where nobody asks, something nobody listens to is asked."""
+    """Masks and predicted IoUs, in so many calls; where nobody asks, something nobody listens to is asked."""
     device = model.device
     side = (4 * embedded.features.shape[2], 4 * embedded.features.shape[3])
     nobody = Prompts(torch.zeros(1, dtype=torch.int64), torch.zeros(1, 2, 2), torch.full((1, 2), ABSENT))
-    if not prompts:
-        prompts = [nobody if first else nobody._replace(masks=torch.zeros(1, 1, *side))]
+    if not first:
+        nobody = nobody._replace(masks=torch.zeros(1, 1, *side))
     which = MASKS_ONE_PROMPT if first else MASKS_MORE_PROMPTS
-    answers = model.answer(embedded, join_prompts(prompts).to(device), which)
-    return answers.logits, answers.iou
+    found = []
+    for call in range(calls):
+        some = prompts[call * at_once : (call + 1) * at_once] or [nobody]
+        found.append(model.answer(embedded, join_prompts(some).to(device), which))
+    return torch.cat([answers.logits for answers in found]), torch.cat([answers.iou for answers in found])
 
 
 def _tensors(tried: Sequence[_Tried], num_images: int, most: int, like: Tensor) -> dict[str, Tensor]:

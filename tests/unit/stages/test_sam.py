@@ -10,7 +10,9 @@ from pipeline.data.batch import Batch
 from pipeline.errors import ConfigError
 from pipeline.models.sam_predictor import EmbeddedImages
 from pipeline.models.sam_prompts import ABSENT, Prompts
+from pipeline.stages.dense import instances_of
 from pipeline.stages.sam import SamStage
+from pipeline.stages.sam_trials import click_trials
 from tests.unit.stages.sam_batches import SIDE, batch, objects, tiny_stage
 
 THREE = (objects((2, 3, 12, 14), (15, 1, 30, 20)), objects(), objects((0, 0, 9, 30)))
@@ -100,9 +102,9 @@ def test_padding_counts_for_nothing() -> None:
     assert stage.loss(given).total.item() == before
 
 
-def test_too_many_objects_are_drawn_from_and_too_large_ones_left_out() -> None:
-    stage = tiny_stage(max_objects=2, max_area=0.5)
-    many = objects((0, 0, 32, 31), *((x, 2, x + 5, 9) for x in range(0, 25, 5)))
+def test_too_many_objects_are_drawn_from_and_too_small_and_too_large_ones_left_out() -> None:
+    stage = tiny_stage(max_objects=2, min_area=12, max_area=0.5)
+    many = objects((0, 0, 32, 31), (0, 20, 11, 21), *((x, 2, x + 5, 9) for x in range(0, 25, 5)))
     chosen = stage.objects(batch(many))
     assert len(chosen.image) == 2
     assert (chosen.masks.flatten(1).sum(1) == 35).all()
@@ -130,7 +132,7 @@ def test_recomputing_activations_changes_no_gradient() -> None:
 
 
 def test_predictions_measure_every_object_of_the_stored_image() -> None:
-    stage = tiny_stage(max_objects=4).eval()
+    stage = tiny_stage(max_objects=1, evaluate_objects=4).eval()
     found = stage.predict(batch(*THREE, objects((2, 3, 12, 14), (3, 3, 9, 9), crowd=1)))
     assert (~found["area"].isnan()).sum(1).tolist() == [2, 0, 1, 1]
     assert found["area"][0, :2].tolist() == [110, 285]
@@ -142,6 +144,26 @@ def test_predictions_measure_every_object_of_the_stored_image() -> None:
     assert x < 9
     assert y < 30
     assert len(stage.pictures(batch(*THREE), {k: v[:3] for k, v in found.items()})) == 2
+
+
+def test_objects_asked_about_in_several_calls_fare_as_in_one() -> None:
+    stage = tiny_stage().eval()
+    given = batch(*THREE)
+    embedded, instances = stage.embed(given), instances_of(given)
+    whole, parts = (click_trials(stage.model, embedded, instances, most=4, at_once=n) for n in (64, 1))
+    torch.testing.assert_close(parts, whole, equal_nan=True)
+    assert int((~whole["area"].isnan()).sum()) == 3
+
+
+def test_objects_that_an_evaluation_passes_over_are_counted() -> None:
+    stage = tiny_stage(evaluate_objects=1).eval()
+    (evaluation,) = stage.evaluations().values()
+    measured = evaluation(lambda one: stage.predict(one), lambda name: [batch(*THREE)], ("seen",))
+    assert (measured["seen/num_objects"], measured["seen/objects_left_out"]) == (2, 1)
+    every = tiny_stage().eval()
+    measured = evaluation(lambda one: every.predict(one), lambda name: [batch(*THREE)], ("seen",))
+    assert measured["seen/num_objects"] == 3
+    assert "seen/objects_left_out" not in measured
 
 
 @pytest.mark.parametrize(
@@ -205,7 +227,7 @@ def test_masks_of_everything_are_measured_where_they_are_asked_for() -> None:
     from pipeline.models.sam_automatic import automatic_masks
 
     settings = {"points_per_side": 4, "min_iou": 0.0, "min_stability": 0.0}
-    stage = tiny_stage(max_objects=4, evaluate=["clicks", "automatic"], automatic=settings).eval()
+    stage = tiny_stage(evaluate=["clicks", "automatic"], automatic=settings).eval()
     with torch.no_grad():
         stage.mask_decoder.iou_prediction_head.layers[2].bias.fill_(0.5)
     given = batch(*THREE, weight=torch.tensor([1.0, 1.0, 0.0]))
