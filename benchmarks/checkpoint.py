@@ -165,7 +165,7 @@ def _bandwidth(engine: Any, folder: Path, pairs: int) -> list[Comparison]:
     def load() -> Any:
         for path in Path(saver.url).rglob("*.safetensors"):
             _forget(path)
-        loaded = load_newest(saver.url, engine.wanted(), list(engine.facts()))
+        loaded = load_newest(saver.url, engine.wanted(), engine.facts())
         assert loaded is not None
         engine.restore(loaded[1])
         return loaded[0]

@@ -15,6 +15,8 @@ from pipeline.data.manifest import read_manifest
 from pipeline.errors import CheckpointError, ConfigError, UserError
 from pipeline.run_dir import RunDir
 from pipeline.stages import stage_class
+from pipeline.train.checkpoint import WHICH, SavedWeights, read_saved
+from pipeline.train.classes import recorded_classes
 
 OWN = "vitrail"
 
@@ -41,8 +43,7 @@ def convert_weights(
     _refuse_strange(facts, form, to)
     if target.rstrip("/") == source.rstrip("/"):
         raise ConfigError("it would overwrite what it reads", where=target, fix="write to another place")
-    is_file = source.endswith((SAFETENSORS, *PICKLES))
-    if not is_file and is_run(source):
+    if is_run(source):
         if form.name != OWN:
             raise ConfigError("that is a run directory of ours", where=source, fix="leave --from out")
         weights = run_weights(source, which)
@@ -69,8 +70,10 @@ def convert_weights(
 
 
 def is_run(url: str) -> bool:
-    """Whether `url` is a run directory, or one checkpoint of a run."""
-    return any(storage.exists(storage.join(url, name)) for name in ("status.json", "commit.json"))
+    """Whether `url` is a run directory, or one checkpoint of a run, rather than a weight file or folder."""
+    return not url.endswith((SAFETENSORS, *PICKLES)) and any(
+        storage.exists(storage.join(url, name)) for name in ("status.json", "commit.json")
+    )
 
 
 def run_weights(url: str, which: str = "auto") -> Weights:
@@ -82,8 +85,6 @@ def run_weights(url: str, which: str = "auto") -> Weights:
     Raises:
         CheckpointError: it has none (or no moving average, when that is asked for), or no configuration.
     """
-    from pipeline.train.checkpoint import WHICH, read_saved
-
     if which not in WHICH:
         raise ConfigError(f"no weights {which!r}", where="--weights", fix=f"use one of {', '.join(WHICH)}")
     saved = read_saved(url, WHICH[which])
@@ -91,17 +92,22 @@ def run_weights(url: str, which: str = "auto") -> Weights:
     if "stage" not in config or "options" not in config:
         raise CheckpointError("nothing here names the stage and its options", where=url, fix="give a run directory")
     options, state = dict(config.get("options") or {}), saved.tensors
-    return Weights(url, str(config["stage"]), options, state, _classes(config, state), told=saved.describe())
+    classes = _classes(config, saved)
+    return Weights(url, str(config["stage"]), options, state, classes, told=saved.describe())
 
 
-def _classes(config: configs.Document, state: dict[str, Any]) -> tuple[str, ...]:
-    """The names of the classes a stage learnt, from the training data's manifest, which all sources share; numbers
-    where it is out of reach by now.
+def _classes(config: configs.Document, saved: SavedWeights) -> tuple[str, ...]:
+    """The names of the classes a stage learnt, as its checkpoint tells them. Where that is of an earlier version, or
+    they had no names then, from the training data's manifest, which all sources share; numbers where that is out of
+    reach by now.
     """
     name, others = stage_class(str(config["stage"])).class_rows or ("", 0)
-    if name not in state:
+    if name not in saved.tensors:
         return ()
-    count = state[name].shape[0] - others
+    count = saved.tensors[name].shape[0] - others
+    recorded = recorded_classes(saved.info)
+    if len(recorded) == count and recorded != numbered(count):
+        return recorded
     try:
         train = config["data"]["train"]
         classes = read_manifest(str(train if isinstance(train, str) else train[0]["url"])).classes

@@ -8,13 +8,14 @@ from typing import Any, NamedTuple
 
 import torch
 
-from launch.predict import changed_options, is_run, read_weights_of
+from launch.convert import is_run
+from launch.predict import changed_options, read_weights_of
 from pipeline import ranks, storage
 from pipeline.convert.weights import Weights, build, checked_options, numbered
 from pipeline.data.batch import Batch, Transform
 from pipeline.data.loader import sweep
 from pipeline.data.manifest import Manifest, read_manifest
-from pipeline.errors import CheckpointError, ConfigError
+from pipeline.errors import CheckpointError, ConfigError, UserError
 from pipeline.evaluate.base import Evaluation, Measured, Predictions
 from pipeline.evaluate.knn import KnnEvaluation
 from pipeline.models.pixels import normalize
@@ -68,8 +69,7 @@ def evaluate(
     weights = read_weights_of(source, source_format, known, which)
     if settings:
         weights = weights._replace(options=changed_options(weights.options, settings))
-    places = _places(source, sets, train)
-    manifests = {name: read_manifest(url) for name, url in places.items()}
+    manifests = _manifests(source, sets, train, say)
     facts = _facts(weights, manifests, knn)
     stage, _ = build(weights, facts)
     stage = stage.to(ranks.device())
@@ -115,8 +115,20 @@ def evaluate(
     return document, lines
 
 
-def _places(source: str, sets: Sequence[str], train: str | None) -> dict[str, str]:
-    """Data sets by name, the training set as "train" where it is known."""
+def _manifests(source: str, sets: Sequence[str], train: str | None, say: Callable[[str], None]) -> dict[str, Manifest]:
+    """The data sets by name; a run's own training set, which nobody asked for, only where it can be read."""
+    places, trained_on = _places(source, sets, train)
+    manifests = {name: read_manifest(url) for name, url in places.items()}
+    if trained_on is not None:
+        try:
+            manifests[TRAIN] = read_manifest(trained_on)
+        except (UserError, OSError) as error:  # few evaluations want it, and those say so
+            say(f"measured without the run's training set, which is out of reach: {error}")
+    return manifests
+
+
+def _places(source: str, sets: Sequence[str], train: str | None) -> tuple[dict[str, str], str | None]:
+    """Data sets by name, the training set as "train" where it is given, and else the one that a run was trained on."""
     of_run: Mapping[str, Any] = {}
     if is_run(source):
         of_run = (RunDir(source).config() or {}).get("data", {})
@@ -126,8 +138,10 @@ def _places(source: str, sets: Sequence[str], train: str | None) -> dict[str, st
     if TRAIN in named and train is None:
         train = named.pop(TRAIN)
         named = named or {TRAIN + "_set": train}
-    found = train or of_run.get("train")  # of a mixture, no single set is "the" training set: it must be named
-    return {**named, **({TRAIN: found} if found and isinstance(found, str) else {})}
+    if train:
+        return {**named, TRAIN: train}, None
+    found = of_run.get("train")  # of a mixture, no single set is "the" training set: it must be named
+    return named, found if isinstance(found, str) else None
 
 
 def _named(given: str) -> tuple[str, str]:

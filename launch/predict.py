@@ -8,11 +8,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from launch.convert import run_weights
+from launch.convert import is_run, run_weights
 from launch.images import find_images, read_image
 from pipeline import config as configs
 from pipeline import convert, ranks, storage
-from pipeline.convert.files import PICKLES, SAFETENSORS
 from pipeline.convert.weights import Weights, build
 from pipeline.data.batch import Example, RawSample, collate, derive_seed
 from pipeline.data.images import UnreadableSample, read_header
@@ -153,12 +152,6 @@ def predict(
     storage.write(where, (json.dumps(document, indent=1, ensure_ascii=False) + "\n").encode())
     lines = [_line(one) for one in told]
     return {**document, "written": where}, [*lines, f"written: {where}"], all("error" not in one for one in told)
-
-
-def is_run(source: str) -> bool:
-    """Whether that is a run directory rather than a weight file or folder."""
-    is_file = source.endswith((SAFETENSORS, *PICKLES))
-    return not is_file and storage.exists(storage.join(source, "status.json"))
 
 
 def read_weights_of(source: str, source_format: str | None, known: Sequence[str], which: str) -> Weights:

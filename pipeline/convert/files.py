@@ -33,6 +33,7 @@ INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
 WRAPPERS = ("model", "state_dict")  # keys that training scripts keep the tensors under
 METADATA_KEY = "vitrail"
+MAX_HEADER_BYTES = 10**8  # safetensors' own limit
 
 
 def read_source(url: str, form: Format) -> Source:
@@ -96,6 +97,17 @@ def write_target(url: str, written: Written, form: Format) -> list[str]:
     storage.write(weights, _safetensors(state, {}))
     storage.write(config, (json.dumps(written.config, indent=2) + "\n").encode())
     return [weights, config]
+
+
+def read_header(url: str) -> Document:
+    """What stands in a safetensors file of ours beside the tensors (`stage`, `options`, `classes`), without reading
+    these; {} for any other file.
+    """
+    try:
+        length = int.from_bytes(storage.read_range(url, 0, 8), "little")
+        return _metadata(storage.read_range(url, 0, 8 + length)) if length <= MAX_HEADER_BYTES else {}
+    except (FileNotFoundError, ValueError, AttributeError):  # reading the weights tells what is wrong
+        return {}
 
 
 def _safetensors(state: Mapping[str, Tensor], config: Document) -> bytes:

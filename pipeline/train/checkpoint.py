@@ -15,12 +15,13 @@ import torch
 from torch import Tensor
 
 from pipeline import ranks, storage
+from pipeline.convert.files import read_header
 from pipeline.errors import CheckpointError, StorageError
 from pipeline.train import checkpoint_format as fmt
 from pipeline.train import commits as committed
 from pipeline.train.checkpoint_format import Damaged, Gathered
 from pipeline.train.commits import Commit
-from pipeline.train.engine import Fragment, Read, Span
+from pipeline.train.engine import Fragment, Read, Span, TensorFacts
 
 SOURCES = "give a run directory with a finished checkpoint, a checkpoint folder or a safetensors file"
 Which = Literal["auto", "ema", "raw"]
@@ -60,7 +61,12 @@ def load(commit: Commit, wanted: Sequence[Span]) -> Gathered:
 
 
 def load_newest(
-    url: str, wanted: Sequence[Span], known: Sequence[str], at_most: int | None = None
+    url: str,
+    wanted: Sequence[Span],
+    known: Mapping[str, TensorFacts],
+    at_most: int | None = None,
+    *,
+    accept: Callable[[Commit], None] = lambda commit: None,
 ) -> tuple[Commit, Read] | None:
     """The newest commit that every rank can read and verify what it wants of; None when there are no checkpoints.
 
@@ -69,8 +75,9 @@ def load_newest(
     Args:
         url: the checkpoints folder; another run's directory or one checkpoint serve too.
         wanted: what this rank reads.
-        known: names of the tensors the model has, to tell a checkpoint of another model from a damaged one.
+        known: the tensors the model has, to tell a checkpoint of another model from a damaged one.
         at_most: the newest step that will do; then None also if all are newer.
+        accept: raises UserError for a checkpoint that must not be gone on with, from what its commit tells.
 
     Raises:
         CheckpointError: there are checkpoints, but none can be used.
@@ -80,6 +87,7 @@ def load_newest(
     for commit in found.commits:
         if at_most is not None and commit.step > at_most:
             continue
+        accept(commit)
         _check_model(commit, known)
         gathered: Gathered | None = None
         reason, refusal = "", None
@@ -168,9 +176,11 @@ def read_saved(url: str, which: Which = "auto") -> SavedWeights:
 
 
 def read_info(url: str) -> dict[str, Any]:
-    """What the newest commit at `url` (as for `read_weights`) tells of the run that made it; {} for a bare file."""
+    """What the newest commit at `url` (as for `read_weights`) tells of the run that made it; of a file of ours its
+    `stage`, `options` and `classes`, {} for any other.
+    """
     if url.endswith(".safetensors"):
-        return {}
+        return read_header(url)
     newest = next(iter(_commits_at(url, [])), None)
     return {} if newest is None else dict(newest.document.get("info", {}))
 
@@ -282,15 +292,21 @@ def _only(row: fmt.Row, which: Literal["ema", "raw"]) -> fmt.Row:
     return row._replace(places=[(place._replace(key="value"), digest)])
 
 
-def _check_model(commit: Commit, known: Sequence[str]) -> None:
-    theirs = set(commit.document["tensors"])
-    if theirs != set(known):
-        odd = sorted(theirs ^ set(known))
+def _check_model(commit: Commit, known: Mapping[str, TensorFacts]) -> None:
+    theirs = {name: tuple(facts["shape"]) for name, facts in commit.document["tensors"].items()}
+    ours = {name: tuple(facts.shape) for name, facts in known.items()}
+    odd = sorted(name for name in {*theirs, *ours} if theirs.get(name) != ours.get(name))
+    if odd:
         raise CheckpointError(
-            f"the checkpoint holds another model: {len(odd)} tensors differ, {odd[0]} among them",
+            f"the checkpoint holds another model: {len(odd)} tensors differ, {odd[0]} among them "
+            f"({_shape(theirs.get(odd[0]))} there, {_shape(ours.get(odd[0]))} here)",
             where=commit.url,
-            fix="give the run a new name, or go back to the code and configuration that wrote it",
+            fix="give the run a new name, or go back to the code, configuration and data that wrote it",
         )
+
+
+def _shape(shape: Sequence[int] | None) -> str:
+    return "missing" if shape is None else "x".join(map(str, shape)) or "a single number"
 
 
 def _reader(commit: Commit, file: str) -> Callable[[int, int], bytes]:

@@ -19,6 +19,7 @@ from pipeline.data.takedown import Takedown, read_takedown
 from pipeline.errors import ConfigError, DataError
 from pipeline.ranks import World
 from pipeline.stages.base import LabelUse
+from pipeline.train.classes import difference
 from pipeline.train.config import DataConfig, SourceConfig
 
 log = logging.getLogger("vitrail")
@@ -193,7 +194,7 @@ def check_classes(
     for where, manifest in others.items():
         if manifest.classes != tuple(classes):
             raise ConfigError(
-                f"its labels aren't those of {whose}: {_difference(manifest.classes, classes)}; "
+                f"its labels aren't those of {whose}: {difference(manifest.classes, classes)}; "
                 f"and stage {stage!r} {use.why}",
                 where=where,
                 fix=f"prepare all sets with the same list of classes{use.instead}",
@@ -216,15 +217,6 @@ def _subset(config: SourceConfig, manifest: Manifest) -> int | None:
             f"a subset of {count} samples of a set of {there}", where=manifest.url, fix=f"set subset to at most {there}"
         )
     return None if count == there else count
-
-
-def _difference(found: Sequence[str], wanted: Sequence[str]) -> str:
-    """How two lists of classes differ: in number, or which is the first that has another name."""
-    if len(found) != len(wanted):
-        here, there = (f"{len(some)} classes" if some else "none" for some in (found, wanted))
-        return f"{here}, not {there}"
-    number = next(i for i, names in enumerate(zip(found, wanted, strict=True)) if names[0] != names[1])
-    return f"class {number} is {found[number]!r}, not {wanted[number]!r}"
 
 
 def _digest_of_many(manifest: Manifest) -> dict[str, str]:

@@ -21,6 +21,7 @@ from pipeline.stages import stage_class
 from pipeline.stages.base import DataFacts, Stage, seeded_init
 from pipeline.train import commits as committed
 from pipeline.train.checkpoint import SavedWeights, load_newest, read_info, read_saved, read_weights, weights_digest
+from pipeline.train.classes import check_initial, check_resumed, learnt_classes, recorded_classes
 from pipeline.train.commits import Attempt, Commit
 from pipeline.train.config import EmaConfig, TrainConfig
 from pipeline.train.data import RunData, describe, read_data, same_data
@@ -221,7 +222,9 @@ class _Run:
             check_same_text(self._text_options(), theirs.get("text", {}), where=source)
         saved = ranks.from_first(lambda: _Saved(read_saved(source, self.config.init_weights)))
         weights = ranks.broadcast_tensors(saved.tensors)
-        report = load_initial(self.stage, weights, self.config.init_prefixes, where=source)
+        classes, prefixes = recorded_classes(theirs), self.config.init_prefixes
+        check_initial(self.stage, weights, classes, prefixes, where=source)
+        report = load_initial(self.stage, weights, prefixes, where=source)
         self.origin = f"init_from {source}"
         _say("%s from %s", saved.description, source)
         for line in report.lines():
@@ -233,12 +236,12 @@ class _Run:
         With `at_most` only checkpoints up to that step are considered; None also when there are none.
         """
         while True:
-            wanted, known = self.engine.wanted(), list(self.engine.facts())
-            loaded, whose = load_newest(self.checkpoints_url, wanted, known, at_most), "checkpoint"
+            load = partial(load_newest, wanted=self.engine.wanted(), known=self.engine.facts(), accept=self._accept)
+            loaded, whose = load(self.checkpoints_url, at_most=at_most), "checkpoint"
             if loaded is None and at_most is not None:
                 return None, State()
             if loaded is None and self.config.resume_from is not None:
-                loaded, whose = load_newest(self.config.resume_from, wanted, known), "resume_from: checkpoint"
+                loaded, whose = load(self.config.resume_from), "resume_from: checkpoint"
                 if loaded is None:
                     raise CheckpointError(
                         "no checkpoint to resume from", where=self.config.resume_from, fix="mend resume_from"
@@ -251,7 +254,6 @@ class _Run:
                 break
         if loaded is not None:
             commit, read = loaded
-            self._check_data(commit)
             self.engine.restore(read)
             self.origin = f"{whose} at step {commit.step} of attempt {commit.attempt}"
         _say("attempt %d starts from %s", attempt.number, self.origin)
@@ -267,9 +269,13 @@ class _Run:
             )
         return committed.begin_attempt(self.checkpoints_url, resumed_step, enforced=enforced)
 
-    def _check_data(self, commit: Commit) -> None:
-        before = commit.document["info"].get("data")
-        if not same_data(before, self._info()["data"]):
+    def _accept(self, commit: Commit) -> None:
+        """Refuse to go on from what was learnt from other data, or for other classes."""
+        if Due(self.config).done(State.from_document(commit.progress)):  # nothing will be learnt any more
+            return
+        info = commit.document["info"]
+        check_resumed(self.stage, recorded_classes(info), where=self.data.where)
+        if not same_data(info.get("data"), self._info()["data"]):
             raise DataError(
                 "the training set isn't the one this run began with: its order of samples can't be continued",
                 where=self.data.where,
@@ -283,6 +289,7 @@ class _Run:
             "name": self.config.name,
             "options": config["options"],
             "train": config["data"]["train"],
+            "classes": list(learnt_classes(self.stage)),
             "trunk": self.stage.trunk.config.model_dump(mode="json"),
             "text": self._text_options(),
             "zero_stage": self.resolved.zero_stage,

@@ -19,6 +19,7 @@ from pipeline.config import validate
 from pipeline.errors import ConfigError
 from pipeline.stages import STAGES, stage_class
 from pipeline.stages.base import DataFacts, Picture
+from pipeline.train.classes import class_parameters
 
 pytestmark = pytest.mark.timeout(900)  # one fixture does everything
 CLASSES = ("dark", "red", "green", "blue")
@@ -91,7 +92,11 @@ def test_a_stage_says_whether_it_learns_classes(name: str) -> None:
     assert cls.label_use(options) is not None
     parameter, others = cls.class_rows
     with torch.device("meta"):
-        assert cls(options, DataFacts(CLASSES)).state_dict()[parameter].shape[0] == len(CLASSES) + others
+        stage = cls(options, DataFacts(CLASSES))
+    assert stage.state_dict()[parameter].shape[0] == len(CLASSES) + others
+    rows = class_parameters(stage)
+    assert parameter in rows
+    assert not [name for name in rows if name.startswith("trunk.")]
     with pytest.raises(ConfigError, match="names no classes"):
         cls(options, DataFacts())
 

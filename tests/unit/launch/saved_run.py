@@ -12,7 +12,7 @@ from pipeline.train.saving import Checkpoints
 
 
 def save_checkpoint(url: str, state: dict[str, Tensor]) -> None:
-    """Commit these weights at step 3 of the checkpoints folder `url`."""
+    """Commit these weights at step 3 of the checkpoints folder `url`, without telling anything of the run."""
     process = multiprocessing.get_context("spawn").Process(target=_save, args=(url, state))
     process.start()
     process.join(60)

@@ -69,7 +69,7 @@ def target(zero_stage: int, precision: str, url: str, again: str) -> tuple[dict[
     """Take over the checkpoint at `url`, save it to `again`, and do the three more steps."""
     engine = build(zero_stage, precision)
     train(engine, 50, 51)  # a state of its own, which has to be replaced
-    loaded = load_newest(url, engine.wanted(), list(engine.facts()))
+    loaded = load_newest(url, engine.wanted(), engine.facts())
     assert loaded is not None
     engine.restore(loaded[1])
     save(engine, again)

@@ -142,7 +142,7 @@ def test_saved_state_comes_back(url: str) -> None:
         **{name: value.tolist() for name, value in VALUES.items()},
         "flag": FLAG.tolist(),
     }
-    loaded = ck.load_newest(url, [Span("a", 2, 7), Span("flag", 0, 3)], list(FACTS))
+    loaded = ck.load_newest(url, [Span("a", 2, 7), Span("flag", 0, 3)], FACTS)
     assert loaded is not None
     commit, read = loaded
     assert commit.progress == {"step": 5, "samples": 5}
@@ -240,12 +240,17 @@ def test_an_attempt_that_was_superseded_commits_no_more(url: str) -> None:
 
 def test_another_model_is_told_from_damage(url: str) -> None:
     finish(begin(url), 1)
-    with pytest.raises(CheckpointError, match="another model"):
-        ck.load_newest(url, [Span("a", 0, 10)], ["a", "b"])
+    with pytest.raises(
+        CheckpointError, match=r"another model: 1 tensors differ, extra among them \(missing there, 4 here"
+    ):
+        ck.load_newest(url, [Span("a", 0, 10)], FACTS | {"extra": FACTS["a"]._replace(shape=(4,))})
+    narrow = FACTS | {"a": FACTS["a"]._replace(shape=(2, 3))}
+    with pytest.raises(CheckpointError, match=r"a among them \(10 there, 2x3 here\)"):
+        ck.load_newest(url, [Span("a", 0, 6)], narrow)
 
 
 def test_no_checkpoints_are_no_error_to_a_new_run(url: str) -> None:
-    assert ck.load_newest(url, [Span("a", 0, 10)], ["a"]) is None
+    assert ck.load_newest(url, [Span("a", 0, 10)], FACTS) is None
 
 
 def test_weights_are_found_from_wherever_one_points(url: str, tmp_path: Path) -> None:

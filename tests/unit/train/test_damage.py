@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import random
 import shutil
@@ -15,7 +16,7 @@ import pytest
 from pipeline.errors import CheckpointError, StorageError, UserError
 from pipeline.train.checkpoint import load_newest, read_state, read_weights, state_digest
 from pipeline.train.commits import find_commits
-from pipeline.train.engine import Fragment, Span
+from pipeline.train.engine import Fragment, Span, TensorFacts
 from tests.process_group import ProcessGroup
 from tests.unit.train import portability_cases as cases
 
@@ -29,7 +30,7 @@ class Saved(NamedTuple):
     folder: Path
     digests: dict[int, str]
     names: list[str]
-    sizes: dict[str, int]
+    facts: dict[str, TensorFacts]
 
 
 @pytest.fixture(scope="module")
@@ -38,18 +39,11 @@ def saved(tmp_path_factory: pytest.TempPathFactory, two: ProcessGroup) -> Saved:
     two.run(cases.two_checkpoints, str(folder / "checkpoints"))
     commits = find_commits(str(folder / "checkpoints")).commits
     assert [c.step for c in commits] == [6, 3]
-    sizes = {name: torch_size(facts["shape"]) for name, facts in commits[0].document["tensors"].items()}
+    facts = {name: TensorFacts(**told) for name, told in commits[0].document["tensors"].items()}
     digests = {c.step: state_digest(read_state(c.url)) for c in commits}
     names = sorted(path.name for path in Path(commits[0].url).iterdir())
     assert len(names) == 2 * 3 + 1
-    return Saved(folder / "checkpoints", digests, names, sizes)
-
-
-def torch_size(shape: list[int]) -> int:
-    size = 1
-    for extent in shape:
-        size *= extent
-    return size
+    return Saved(folder / "checkpoints", digests, names, facts)
 
 
 @pytest.fixture
@@ -92,10 +86,11 @@ def without_rights() -> Iterator[None]:
         os.seteuid(0)
 
 
-def loaded(url: str, sizes: dict[str, int]) -> tuple[int, str] | UserError:
+def loaded(url: str, facts: dict[str, TensorFacts]) -> tuple[int, str] | UserError:
     """The step that a run would resume, and the digest of what it would get; or why it stops."""
+    sizes = {name: math.prod(told.shape) for name, told in facts.items()}
     try:
-        found = load_newest(url, [Span(name, 0, size) for name, size in sizes.items()], list(sizes))
+        found = load_newest(url, [Span(name, 0, size) for name, size in sizes.items()], facts)
     except (CheckpointError, StorageError) as error:
         return error
     assert found is not None, "a run that has checkpoints was about to start over"
@@ -114,7 +109,7 @@ def test_each_file_of_the_newest_checkpoint(saved: Saved, copy: Path, how: str) 
         newest = Path(find_commits(str(copy)).commits[0].url)
         harm(newest / name, how, random.Random(number))
         with without_rights():
-            found = loaded(str(copy), saved.sizes)
+            found = loaded(str(copy), saved.facts)
         if isinstance(found, UserError):
             assert how == "forbid", f"{how} {name}: {found}"
             assert "permission" in str(found)
@@ -144,7 +139,7 @@ def test_files_of_two_checkpoints_mixed_up(saved: Saved, copy: Path) -> None:
     newest, older = (Path(c.url) for c in find_commits(str(copy)).commits)
     for name in ("rank-00000.safetensors", "rank-00001.safetensors"):
         shutil.copy(older / name, newest / name)
-    found = loaded(str(copy), saved.sizes)
+    found = loaded(str(copy), saved.facts)
     assert found == (3, saved.digests[3])
 
 

@@ -4,21 +4,29 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from PIL import Image
 from tar_sets import sa1b_members, write_tar
 
-from data_prep.build import build
+from data_prep.build import build as prepare
 from data_prep.indexing.index import Choice, index_tars
+from launch.convert import convert_weights, run_weights
 from launch.evaluate import Knn, evaluate
+from launch.predict import Asked, predict
 from pipeline import config as configs
+from pipeline.convert.weights import build
 from pipeline.data.manifest import Manifest, Shard
 from pipeline.data.mixture import Source
 from pipeline.data.takedown import Takedown
 from pipeline.errors import ConfigError
 from pipeline.run_dir import RunDir
+from pipeline.train.checkpoint import read_weights
+from pipeline.train.classes import check_initial
 from pipeline.train.config import DataConfig, TrainConfig
 from pipeline.train.data import RunData, same_data
 from tests import train_cases
@@ -45,7 +53,7 @@ def kinds(tmp_path_factory: pytest.TempPathFactory) -> Path:
             objects = [{"bbox": [4, 2, 26, 22], "segmentation": mask, "category_id": label} for label in labels]
             columns = {"label": labels, "objects": [json.dumps([one]) for one in objects]}
             source = {"label_column": "label", "annotations_column": "objects", "classes": classes}
-        build(settings(write_pairs(folder / "raw" / name, 24, **columns), folder / name, source=source))
+        prepare(settings(write_pairs(folder / "raw" / name, 24, **columns), folder / name, source=source))
     return folder
 
 
@@ -211,6 +219,117 @@ def test_labels_of_other_classes_are_refused_where_they_would_be_mixed_up(
     outcome = one.run(run_cases.run, document)[0]
     assert outcome[0] == "ConfigError"
     assert re.search(message, " ".join(outcome[1:]))
+
+
+HEADS: dict[str, dict[str, Any]] = {
+    "classify": {"model": MODEL},
+    "segment": {"model": MODEL | {"cls_token": False, "final_norm": False}},
+}
+
+
+def learner(kinds: Path, folder: Path, name: str, stage: str = "classify", **changes: Any) -> dict[str, Any]:
+    """A short run on `folder`/data, made of the animals."""
+    if not (folder / "data").exists():
+        shutil.copytree(kinds / "animals" / "train", folder / "data")
+    settings = {"stage": stage, "options": HEADS[stage], "engine.zero_stage": 0, "runs": str(folder / "runs")}
+    settings |= {"data.train": str(folder / "data"), "length_samples": 64, "checkpoint.every_samples": 16}
+    return of_kinds(kinds, name, [], [], **(settings | changes))
+
+
+def call_classes(folder: Path, *names: str) -> None:
+    """Give the labels of a data set other names."""
+    path = folder / "data" / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"classes": names}))
+
+
+def forget_classes(checkpoints: Path) -> None:
+    """Make commits what the first versions wrote: without the classes, and without a hash."""
+    for path in checkpoints.rglob("commit.json"):
+        commit = json.loads(path.read_text())
+        del commit["sha256"], commit["info"]["classes"]
+        path.write_text(json.dumps(commit | {"format_version": 1}))
+
+
+@pytest.mark.parametrize("stage", HEADS)
+def test_a_run_still_names_its_classes_when_its_data_are_gone(
+    kinds: Path, one: ProcessGroup, tmp_path: Path, stage: str
+) -> None:
+    document = learner(kinds, tmp_path, "run", stage, length_samples=16)
+    assert one.run(run_cases.run, document)[0][0] == "done"
+    (tmp_path / "data").rename(tmp_path / "moved")
+    run, photo, told = str(tmp_path / "runs" / "run"), tmp_path / "photo.png", list[str]()
+    Image.new("RGB", (20, 30), (90, 60, 30)).save(photo)
+    convert_weights(run, str(tmp_path / "own.safetensors"), None, "vitrail", [])
+    alone = tmp_path / "alone"  # one checkpoint as it is handed to somebody
+    shutil.copytree(next(Path(run).rglob("commit.json")).parent, alone)
+    for source in (run, str(alone), str(tmp_path / "own.safetensors")):
+        found, _, _ = predict(source, [str(photo)], str(tmp_path / "out"), Asked(), told.append)
+        assert found["classes"] == ["cat", "dog"], source
+        measured, _ = evaluate(source, [f"set={kinds / 'animals' / 'train'}"], told.append)
+        assert any(name.startswith("set/") for name in measured["figures"])
+        with pytest.raises(ConfigError, match="class 0 is 'dog', not 'cat'"):
+            evaluate(source, [f"other={kinds / 'swapped' / 'train'}"], told.append)
+    assert sum("out of reach" in line for line in told) == 2, "of the run alone"
+    forget_classes(Path(run))
+    assert run_weights(run).classes == ("0", "1")
+    (tmp_path / "moved").rename(tmp_path / "data")
+    assert run_weights(run).classes == ("cat", "dog"), "an earlier version's run, as before"
+
+
+def test_a_run_goes_on_only_while_each_label_means_the_same(kinds: Path, one: ProcessGroup, tmp_path: Path) -> None:
+    document = learner(kinds, tmp_path, "run")
+    call_classes(tmp_path, "0", "1")
+    assert one.run(run_cases.run, document, 1)[0][0] == "stopped"
+    call_classes(tmp_path, "cat", "dog")
+    assert one.run(run_cases.run, document, 2)[0][0] == "stopped", "numbers may get names"
+    attempts = list((tmp_path / "runs" / "run" / "checkpoints" / "attempts").iterdir())
+    others = {
+        ("dog", "cat"): "class 0 is 'dog', not 'cat'",
+        ("cat", "dog", "owl"): "3 classes, not 2",
+        ("0", "1"): "'0'",
+    }
+    for names, message in others.items():
+        call_classes(tmp_path, *names)
+        kind, words, fix = one.run(run_cases.run, document)[0]
+        assert (kind, fix) == ("DataError", "put its list of classes back, or give the run a new name")
+        assert re.search(f"data: .* aren't those this run has learnt: .*{message}", words)
+        taken_over = learner(kinds, tmp_path, "other", resume_from=str(tmp_path / "runs" / "run"))
+        assert one.run(run_cases.run, taken_over)[0][0] == "DataError"
+    assert list((tmp_path / "runs" / "run" / "checkpoints" / "attempts").iterdir()) == attempts
+    forget_classes(tmp_path / "runs" / "run")
+    call_classes(tmp_path, "cat")
+    assert "head.bias among them (2 there, 1 here)" in one.run(run_cases.run, document)[0][1]
+    call_classes(tmp_path, "cat", "dog")
+    assert one.run(run_cases.run, document)[0][:3] == ("done", 4, 64), "an earlier version's run, as before"
+    call_classes(tmp_path, "dog", "cat")
+    assert one.run(run_cases.run, document)[0][:3] == ("done", 4, 64), "nothing is left to learn"
+
+
+def test_a_head_starts_from_another_run_only_for_the_same_classes(
+    kinds: Path, one: ProcessGroup, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert one.run(run_cases.run, learner(kinds, tmp_path, "first", length_samples=16))[0][0] == "done"
+    run, file = str(tmp_path / "runs" / "first"), str(tmp_path / "first.safetensors")
+    convert_weights(run, file, None, "vitrail", [])
+    still = {"length_samples": 16, "optim.lr": 1e-30, "optim.weight_decay": 0.0, "init_prefixes": [""]}
+    for name, message in (("swapped", "class 0 is 'cat', not 'dog'"), ("plants", "2 classes, not 3 classes")):
+        for source in (run, file):
+            other = learner(kinds, tmp_path, name, init_from=source, **still)
+            other["data"]["train"] = str(kinds / name / "train")
+            kind, words, fix = one.run(run_cases.run, other)[0]
+            assert kind == "CheckpointError"
+            assert words == f"{source}: its head.weight was learnt for other classes than the training set's: {message}"
+            assert fix.endswith("begin the head anew: init_prefixes=[trunk., fc_norm.]")
+    assert one.run(run_cases.run, other | {"init_prefixes": ["trunk.", "fc_norm."]})[0][0] == "done"
+    assert one.run(run_cases.run, learner(kinds, tmp_path, "second", init_from=run, **still))[0][0] == "done"
+    weights = [read_weights(str(tmp_path / "runs" / name))["head.weight"] for name in ("first", "second")]
+    assert torch.equal(*weights)
+    stage, _ = build(run_weights(run))
+    for recorded, warned in ((("cat", "dog"), 0), ((), 1), (("0", "1"), 1)):
+        caplog.clear()
+        check_initial(stage, stage.state_dict(), recorded, ("head.",), where="RUN")
+        assert len(caplog.records) == warned
+        assert all("RUN doesn't say which classes it learnt" in one.getMessage() for one in caplog.records)
 
 
 def test_neighbours_leave_out_a_set_without_labels(kinds: Path, one: ProcessGroup) -> None:
