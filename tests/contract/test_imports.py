@@ -46,7 +46,7 @@ DATA_PREP_ROOMS = (
 )
 DATA_PREP_FREE = ("data_prep.filters.score", "data_prep.annotate")
 
-# Third-party packages that only the named modules (and what lies under them) may import.
+# Packages, and modules behind a door of ours, that only the named modules (and what lies under them) may import.
 FENCES: dict[str, tuple[str, ...]] = {
     "deepspeed": ("pipeline.train.engine", "pipeline.train.engine_*"),
     "ray": ("data_prep.partitions", "launch"),
@@ -57,6 +57,11 @@ FENCES: dict[str, tuple[str, ...]] = {
     "webdataset": ("pipeline.data", "data_prep.shards.commit", "data_prep.shards.verify"),
     "fsspec": ("pipeline.storage",),
     "s3fs": ("pipeline.storage",),
+    "botocore": ("pipeline.storage",),
+    "pipeline.storage.local": ("pipeline.storage",),
+    "pipeline.storage.s3": ("pipeline.storage",),
+    "pipeline.storage.store": ("pipeline.storage",),
+    "pipeline.storage.retries": ("pipeline.storage",),
     "matplotlib": ("pipeline.report",),
 }
 
@@ -178,6 +183,8 @@ def test_pipeline_itself_imports_nothing_of_ours() -> None:
         ("data_prep.build", "import ray", "ray is fenced"),
         ("pipeline.train.loop", "from torch.utils.tensorboard import SummaryWriter", "is fenced"),
         ("pipeline.stages.mae", "import webdataset as wds", "webdataset is fenced"),
+        ("pipeline.train.saving", "from pipeline.storage.s3 import client", "pipeline.storage.s3 is fenced"),
+        ("data_prep.build", "from pipeline.storage import local", "pipeline.storage.local is fenced"),
         ("pipeline.data.images", "import tests.conftest", "know nothing of their tests"),
         (
             "pipeline.data.batch",
@@ -196,6 +203,7 @@ def test_a_planted_breach_is_found(importer: str, source: str, word: str) -> Non
     [
         ("pipeline.stages.mae", "from pipeline.models.vit import ViT"),
         ("pipeline.train.engine", "import deepspeed"),
+        ("pipeline.run_dir", "from pipeline.storage import Entry, read"),
         ("pipeline.train.engine_zero3", "import deepspeed"),
         ("data_prep.partitions", "import ray"),
         ("launch.agents", "import ray"),

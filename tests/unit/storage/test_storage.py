@@ -16,6 +16,7 @@ import pytest
 from launch.s3_server import S3Server
 from pipeline import storage
 from pipeline.errors import StorageError
+from pipeline.storage import local, retries, s3
 
 
 def test_what_was_written_is_read_back(folder: str) -> None:
@@ -104,7 +105,7 @@ def test_the_probe_trusts_a_store_that_enforces(moto_bucket: str) -> None:
 
 
 def test_large_objects_go_up_in_parts_and_come_back_whole(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(storage, "PART_SIZE_BYTES", 5 * 2**20)
+    monkeypatch.setattr(s3, "PART_SIZE_BYTES", 5 * 2**20)
     data = os.urandom(1024) * (12 * 1024)
     url = storage.join(bucket, "large")
     storage.write(url, data)
@@ -252,7 +253,7 @@ def test_a_server_that_ignores_byte_ranges_is_named(flaky: type[Flaky]) -> None:
 
 
 def test_faults_that_stay_are_unavailable(flaky: type[Flaky], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(storage.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(retries.time, "sleep", lambda seconds: None)
     flaky.faults[:] = ["short"] * 100
     with pytest.raises(storage.StorageUnavailable):
         storage.read("s3://bucket-one/object")
@@ -296,7 +297,7 @@ def test_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     def open_full(path, mode):
         return open("/dev/full", "wb")
 
-    monkeypatch.setattr(storage, "open", open_full, raising=False)
+    monkeypatch.setattr(local, "open", open_full, raising=False)
     with pytest.raises(StorageError, match=r"no space left on device.*free space"):
         storage.write(str(tmp_path / "object"), bytes(10_000))
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pipeline import ranks
+from pipeline.errors import StorageError
 from pipeline.train import commits
 from pipeline.train.checkpoint import load_newest
 from pipeline.train.engine_deepspeed import DeepSpeedEngine
@@ -92,7 +93,7 @@ def save_where_rank_1_cannot(url: str) -> tuple[int, str, float]:
 
     def failing(path: str, data: Any) -> None:
         if "rank-00001" in path and "step-000000000001" in path:
-            raise storage.StorageError("no answer", where=path, fix="wait")
+            raise StorageError("no answer", where=path, fix="wait")
         real(path, data)
 
     storage.write, saving.ATTEMPTS_PER_WRITE = failing, 1

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from pipeline import storage
+from pipeline.storage.s3 import S3Objects
 from pipeline.train import commits
 from pipeline.train.commits import Attempt, Commit
 
@@ -119,7 +120,7 @@ def test_an_attempt_that_sleeps_through_its_successor_changes_nothing(any_store:
 def test_a_lost_reply_to_the_record_of_an_attempt_is_no_conflict(
     moto_bucket: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real: Callable[..., Any] = storage._S3._put
+    real: Callable[..., Any] = S3Objects._put
     lost = []
 
     def put(self: Any, url: str, data: Any, mode: str) -> None:
@@ -128,7 +129,7 @@ def test_a_lost_reply_to_the_record_of_an_attempt_is_no_conflict(
             lost.append(url)
             raise ConnectionResetError("the reply was lost")
 
-    monkeypatch.setattr(storage._S3, "_put", put)
+    monkeypatch.setattr(S3Objects, "_put", put)
     attempt = commits.begin_attempt(moto_bucket, 0, enforced=True)
     assert lost
     assert attempt is not None

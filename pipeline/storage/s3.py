@@ -1,15 +1,4 @@
-"""The one door to files: local paths and `s3://` URLs alike, through fsspec.
-
-Only whole objects are written, so a reader sees all of an object or nothing of it; nothing here hands out an open
-file for writing (on S3, leaving a `with` block on an exception would publish what was written so far).
-
-Credentials come from the environment (`AWS_ACCESS_KEY_ID`, `AWS_SECRET_ACCESS_KEY`, `AWS_ENDPOINT_URL`, a profile or
-an instance role), never from a configuration file.
-
-Every function raises `FileNotFoundError` for a missing object and `pipeline.errors.StorageError` for a missing
-bucket, refused credentials, an unreachable endpoint or a full disk. Answers that may pass (503, resets, time-outs) are
-retried with growing, jittered waits first; `StorageUnavailable` is what remains when they don't.
-"""
+"""Objects of an S3 server: one client for each process and environment, what is tried again, and what errors mean."""
 
 from __future__ import annotations
 
@@ -17,18 +6,13 @@ import contextlib
 import errno
 import functools
 import os
-import random
-import secrets
 import threading
-import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any, NamedTuple, NoReturn, TypeAlias, TypeVar
+from typing import Any, NoReturn
 
 from pipeline.errors import StorageError
-
-T = TypeVar("T")
-Data: TypeAlias = bytes | memoryview
+from pipeline.storage.retries import retrying
+from pipeline.storage.store import Data, Entry, StorageUnavailable
 
 CONNECT_TIMEOUT_S = 10
 READ_TIMEOUT_S = 60
@@ -37,7 +21,6 @@ _MAX_COPY_BYTES = 5 * 10**9  # the protocol's limit on a copy in one request
 MAX_PARTS = 9_000  # the protocol allows 10,000
 _PIECE_BYTES = 2**20  # of a body, received at once
 _SMALL_PIECE_BYTES = 2**16  # once a body has broken off, so that little of what did arrive is lost
-PARTIAL_SUFFIX = ".partial"  # local files being written; never listed
 # botocore doesn't ask again for a body that breaks off, so all of that falls to these: where a twentieth of all bodies
 # breaks off, three tries lose one read in 8000, six one in 60 million.
 _ATTEMPTS = 6
@@ -60,229 +43,7 @@ _REFUSED_CODES = frozenset(
 _EXISTS_CODES = frozenset({"PreconditionFailed", "412"})
 
 
-class StorageUnavailable(StorageError):  # noqa: N818 -- a state of the place, not a mistake
-    """The place didn't answer, or answered that it is busy, for as long as was waited: trying later may help."""
-
-
-class Entry(NamedTuple):
-    """One listed object: its full path or URL, and its size."""
-
-    url: str
-    size_bytes: int
-    stamp: str = ""  # another one after the content was replaced: the file's time of modification, or the ETag
-
-
-def join(base: str, *parts: str) -> str:
-    """`base` with `parts` below it; empty parts are skipped, a part is never taken as absolute."""
-    below = "/".join(part.strip("/") for part in parts if part.strip("/"))
-    if not base or not below:
-        return base or below
-    return f"{base.rstrip('/')}/{below}"
-
-
-def is_remote(url: str) -> bool:
-    """Whether `url` names an object in S3 rather than a local file."""
-    return url.startswith("s3://")
-
-
-def read(url: str) -> bytes:
-    """The whole object."""
-    return _store(url).read(url)
-
-
-def read_range(url: str, start: int, stop: int) -> bytes:
-    """Bytes [start, stop) of the object; fewer where it ends before `stop`."""
-    if not 0 <= start <= stop:
-        raise ValueError(f"not a byte range: [{start}, {stop})")
-    return _store(url).read_range(url, start, stop) if stop > start else b""
-
-
-def write(url: str, data: Data) -> None:
-    """Put `data` at `url`, replacing what was there at once; folders on the way are made."""
-    _store(url).write(url, data)
-
-
-def create(url: str, data: Data) -> bool:
-    """Put `data` at `url` unless something is there already; whether it is now ours.
-
-    Of several writers one wins, with its whole content visible at once, where the store enforces conditional writes
-    (`probe_conditional_writes` tells); elsewhere the check and the write are two requests. A reply that is lost looks
-    like a conflict: then the object is read back, so writers that race must write different bytes.
-    """
-    return _store(url).create(url, data)
-
-
-def exists(url: str) -> bool:
-    """Whether there is an object (for local paths: a file, not a folder)."""
-    return _store(url).size_bytes(url) is not None
-
-
-def size_bytes(url: str) -> int:
-    """Size of the object."""
-    size = _store(url).size_bytes(url)
-    if size is None:
-        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), url)
-    return size
-
-
-def entries(url: str) -> Iterator[Entry]:
-    """Every object below folder `url`, at any depth, in byte order of the names; none where there is no such folder.
-
-    Raises:
-        StorageError: the folder can't be read, or a link in it leads nowhere: what is missing isn't passed over.
-    """
-    return _store(url).entries(url)
-
-
-def delete(url: str) -> None:
-    """Remove the object; no error when it isn't there."""
-    _store(url).delete(url)
-
-
-def move(source: str, target: str) -> None:
-    """Rename an object within its store, replacing what is at `target`: whole at every moment, no bytes pass through.
-
-    On S3 this is a copy on the server, then a removal; a process that ends in between leaves both.
-    """
-    if is_remote(source) != is_remote(target):
-        raise ValueError(f"{source} and {target} lie in different stores")
-    _store(source).move(source, target)
-
-
-def abort_uploads(url: str) -> int:
-    """Give up multipart uploads below folder `url` that were begun and never finished; how many there were.
-
-    A process that is killed leaves its parts behind, which no listing shows and which cost space all the same. Uploads
-    under way end with an error, so this is for a place that nobody else writes to. Always 0 on a disk.
-    """
-    return _store(url).abort_uploads(url)
-
-
-def probe_conditional_writes(url: str) -> bool:
-    """Whether the store below folder `url` really refuses a create-only write onto something that exists.
-
-    Some S3 servers accept `If-None-Match` and overwrite all the same. Leaves nothing behind.
-    """
-    probe = join(url, f".probe-{secrets.token_hex(8)}")
-    store = _store(probe)
-    try:
-        store.write(probe, b"first")
-        return not store.create_conditionally(probe, b"second") and store.read(probe) == b"first"
-    finally:
-        store.delete(probe)
-
-
-def filesystem_key() -> tuple[object, ...]:
-    """What an S3 client depends on: the process, and the environment's endpoint and credentials.
-
-    A client is never carried over a fork (its event loop's thread isn't), nor used after the environment changed.
-    """
-    return (os.getpid(), *(os.environ.get(name) for name in _S3_VARIABLES))
-
-
-def retrying(
-    call: Callable[[], T],
-    *,
-    transient: Callable[[Exception], bool],
-    attempts: int = 4,
-    first_wait_s: float = 0.2,
-    longest_wait_s: float = 10.0,
-) -> T:
-    """The result of `call`, called again after errors that `transient` says may pass.
-
-    Waits double from `first_wait_s` up to `longest_wait_s`, each multiplied by a random factor in [1/2, 1] so that
-    many clients don't come back at once. The last error is raised as it is.
-    """
-    for attempt in range(attempts):
-        try:
-            return call()
-        except Exception as error:
-            if attempt == attempts - 1 or not transient(error):
-                raise
-            # Jitter must differ between processes that share a seed, so it comes from the system's generator.
-            wait_s = min(first_wait_s * 2**attempt, longest_wait_s)
-            time.sleep(wait_s * random.SystemRandom().uniform(0.5, 1.0))
-    raise AssertionError("attempts must be positive")
-
-
-class _Local:
-    """Files of this machine, or of a file system mounted on it."""
-
-    def read(self, url: str) -> bytes:
-        with _local_errors(url), open(_path(url), "rb") as file:
-            return file.read()
-
-    def read_range(self, url: str, start: int, stop: int) -> bytes:
-        with _local_errors(url), open(_path(url), "rb") as file:
-            file.seek(start)
-            return file.read(stop - start)
-
-    def write(self, url: str, data: Data) -> None:
-        path = _path(url)
-        with _local_errors(url), _whole_file(path, data) as partial:
-            os.replace(partial, path)
-            _sync_folder(path.parent)
-
-    def create(self, url: str, data: Data) -> bool:
-        path = _path(url)
-        with _local_errors(url), _whole_file(path, data) as partial:
-            try:
-                os.link(partial, path)
-            except FileExistsError:
-                return False
-            except OSError as error:
-                if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS):
-                    raise
-                # No hard links here: claim the name, then put the content under it. A reader may see it empty once.
-                try:
-                    os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
-                except FileExistsError:
-                    return False
-                os.replace(partial, path)
-            _sync_folder(path.parent)
-            return True
-
-    create_conditionally = create
-
-    def size_bytes(self, url: str) -> int | None:
-        path = _path(url)
-        try:
-            with _local_errors(url):
-                return path.stat().st_size if not path.is_dir() else None
-        except FileNotFoundError:
-            return None
-
-    def entries(self, url: str) -> Iterator[Entry]:
-        top = _path(url)
-        found: list[str] = []
-        with _local_errors(url):
-            for folder, _, names in os.walk(top, onerror=_raise_unless_missing):
-                found += [os.path.join(folder, name) for name in names if not name.endswith(PARTIAL_SUFFIX)]
-        for path in sorted(found, key=os.fsencode):
-            try:
-                facts = os.stat(path)
-            except FileNotFoundError:
-                if os.path.islink(path):
-                    raise StorageError("a link to what isn't there", where=path, fix="mend or remove it") from None
-                continue  # deleted since
-            yield Entry(path, facts.st_size, str(facts.st_mtime_ns))
-
-    def delete(self, url: str) -> None:
-        with _local_errors(url):
-            _path(url).unlink(missing_ok=True)
-
-    def move(self, source: str, target: str) -> None:
-        path = _path(target)
-        with _local_errors(source):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            os.replace(_path(source), path)
-            _sync_folder(path.parent)
-
-    def abort_uploads(self, url: str) -> int:
-        return 0
-
-
-class _S3:
+class S3Objects:
     """Objects of an S3 server, through one s3fs instance of this process. Their content is read by botocore's blocking
     client, which takes two thirds of s3fs' processor time and holds the interpreter's lock for little of it.
     """
@@ -511,7 +272,7 @@ class _RangeBeyondEnd(Exception):  # noqa: N818
     """A ranged read starts where the object has ended."""
 
 
-_S3_VARIABLES = (
+_VARIABLES = (
     "AWS_ENDPOINT_URL",
     "AWS_ENDPOINT_URL_S3",
     "AWS_ACCESS_KEY_ID",
@@ -521,40 +282,37 @@ _S3_VARIABLES = (
     "AWS_DEFAULT_REGION",
     "AWS_REGION",
 )
-_local = _Local()
-_s3_stores: dict[tuple[object, ...], _S3] = {}
-_s3_lock = threading.Lock()
+_clients: dict[tuple[object, ...], S3Objects] = {}
+_lock = threading.Lock()
 
 
 def _renew_lock() -> None:
     """A fork may happen while another thread holds the lock; that thread isn't there to release it in the child."""
-    global _s3_lock
-    _s3_lock = threading.Lock()
+    global _lock
+    _lock = threading.Lock()
 
 
 os.register_at_fork(after_in_child=_renew_lock)
 
 
-def _store(url: str) -> _Local | _S3:
-    if not is_remote(url):
-        return _local
-    key = filesystem_key()
-    store = _s3_stores.get(key)
-    if store is None:
-        with _s3_lock:
-            store = _s3_stores.get(key)
-            if store is None:
-                store = _s3_stores[key] = _S3()
-    return store
+def client() -> S3Objects:
+    """The client of this process and of the environment as it is now."""
+    key = _client_key()
+    found = _clients.get(key)
+    if found is None:
+        with _lock:
+            found = _clients.get(key)
+            if found is None:
+                found = _clients[key] = S3Objects()
+    return found
 
 
-def _path(url: str) -> Path:
-    scheme, colon, rest = url.partition("://")
-    if colon and scheme != "file":
-        raise StorageError(f"storage of kind {scheme!r} isn't known", where=url, fix="use a path or s3://bucket/key")
-    if not url:
-        raise StorageError("an empty path", where="storage", fix="give a path or s3://bucket/key")
-    return Path(rest if colon else url)
+def _client_key() -> tuple[object, ...]:
+    """What a client depends on: the process, and the environment's endpoint and credentials.
+
+    A client is never carried over a fork (its event loop's thread isn't), nor used after the environment changed.
+    """
+    return (os.getpid(), *(os.environ.get(name) for name in _VARIABLES))
 
 
 def _bucket_and_key(url: str) -> tuple[str, str]:
@@ -562,54 +320,6 @@ def _bucket_and_key(url: str) -> tuple[str, str]:
     if not bucket or not key:
         raise StorageError("names no object", where=url, fix="give s3://bucket/key")
     return bucket, key
-
-
-@contextlib.contextmanager
-def _whole_file(path: Path, data: Data) -> Iterator[Path]:
-    """A synced file with `data` beside `path`, to be moved or linked there; gone afterwards if it wasn't moved."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.parent / f".{path.name[:100]}.{secrets.token_hex(8)}{PARTIAL_SUFFIX}"
-    try:
-        with open(partial, "xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        yield partial
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a new name durable; some file systems can't, and then the name is as durable as they make it."""
-    with contextlib.suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-@contextlib.contextmanager
-def _local_errors(url: str) -> Iterator[None]:
-    try:
-        yield
-    except FileNotFoundError as error:
-        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), url) from error
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            fix = "free space there, or write elsewhere"
-        elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            fix = "change the permissions, or use another place"
-        elif error.errno in (errno.EISDIR, errno.ENOTDIR, errno.EEXIST):
-            fix = "a file stands where a folder is wanted, or the other way round: mend the path"
-        else:
-            fix = "check the path and the disk"
-        raise StorageError((error.strerror or str(error)).lower(), where=url, fix=fix) from error
-
-
-def _raise_unless_missing(error: OSError) -> None:
-    if not isinstance(error, (FileNotFoundError, NotADirectoryError)):
-        raise error
 
 
 def _response(error: BaseException) -> dict[str, Any]:
