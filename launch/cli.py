@@ -32,7 +32,8 @@ app = typer.Typer(
 
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Changes to the configuration.")]
 WeightSource = Annotated[
-    str, typer.Argument(metavar="RUN|WEIGHTS", help="A run directory, or a weight file or folder.")
+    str,
+    typer.Argument(metavar="RUN|WEIGHTS", help="A run directory, one checkpoint's folder, or a weight file or folder."),
 ]
 From = Annotated[
     str | None, typer.Option("--from", metavar="FORMAT", help="The weights' format; default: our own, or a run.")

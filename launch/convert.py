@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,6 +20,8 @@ from pipeline.train.checkpoint import WHICH, SavedWeights, read_saved
 from pipeline.train.classes import recorded_classes
 
 OWN = "vitrail"
+
+log = logging.getLogger("vitrail")
 
 
 def convert_weights(
@@ -113,7 +116,15 @@ def _classes(config: configs.Document, saved: SavedWeights) -> tuple[str, ...]:
         classes = read_manifest(str(train if isinstance(train, str) else train[0]["url"])).classes
     except (UserError, OSError, KeyError):
         classes = ()
-    return tuple(classes) if len(classes) == count else numbered(count)
+    if len(classes) == count:
+        return tuple(classes)
+    if not recorded:
+        log.warning(
+            "%s keeps no names of classes, being of an earlier version, and those of its training data are out of "
+            "reach: they are numbered",
+            saved.url,
+        )
+    return numbered(count)
 
 
 def _taken(facts: dict[str, Any], form: Format) -> dict[str, Any]:

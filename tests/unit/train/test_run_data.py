@@ -252,7 +252,7 @@ def forget_classes(checkpoints: Path) -> None:
 
 @pytest.mark.parametrize("stage", HEADS)
 def test_a_run_still_names_its_classes_when_its_data_are_gone(
-    kinds: Path, one: ProcessGroup, tmp_path: Path, stage: str
+    kinds: Path, one: ProcessGroup, tmp_path: Path, caplog: pytest.LogCaptureFixture, stage: str
 ) -> None:
     document = learner(kinds, tmp_path, "run", stage, length_samples=16)
     assert one.run(run_cases.run, document)[0][0] == "done"
@@ -270,8 +270,10 @@ def test_a_run_still_names_its_classes_when_its_data_are_gone(
         with pytest.raises(ConfigError, match="class 0 is 'dog', not 'cat'"):
             evaluate(source, [f"other={kinds / 'swapped' / 'train'}"], told.append)
     assert sum("out of reach" in line for line in told) == 2, "of the run alone"
+    assert not caplog.records
     forget_classes(Path(run))
     assert run_weights(run).classes == ("0", "1")
+    assert "keeps no names of classes, being of an earlier version" in caplog.records[-1].getMessage()
     (tmp_path / "moved").rename(tmp_path / "data")
     assert run_weights(run).classes == ("cat", "dog"), "an earlier version's run, as before"
 
