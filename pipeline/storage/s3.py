@@ -345,6 +345,7 @@ def _is_transient(error: Exception) -> bool:
         return False  # botocore has waited already
     kinds = {cls.__name__ for cls in type(error).__mro__}
     names = {"HTTPClientError", "ClientPayloadError", "IncompleteReadError", "ResponseParserError", "FSTimeoutError"}
+    names |= {"ProtocolError", "ReadTimeoutError"}  # urllib3's, of the body of an error, which botocore passes on as is
     return bool(kinds & names) or isinstance(error, (ConnectionError, TimeoutError))
 
 

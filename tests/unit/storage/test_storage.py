@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -197,6 +199,10 @@ class Flaky(BaseHTTPRequestHandler):
             self.close_connection = True
         elif fault == "short":
             self.answer(200, b"12345", claimed=10)
+        elif fault == "broken refusal":
+            self.answer(503, b"<Error><Code>Slow", claimed=60)
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            os.close(self.connection.detach())  # a reset
         return fault is not None
 
     def do_GET(self) -> None:
@@ -240,7 +246,7 @@ def flaky(credentials):
     thread.join()
 
 
-@pytest.mark.parametrize("fault", ["busy", "reset", "short"])
+@pytest.mark.parametrize("fault", ["busy", "reset", "short", "broken refusal"])
 def test_faults_that_pass_are_retried(flaky: type[Flaky], fault: str) -> None:
     flaky.faults[:] = [fault]
     assert storage.read("s3://bucket-one/object") == b"1234567890"
@@ -254,7 +260,7 @@ def test_a_server_that_ignores_byte_ranges_is_named(flaky: type[Flaky]) -> None:
 
 def test_faults_that_stay_are_unavailable(flaky: type[Flaky], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(retries.time, "sleep", lambda seconds: None)
-    flaky.faults[:] = ["short"] * 100
+    flaky.faults[:] = ["short", "broken refusal"] * 50
     with pytest.raises(storage.StorageUnavailable):
         storage.read("s3://bucket-one/object")
     assert len(flaky.faults) < 100
