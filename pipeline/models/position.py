@@ -71,6 +71,9 @@ class FixedPositions:
     def __call__(self, grid: tuple[int, int], like: Tensor) -> Float[Tensor, "m d"]:
         """Positions of a grid's patches, in the type and on the device of `like`."""
         key = (grid, like.device, like.dtype)
-        if key not in self._cast:
-            self._cast[key] = interpolate(self.table, self.native, grid, self.how).to(like.device, like.dtype)
-        return self._cast[key]
+        if key in self._cast:
+            return self._cast[key]
+        found = interpolate(self.table, self.native, grid, self.how).to(like.device, like.dtype)
+        if type(found) is Tensor:  # while a graph is traced it is a stand-in, which the model must not be left with
+            self._cast[key] = found
+        return found

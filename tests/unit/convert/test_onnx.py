@@ -89,6 +89,16 @@ def test_what_cannot_be_a_graph_is_refused(tmp_path: Path, monkeypatch: pytest.M
 
 
 @pytest.mark.slow
+def test_fixed_positions_are_exported_and_the_model_goes_on_working(tmp_path: Path) -> None:
+    from tests.unit.stages.sam_batches import MODEL, batch, objects
+
+    stage = tiny_stage(model={**MODEL, "position_trained": False, "position_image_size": 16}).eval()
+    done = export_sam(stage, str(tmp_path))
+    assert max(done.differences.values()) <= 1e-5
+    assert stage.predict(batch(objects((2, 3, 12, 14))))["area"][0, 0] == 110
+
+
+@pytest.mark.slow
 def test_graphs_that_compute_something_else_are_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stage = tiny_stage().eval()
     other = tiny_stage(seed=1).eval()

@@ -309,3 +309,22 @@ def test_impossible_models_are_refused(document: dict[str, object], message: str
 def test_overrides_keep_the_rest_of_the_size() -> None:
     assert ModelConfig(size="So400m", depth=2).shape == (1152, 2, 4304, 16)
     assert ModelConfig(size="B", width=384).shape == (384, 12, 1536, 12)
+
+
+def test_a_trunk_that_was_exported_works_as_before() -> None:
+    """A table evaluated while a graph is traced is a stand-in, which must not stay behind."""
+    trunk = build(image_size=32, position_image_size=16).eval()
+    images = torch.randn(2, 3, 32, 32)
+    program = torch.export.export(_Patches(trunk), (images,))
+    found = trunk(images).patches
+    assert type(found) is torch.Tensor
+    torch.testing.assert_close(program.module()(images), found)
+
+
+class _Patches(torch.nn.Module):
+    def __init__(self, trunk: ViT) -> None:
+        super().__init__()
+        self.trunk = trunk
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.trunk(images).patches
