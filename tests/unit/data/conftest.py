@@ -54,10 +54,13 @@ def tar_bytes(samples: Sequence[tuple[str, Members]]) -> tuple[bytes, list[int]]
     return buffer.getvalue(), offsets
 
 
+CLASSES = tuple(f"class {i}" for i in range(7))
+
+
 def write_data_set(
     url: str,
     shards: Sequence[Sequence[tuple[str, Members]]],
-    classes: Sequence[str] = tuple(f"class {i}" for i in range(7)),
+    classes: Sequence[str] = CLASSES,
 ) -> Manifest:
     """Write tars, indices and manifest; every shard a list of (key, members)."""
     entries = []
