@@ -202,11 +202,13 @@ def _learnt(weights: Weights, manifests: Mapping[str, Manifest]) -> tuple[str, .
         return weights.classes
     first = next(iter(labelled.values()))
     check_classes(first.classes, first.url, labelled, weights.stage, LEARNT)
-    if weights.classes and first.classes != unnamed[: len(first.classes)]:
-        if len(first.classes) != len(weights.classes):
-            check_classes(weights.classes, "the weights", labelled, weights.stage, LEARNT)
+    if not weights.classes:
         return first.classes
-    return weights.classes or first.classes
+    if first.classes == unnamed[: len(first.classes)]:  # numbers on both sides
+        return weights.classes
+    if len(first.classes) != len(weights.classes):
+        check_classes(weights.classes, "the weights", labelled, weights.stage, LEARNT)
+    return first.classes
 
 
 def _whole(stage: Stage, weights: Weights) -> None:

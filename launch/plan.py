@@ -59,17 +59,20 @@ def plan_training(document: Document, *, where: str, workers: int | None, nodes:
     import torch
 
     from pipeline.ranks import World
+    from pipeline.stages import stage_class
     from pipeline.train.resolve import resolve
 
     config = configs.validate(TrainConfig, document, where=where)
     gpus = torch.cuda.device_count()
     world_size = nodes * (workers or gpus or 1)
     resolved = resolve(config, World(0, world_size, 0), torch.device("cuda" if gpus else "cpu"))
-    sources, why_not = _read_sources(config)
+    cls = stage_class(config.stage)
+    options = configs.validate(cls.options, config.options, where=config.name, prefix="options")
+    sources, why_not = _read_sources(config, cls.label_use(options))
     lines = [f"run {config.run_url}, stage {config.stage}", *resolved.lines()]
     lines += _plan_reading(config, sources, world_size)
     plan: dict[str, Any] = {"kind": "train", "run": config.run_url, "stage": config.stage, **resolved.document()}
-    counted, why_not = _count_parameters(config, sources) if sources else (None, why_not)
+    counted, why_not = _count_parameters(config.stage, options, sources) if sources else (None, why_not)
     if counted is None:
         lines.append(f"parameters: not counted ({why_not})")
         return plan, lines
@@ -83,18 +86,14 @@ def plan_training(document: Document, *, where: str, workers: int | None, nodes:
     return plan, lines
 
 
-def _read_sources(config: TrainConfig) -> tuple[tuple[Source, ...], str]:
+def _read_sources(config: TrainConfig, use: LabelUse | None) -> tuple[tuple[Source, ...], str]:
     """The training sets, or () and why they can't be read yet.
 
     Raises:
-        ConfigError: options are wrong, or sets that can be read name classes that this stage can't have side by side.
+        ConfigError: sets that can be read name classes that this stage can't have side by side.
     """
-    from pipeline.stages import stage_class
     from pipeline.train.data import read_sources
 
-    cls = stage_class(config.stage)
-    options = configs.validate(cls.options, config.options, where=config.name, prefix="options")
-    use = cls.label_use(options)
     try:
         sources = read_sources(config.data.sources, config.stage, use)
     except ConfigError:
@@ -153,7 +152,9 @@ def state_bytes(num_parameters: int, num_trained: int, zero_stage: int, world_si
     )
 
 
-def _count_parameters(config: TrainConfig, sources: Sequence[Source]) -> tuple[tuple[int, int] | None, str]:
+def _count_parameters(
+    name: str, options: configs.Config, sources: Sequence[Source]
+) -> tuple[tuple[int, int] | None, str]:
     """(all, trained) parameters of the stage, built without memory; or why they can't be counted."""
     import torch
 
@@ -161,14 +162,12 @@ def _count_parameters(config: TrainConfig, sources: Sequence[Source]) -> tuple[t
     from pipeline.stages.base import DataFacts
     from pipeline.train.data import shared_classes
 
-    cls = stage_class(config.stage)
-    options = configs.validate(cls.options, config.options, where=config.name, prefix="options")
     try:
         with torch.device("meta"):
             num_samples = sum(source.num_samples for source in sources)
-            stage = cls(options, DataFacts(shared_classes(sources), num_samples))
+            stage = stage_class(name)(options, DataFacts(shared_classes(sources), num_samples))
     except (NotImplementedError, RuntimeError) as error:
-        return None, f"{config.stage} can't be built without data: {error}"
+        return None, f"{name} can't be built without data: {error}"
     counts = [(name, parameter.numel()) for name, parameter in stage.named_parameters()]
     total = sum(count for _, count in counts)
     return (total, sum(count for name, count in counts if stage.trainable(name))), ""

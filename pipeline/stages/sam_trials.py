@@ -93,8 +93,7 @@ def click_trials(
     for row, one in enumerate(tried):
         one.boxed = low[row, int(guess[row].argmax())]
         one.by_box = iou((stored_logits(one.boxed[None, None], one.view)[0, 0] > 0).cpu().numpy(), one.truth)
-    single = [int((own.crowd == 0).sum()) for own in instances]
-    left_out = torch.tensor([max(0, num - most) for num in single], device=low.device)
+    left_out = torch.tensor([max(0, int((own.crowd == 0).sum()) - most) for own in instances], device=low.device)
     return {**_tensors(tried, len(instances), most, low), "left_out": left_out}
 
 
