@@ -17,7 +17,7 @@ import re
 import typing
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import pydantic
 import yaml
@@ -32,6 +32,25 @@ class Config(pydantic.BaseModel):
     """Base of all options: immutable, unknown keys refused, defaults checked, no silent conversion of types."""
 
     model_config = pydantic.ConfigDict(frozen=True, extra="forbid", strict=True, validate_default=True)
+
+    renamed: ClassVar[Mapping[str, str]] = {}  # former key -> today's, so that files of earlier versions are read
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _take_former_keys(cls, document: Any) -> Any:
+        """Former keys under today's names; under both at once only mappings, which merge."""
+        if not isinstance(document, Mapping) or not cls.renamed.keys() & document.keys():
+            return document
+        current = {key: value for key, value in document.items() if key not in cls.renamed}
+        for former in cls.renamed.keys() & document.keys():
+            today, value = cls.renamed[former], document[former]
+            if today not in current:
+                current[today] = value
+            elif isinstance(value, Mapping) and isinstance(current[today], Mapping):
+                current[today] = merge(current[today], value)
+            else:
+                raise ValueError(f"{former!r} is called {today!r} now: give that one alone")
+        return current
 
 
 class _Yaml(yaml.SafeLoader):

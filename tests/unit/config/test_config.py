@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import pickle
+from collections.abc import Mapping
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 from pydantic import Field, model_validator
@@ -18,6 +20,8 @@ class Inner(Config):
 
 
 class Outer(Config):
+    renamed: ClassVar[Mapping[str, str]] = {"sub": "inner", "extent": "size"}
+
     size: int
     inner: Inner = Inner()
     by_name: dict[str, Inner] = {}
@@ -151,3 +155,20 @@ def test_a_recipes_numbers_follow_the_models_size_and_overrides_win(tmp_path: Pa
     broken = write(tmp_path, "broken.yaml", "options: {model: {size: B}}\nsizes: {B: 3}")
     with pytest.raises(ConfigError, match=r"sizes\.B"):
         load(broken)
+
+
+def test_a_former_key_is_read_under_todays_name() -> None:
+    config = validate(Outer, {"extent": 4, "sub": {"rate": 0.1}}, where="run.yaml")
+    assert config == Outer(size=4, inner=Inner(rate=0.1))
+    assert validate(Outer, config.model_dump(), where="run.yaml") == config
+
+
+def test_mappings_under_a_former_and_a_present_key_merge() -> None:
+    config = validate(
+        Outer, {"size": 2, "inner": {"rate": 0.1, "names": ["a"]}, "sub": {"rate": 0.2}}, where="run.yaml"
+    )
+    assert config.inner == Inner(rate=0.2, names=("a",))
+
+
+def test_a_value_under_a_former_and_a_present_key_is_refused() -> None:
+    assert "'extent' is called 'size' now: give that one alone" in message({"size": 2, "extent": 4})
