@@ -44,7 +44,7 @@ def _engine(size: str, image_size: int) -> Iterator[Any]:
     from pipeline.stages import stage_class
     from pipeline.stages.base import DataFacts, seeded_init
     from pipeline.train.config import OptimConfig
-    from pipeline.train.engine_deepspeed import DeepSpeedEngine
+    from pipeline.train.engine.deepspeed_engine import DeepSpeedEngine
 
     cls = stage_class("classify")
     model = {"size": size, "image_size": image_size}
@@ -70,8 +70,8 @@ class _Saver:
     """One save after the other into new folders, by our writer; the stall is over before the writing is."""
 
     def __init__(self, engine: Any, url: str) -> None:
-        from pipeline.train import commits
-        from pipeline.train.saving import Checkpoints
+        from pipeline.train.checkpoints import commits
+        from pipeline.train.checkpoints.saving import Checkpoints
 
         self.engine = engine
         self.url = url
@@ -122,7 +122,7 @@ def _stall(engine: Any, folder: Path, pairs: int) -> Comparison:
     def same(ours: _Saver, peer: Path) -> bool:
         from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-        from pipeline.train.checkpoint import read_weights
+        from pipeline.train.checkpoints.restore import read_weights
 
         ours.settle()
         weights = read_weights(ours.url)
@@ -144,7 +144,7 @@ def _stall(engine: Any, folder: Path, pairs: int) -> Comparison:
 
 
 def _bandwidth(engine: Any, folder: Path, pairs: int) -> list[Comparison]:
-    from pipeline.train.checkpoint import load_newest
+    from pipeline.train.checkpoints.restore import load_newest
 
     size = _state_bytes(engine)
     data = os.urandom(2**20) * (size // 2**20)
@@ -195,7 +195,7 @@ def _bandwidth(engine: Any, folder: Path, pairs: int) -> list[Comparison]:
 def _under_faults(folder: Path, pairs: int) -> Comparison:
     """99th percentile of the step time, with saves to a faulty S3 and without saves."""
     from launch.s3_server import S3Server
-    from tests.fault_proxy import Fault, FaultProxy
+    from tests.support.fault_proxy import Fault, FaultProxy
 
     faults = [Fault("busy", 0.1), Fault("reset", 0.1), Fault("delay", 0.2, seconds=0.5), Fault("lost_reply", 0.05)]
     disturbed: list[float] = []
@@ -249,7 +249,7 @@ def _steps(engine: Any, batch: Any, saver: _Saver | None) -> list[float]:
 
 def _recovery(folder: Path, pairs: int) -> Comparison:
     """From SIGKILL of a rank to the next step, beside the start of a run to its first step."""
-    from tests import train_cases
+    from tests.support import train_cases
 
     train_cases.write_data(folder)
     killed: list[float] = []
@@ -282,7 +282,7 @@ def _kill_once(document: dict[str, Any]) -> tuple[float, float]:
     from launch.layout import Layout
     from launch.stopping import StopRequest
     from pipeline.run_dir import RunDir
-    from pipeline.train.commits import find_commits
+    from pipeline.train.checkpoints.commits import find_commits
 
     stop = StopRequest()
     run_dir = RunDir(f"{document['runs']}/{document['name']}")

@@ -27,7 +27,7 @@ Pixels = np.ndarray[Any, np.dtype[np.uint8]]
 
 def run(pairs: int) -> list[Comparison]:
     """`decode-pillow` and `decode-torchvision`: CPU time for all photos once."""
-    from pipeline.data.images import decode
+    from pipeline.data.images.decode import decode
 
     photos, source = load_photos()
     megapixels = (
@@ -38,7 +38,7 @@ def run(pairs: int) -> list[Comparison]:
         compare(
             f"decode-{name}",
             f"{len(photos)} JPEG photos to RGB pixels at full size, one thread",
-            Contender("pipeline.data.images.decode", functools.partial(each, decode, photos)),
+            Contender("pipeline.data.images.decode.decode", functools.partial(each, decode, photos)),
             Contender(name, functools.partial(each, peer, photos)),
             check=same_pixels,
             pairs=pairs,

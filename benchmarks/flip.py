@@ -120,8 +120,8 @@ class Peer:
 
         from pipeline.convert.open_clip import OpenClip
         from pipeline.convert.weights import Known, of_stage
-        from pipeline.models.masking import random_masking
         from pipeline.models.pixels import normalize
+        from pipeline.models.trunk.masking import random_masking
 
         written = OpenClip().write(of_stage(ours.stage), Known())
         described = dict(written.config["model_cfg"])

@@ -30,13 +30,13 @@ from benchmarks.machine import machine, revision, versions
 from pipeline import ranks
 from pipeline.config import validate
 from pipeline.data.batch import Batch, Instances
-from pipeline.models.config import SIZES
-from pipeline.models.rcnn_masks import encode_masks
+from pipeline.models.detection.masks import encode_masks
+from pipeline.models.trunk.config import SIZES
 from pipeline.stages.base import DataFacts, Stage
 from pipeline.stages.mae import MaeOptions, MaeStage
 from pipeline.stages.vitdet import VitDetOptions, VitDetStage
 from pipeline.train.config import OptimConfig
-from pipeline.train.engine_deepspeed import DeepSpeedEngine
+from pipeline.train.engine.deepspeed_engine import DeepSpeedEngine
 from pipeline.train.flops import flops_per_sample
 
 FORMAT, FORMAT_VERSION = "vitrail.gpu", 1

@@ -33,10 +33,10 @@ from benchmarks.harness import Comparison, Contender, Goal, UnequalWork, Work, c
 from data_prep.shards.commit import Sample, ShardWriter, sample_key, shard_stem
 from launch.s3_server import S3Server, find_rclone
 from pipeline import storage
+from pipeline.data.images.pixels import CLIP_MEAN, CLIP_STD, normalise
+from pipeline.data.images.transforms import ImageExample, Tokenize, TrainImage
 from pipeline.data.loader import Cursor, Loader, Step
 from pipeline.data.manifest import MANIFEST_NAME, Manifest, Shard, index_bytes, manifest_bytes, read_manifest
-from pipeline.data.pixels import CLIP_MEAN, CLIP_STD, normalise
-from pipeline.data.transforms import ImageExample, Tokenize, TrainImage
 
 SIZE, BATCH, NUM_BATCHES = 224, 32, 12
 SCALE = (0.2, 1.0)

@@ -20,13 +20,13 @@ from benchmarks.harness import Comparison, Contender, Goal, UnequalWork, Work, a
 from pipeline import convert
 from pipeline.config import validate
 from pipeline.data.batch import Batch
-from pipeline.models.masking import take
 from pipeline.models.noise import uniform
 from pipeline.models.pixels import normalize
+from pipeline.models.trunk.masking import take
 from pipeline.stages.base import DataFacts
 from pipeline.stages.mae import MaeOptions, MaeStage
 from pipeline.train.config import OptimConfig
-from pipeline.train.engine_deepspeed import DeepSpeedEngine
+from pipeline.train.engine.deepspeed_engine import DeepSpeedEngine
 
 BATCH, SIDE, RATE = 32, 224, 1e-4
 PATCHES = 196

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.harness import Comparison, Contender, Goal, Work, compare
-from pipeline.data.order import Cursor, Order
+from pipeline.data.order.permutation import Cursor, Order
 
 Ids = np.ndarray[Any, np.dtype[np.int64]]
 
@@ -56,7 +56,7 @@ def five_billion(pairs: int) -> Comparison:
     return compare(
         "order-5e9",
         f"an epoch of {NUM_SAMPLES:,} samples laid out and {LOOKUPS} global batches of {GLOBAL_BATCH} looked up",
-        Contender("pipeline.data.order", ours),
+        Contender("pipeline.data.order.permutation", ours),
         Contender(f"numpy's permutation of {NUM_SAMPLES // 100:,}", peer),
         check=lambda ours, peer: ours == peer,
         pairs=pairs,
@@ -82,7 +82,7 @@ def quality(pairs: int) -> Comparison:
     comparison = compare(
         "order-quality",
         f"{count:,} samples in order of {NUM_CLASSES} classes, blocks of 256, 16 lanes, windows of 1024",
-        Contender("pipeline.data.order", ours),
+        Contender("pipeline.data.order.permutation", ours),
         Contender("numpy's full permutation", peer),
         check=lambda ours, peer: ours == peer == count * (count - 1) // 2,
         pairs=pairs,

@@ -96,8 +96,8 @@ def automatic(models: Models, image: np.ndarray[Any, np.dtype[np.uint8]], pairs:
     """Masks of everything in one image."""
     from segment_anything import SamAutomaticMaskGenerator
 
-    from pipeline.models.sam_automatic import AutomaticSettings, automatic_masks, point_grid
-    from pipeline.models.sam_predictor import Ask
+    from pipeline.models.sam.automatic import AutomaticSettings, automatic_masks, point_grid
+    from pipeline.models.sam.predictor import Ask
 
     predictor = models.stage.predictor()
     points = point_grid(POINTS_PER_SIDE) * torch.tensor([image.shape[1], image.shape[0]])
@@ -139,7 +139,7 @@ def prompts(models: Models, image: np.ndarray[Any, np.dtype[np.uint8]], pairs: i
     """Boxes in an image that is embedded already."""
     from segment_anything import SamPredictor
 
-    from pipeline.models.sam_predictor import Ask
+    from pipeline.models.sam.predictor import Ask
 
     corner = torch.rand(NUM_PROMPTS, 2, generator=torch.Generator().manual_seed(1)) * 300
     boxes = torch.cat([corner, corner + 120], dim=1)
@@ -200,7 +200,7 @@ def stage_step(clicks: int, repeats: int) -> Callable[[], Tensor]:
     """The loop with so many corrections."""
     from pipeline.config import validate
     from pipeline.data.batch import Batch, Instances
-    from pipeline.data.views import fitted
+    from pipeline.data.images.views import fitted
     from pipeline.stages.base import DataFacts
     from pipeline.stages.sam import SamOptions, SamStage
 
@@ -247,7 +247,7 @@ def stepping(model: torch.nn.Module, masks: Callable[[], Tensor]) -> Callable[[]
 
 def our_masks(stage: Any, pixels: Tensor, boxes: Tensor) -> Tensor:
     """All images in one batch."""
-    from pipeline.models.sam_prompts import join_prompts, prompts_of
+    from pipeline.models.sam.prompts import join_prompts, prompts_of
 
     asked = join_prompts([prompts_of(boxes=own, image=i) for i, own in enumerate(boxes)])
     logits: Tensor = stage.model.answer(stage.model.embed(pixels), asked).logits

@@ -26,10 +26,10 @@ from benchmarks.gpu import rectangles
 from benchmarks.harness import Comparison, Contender, Goal, UnequalWork, Work, compare
 from pipeline.config import validate
 from pipeline.data.batch import Batch
-from pipeline.models import windows
-from pipeline.models.attention import attend
-from pipeline.models.config import SIZES, ModelConfig
-from pipeline.models.vit import ViT
+from pipeline.models.trunk import windows
+from pipeline.models.trunk.attention import attend
+from pipeline.models.trunk.config import SIZES, ModelConfig
+from pipeline.models.trunk.vit import ViT
 from pipeline.stages.base import DataFacts
 from pipeline.stages.vitdet import VitDetOptions, VitDetStage
 

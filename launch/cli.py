@@ -364,7 +364,7 @@ def evaluate(
 
     from launch import evaluate as evaluating
     from pipeline.errors import ConfigError
-    from pipeline.models.pooling import Pooling
+    from pipeline.models.trunk.pooling import Pooling
 
     _log_to_stderr()
     if pooling not in get_args(Pooling):

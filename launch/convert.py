@@ -16,7 +16,7 @@ from pipeline.data.manifest import read_manifest
 from pipeline.errors import CheckpointError, ConfigError, UserError
 from pipeline.run_dir import RunDir
 from pipeline.stages import stage_class
-from pipeline.train.checkpoint import WHICH, SavedWeights, read_saved
+from pipeline.train.checkpoints.restore import WHICH, SavedWeights, read_saved
 from pipeline.train.classes import recorded_classes
 
 OWN = "vitrail"

@@ -87,7 +87,7 @@ def _compute() -> list[Finding]:
 
 
 def _jpeg() -> Finding:
-    from pipeline.data import turbojpeg
+    from pipeline.data.images import turbojpeg
 
     library = turbojpeg.find()
     if library is None:

@@ -19,7 +19,7 @@ from pipeline.errors import CheckpointError, ConfigError, UserError
 from pipeline.evaluate.base import Evaluation, Measured, Predictions
 from pipeline.evaluate.knn import KnnEvaluation
 from pipeline.models.pixels import normalize
-from pipeline.models.pooling import Pooling, pool
+from pipeline.models.trunk.pooling import Pooling, pool
 from pipeline.run_dir import RunDir
 from pipeline.stages.base import LEARNT, DataFacts, LabelUse, Stage
 from pipeline.stages.images import ImageOptions, measured_transform, with_labels

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from PIL import Image, ImageOps
 
 from pipeline import storage
-from pipeline.data.images import UnreadableSample, read_header
+from pipeline.data.images.decode import UnreadableSample, read_header
 from pipeline.errors import DataError, StorageError
 
 ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")

@@ -95,7 +95,7 @@ def verify_dataset(url: str, say: Callable[[str], None]) -> tuple[dict[str, Any]
 
 def list_runs(folder: str) -> tuple[list[dict[str, Any]], list[str]]:
     """Every run directory in a folder: its state, its newest valid checkpoint, and why it isn't going on."""
-    from pipeline.train.survey import survey
+    from pipeline.train.checkpoints.survey import survey
 
     documents = []
     lines = []
@@ -137,7 +137,7 @@ def report_on(sources: Sequence[str], out: str) -> str:
 
 
 def _describe_run(url: str, *, verify: bool) -> Told:
-    from pipeline.train.survey import survey
+    from pipeline.train.checkpoints.survey import survey
 
     status = RunDir(url).status()
     status["state"] = state_of(status)

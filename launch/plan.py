@@ -16,7 +16,7 @@ from pipeline.errors import ConfigError, UserError
 from pipeline.train.config import TrainConfig
 
 if TYPE_CHECKING:
-    from pipeline.data.mixture import Source
+    from pipeline.data.order.mixture import Source
     from pipeline.stages.base import LabelUse
 
 Told = tuple[dict[str, Any], list[str]]
@@ -123,7 +123,7 @@ def _plan_reading(config: TrainConfig, sources: Sequence[Source], world_size: in
         ConfigError: ranks and workers that the data can't serve.
         DataError: sets too small for the global batch.
     """
-    from pipeline.data.capacity import advice, check_batch, check_data, held_bytes
+    from pipeline.data.order.capacity import advice, check_batch, check_data, held_bytes
 
     data = config.data
     shape = {"world_size": world_size, "workers": data.workers, "lanes": data.lanes}

@@ -14,7 +14,7 @@ from pipeline import config as configs
 from pipeline import convert, ranks, storage
 from pipeline.convert.weights import Weights, build
 from pipeline.data.batch import Example, RawSample, collate, derive_seed
-from pipeline.data.images import UnreadableSample, read_header
+from pipeline.data.images.decode import UnreadableSample, read_header
 from pipeline.errors import CheckpointError, ConfigError
 from pipeline.report.sheet import sheet
 from pipeline.stages.base import Answer, Picture, Stage

@@ -7,7 +7,6 @@ dataclasses, so the hook has to stand here, before anything imports the package.
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 
 import pytest
@@ -20,11 +19,11 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
 from jaxtyping import install_import_hook
 
-install_import_hook("pipeline", "shape_checks.check")
+import tests.support.shape_checks  # noqa: F401 -- the hook only looks it up
+
+install_import_hook("pipeline", "tests.support.shape_checks.check")
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 

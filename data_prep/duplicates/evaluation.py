@@ -22,7 +22,7 @@ from data_prep.samples import images
 from data_prep.sources.folders import is_image
 from pipeline import storage
 from pipeline.data.manifest import MANIFEST_NAME, read_index, read_manifest
-from pipeline.data.tar import first_image
+from pipeline.data.reading.tar import first_image
 from pipeline.errors import DataError
 
 _IMAGES_A_TASK = 1024
@@ -91,7 +91,7 @@ def _of_files(files: tuple[str, ...]) -> list[tuple[bytes, bytes]]:
 
 def _of_shard(folder: str, number: int) -> list[tuple[bytes, bytes]]:
     """(digest of the source, stored image) of each sample."""
-    from pipeline.data.shards import parse_sample  # imports torch, which nothing else here needs
+    from pipeline.data.reading.shards import parse_sample  # imports torch, which nothing else here needs
 
     manifest = read_manifest(folder)
     shard = manifest.shards[number]

@@ -14,7 +14,7 @@ from jaxtyping import UInt8
 from data_prep.account import Refused
 from data_prep.config import FunctionFilter, ScoreFilter
 from pipeline.config import by_dotted_name
-from pipeline.data.images import decode
+from pipeline.data.images.decode import decode
 from pipeline.errors import ConfigError
 
 

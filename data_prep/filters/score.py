@@ -11,7 +11,7 @@ from PIL import Image
 
 from data_prep.config import ScoreFilter
 from pipeline.data.batch import RawSample
-from pipeline.data.images import decode
+from pipeline.data.images.decode import decode
 from pipeline.errors import ConfigError
 
 T = TypeVar("T")
@@ -81,7 +81,7 @@ def _flip_run(options: ScoreFilter, device: torch.device, where: str) -> Scores:
     from pipeline.convert.weights import Weights, build
     from pipeline.run_dir import RunDir
     from pipeline.stages.flip import FlipStage
-    from pipeline.train.checkpoint import read_weights
+    from pipeline.train.checkpoints.restore import read_weights
 
     assert options.run is not None
     config = RunDir(options.run).config()

@@ -16,9 +16,9 @@ import numpy as np
 from jaxtyping import Int64
 
 from pipeline import storage
-from pipeline.data.images import UnreadableSample
-from pipeline.data.samples import class_number
-from pipeline.data.tar import (
+from pipeline.data.images.decode import UnreadableSample
+from pipeline.data.reading.members import class_number
+from pipeline.data.reading.tar import (
     BLOCK_BYTES,
     EXTENSIONS,
     IMAGE_EXTENSIONS,

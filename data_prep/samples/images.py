@@ -1,8 +1,8 @@
 """Images as they are stored: limits, upright orientation, plain RGB, resizing, encoding, or untouched bytes.
 
 Rules: the size is read from the header and judged before anything is decoded. EXIF orientation is applied to the
-pixels. What decoding makes of CMYK, 16 bits, transparency and animation is told in `pipeline.data.images`. A file
-whose pixels and format would stay what they are passes byte for byte, once it decoded completely.
+pixels. What decoding makes of CMYK, 16 bits, transparency and animation is told in `pipeline.data.images.decode`. A
+file whose pixels and format would stay what they are passes byte for byte, once it decoded completely.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from PIL import ExifTags, Image
 
 from data_prep.account import Refused
 from data_prep.config import ImageConfig
-from pipeline.data.images import UnreadableSample, decode
+from pipeline.data.images.decode import UnreadableSample, decode
 
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 _EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
@@ -226,7 +226,7 @@ def _text(value: object) -> str:
 def _decode(
     data: bytes, options: ImageConfig, min_size: tuple[int, int] | None = None, *, scratch: bool = False
 ) -> UInt8[np.ndarray, "h w 3"]:
-    """RGB pixels as they lie in the file; see `pipeline.data.images.decode` for `min_size` and `scratch`."""
+    """RGB pixels as they lie in the file; see `pipeline.data.images.decode.decode` for `min_size` and `scratch`."""
     try:
         return decode(data, min_size, options.max_pixels, scratch=scratch)
     except UnreadableSample as error:

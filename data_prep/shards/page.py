@@ -19,9 +19,9 @@ from PIL import Image
 
 from data_prep.account import REASONS, PrepReport
 from pipeline import storage
-from pipeline.data.images import UnreadableSample, decode
+from pipeline.data.images.decode import UnreadableSample, decode
 from pipeline.data.manifest import Manifest
-from pipeline.data.tar import first_image
+from pipeline.data.reading.tar import first_image
 
 PAGE_NAME = "report.html"
 NUM_SIDECARS = 20  # that histograms are made of, spread over each split

@@ -18,9 +18,9 @@ from jaxtyping import Int64
 
 from data_prep.shards.finish import REPORT_NAME, SIZES_NAME
 from pipeline import storage
-from pipeline.data.images import UnreadableSample, decode, read_header
+from pipeline.data.images.decode import UnreadableSample, decode, read_header
 from pipeline.data.manifest import MANIFEST_NAME, Manifest, Shard, read_index, read_manifest
-from pipeline.data.tar import EXTENSIONS, IMAGE_EXTENSIONS, first_image, key_and_extension
+from pipeline.data.reading.tar import EXTENSIONS, IMAGE_EXTENSIONS, first_image, key_and_extension
 from pipeline.errors import DataError
 
 PIECE_BYTES = 16 * 2**20  # read at once, or one sample where that is larger

@@ -17,7 +17,7 @@ import pyarrow as pa
 from data_prep.config import TarsConfig
 from data_prep.sources.base import Places, RangedFile, batches_of, places_below, read_classes, refuse_if_empty
 from pipeline import storage
-from pipeline.data.tar import IMAGE_EXTENSIONS, key_and_extension
+from pipeline.data.reading.tar import IMAGE_EXTENSIONS, key_and_extension
 from pipeline.errors import DataError
 
 _TEXTS = ("txt", "json", "cls")

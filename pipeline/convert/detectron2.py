@@ -29,8 +29,8 @@ from pipeline.convert.weights import (
     tensor,
     trunk_shape,
 )
-from pipeline.models.config import SIZES, Size
-from pipeline.models.rcnn import CASCADE_OVERLAPS
+from pipeline.models.detection.rcnn import CASCADE_OVERLAPS
+from pipeline.models.trunk.config import SIZES, Size
 from pipeline.stages.vitdet import VitDetOptions
 
 HABITS = Habits(interpolation="bicubic", norm_eps=1e-6, gelu="erf", pixels="imagenet")

@@ -17,7 +17,7 @@ from pipeline.convert.huggingface import ACTIVATION_OF, ACTIVATIONS
 from pipeline.convert.two_towers import Towers, assembled, facts, renamed, taken_apart, without_patch_bias
 from pipeline.convert.weights import Format, Habits, Known, Source, Weights, Written, prefixed, refuse, told, under
 from pipeline.errors import CheckpointError
-from pipeline.models.tokenizer import BYTE_PAIRS
+from pipeline.models.text.tokenizer import BYTE_PAIRS
 
 HABITS = Habits(interpolation="bicubic", norm_eps=1e-5, gelu="quick", pixels="clip")
 BLOCKS = {

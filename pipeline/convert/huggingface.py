@@ -31,7 +31,7 @@ from pipeline.convert.weights import (
     trunk_of,
 )
 from pipeline.errors import CheckpointError
-from pipeline.models.config import Gelu
+from pipeline.models.trunk.config import Gelu
 from pipeline.stages.mae import MaeOptions
 
 MAE_HABITS = Habits(interpolation="bicubic", norm_eps=1e-12, gelu="erf", pixels="imagenet")

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pipeline.errors import CheckpointError
-from pipeline.models.config import SIZES
-from pipeline.models.position import interpolate
+from pipeline.models.trunk.config import SIZES
+from pipeline.models.trunk.position import interpolate
 from pipeline.stages.base import Stage
 
 TRUNK = "trunk."

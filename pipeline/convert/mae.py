@@ -37,8 +37,8 @@ from pipeline.convert.weights import (
     trunk_shape,
 )
 from pipeline.errors import CheckpointError
-from pipeline.models.config import Position
-from pipeline.models.position import sincos2d
+from pipeline.models.trunk.config import Position
+from pipeline.models.trunk.position import sincos2d
 from pipeline.stages.classify import ClassifyOptions
 from pipeline.stages.mae import MaeOptions
 

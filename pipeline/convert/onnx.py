@@ -31,8 +31,8 @@ from torch import Tensor, nn
 
 from pipeline import storage
 from pipeline.errors import ConfigError
-from pipeline.models.sam import Embedded, SegmentAnything
-from pipeline.models.sam_prompts import ABSENT, Prompts
+from pipeline.models.sam.model import Embedded, SegmentAnything
+from pipeline.models.sam.prompts import ABSENT, Prompts
 from pipeline.stages.base import Stage
 from pipeline.stages.sam import SamStage
 
@@ -91,7 +91,7 @@ class OnnxDecoder(nn.Module):
         return self.stored(low, orig_im_size), iou, low
 
     def stored(self, low: Float[Tensor, "m k y x"], size: Float[Tensor, " 2"]) -> Float[Tensor, "m k H W"]:
-        """As `pipeline.models.sam_predictor.stored_logits`: resized to the input, cut to what shows the image, resized.
+        """As `pipeline.models.sam.predictor.stored_logits`: resized to the input, cut to what shows the image, resized.
 
         Bilinear resizing is a product with a matrix for each direction, which a size that is known only when the graph
         runs can be part of.

@@ -34,9 +34,9 @@ from pipeline.convert.weights import (
     under,
 )
 from pipeline.errors import CheckpointError
-from pipeline.models.config import Gelu
 from pipeline.models.pixels import PIXEL_STATISTICS
-from pipeline.models.tokenizer import BYTE_PAIRS
+from pipeline.models.text.tokenizer import BYTE_PAIRS
+from pipeline.models.trunk.config import Gelu
 
 HABITS = Habits(interpolation="bicubic_antialias", norm_eps=1e-5, gelu="erf", pixels="clip")
 TIMM_HABITS = HABITS._replace(norm_eps=1e-6, pixels="half")

@@ -27,9 +27,9 @@ from pipeline.convert.weights import (
     tensor,
 )
 from pipeline.errors import CheckpointError
-from pipeline.models.config import SIZES, ModelConfig, Size
-from pipeline.models.position import FixedPositions, interpolate
-from pipeline.models.sam import SamConfig
+from pipeline.models.sam.model import SamConfig
+from pipeline.models.trunk.config import SIZES, ModelConfig, Size
+from pipeline.models.trunk.position import FixedPositions, interpolate
 from pipeline.stages.sam import SamOptions
 
 TABLE = "trunk.pos_embed"

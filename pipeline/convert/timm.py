@@ -33,7 +33,7 @@ from pipeline.convert.weights import (
     trunk_shape,
 )
 from pipeline.errors import CheckpointError
-from pipeline.models.config import Gelu
+from pipeline.models.trunk.config import Gelu
 
 HABITS = Habits(interpolation="bicubic_antialias", norm_eps=1e-6, gelu="erf", pixels="half")
 ACTIVATIONS: dict[Gelu, str] = {"erf": "gelu", "tanh": "gelu_tanh", "quick": "quick_gelu"}

@@ -33,7 +33,7 @@ from pipeline.convert.weights import (
     under,
 )
 from pipeline.errors import CheckpointError
-from pipeline.models.tokenizer import BYTE_PAIRS, VOCAB_SIZE
+from pipeline.models.text.tokenizer import BYTE_PAIRS, VOCAB_SIZE
 from pipeline.stages.flip import FlipOptions
 
 

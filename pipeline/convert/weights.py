@@ -16,9 +16,9 @@ from torch import Tensor
 from pipeline.config import Config, Document, validate
 from pipeline.convert.loading import LoadReport, load_initial
 from pipeline.errors import CheckpointError, ConfigError
-from pipeline.models.config import SIZES, Gelu, Interpolation, ModelConfig, Position, Size
 from pipeline.models.pixels import PixelStatistics
-from pipeline.models.position import sincos2d
+from pipeline.models.trunk.config import SIZES, Gelu, Interpolation, ModelConfig, Position, Size
+from pipeline.models.trunk.position import sincos2d
 from pipeline.stages import STAGES, stage_class
 from pipeline.stages.base import DataFacts, Stage
 from pipeline.stages.images import ImageOptions

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 
 from pipeline.data.batch import Instances, RawSample
-from pipeline.data.images import UnreadableSample
+from pipeline.data.images.decode import UnreadableSample
 
 MIN_SIDE = 1.0  # pixels
 

@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
-from pipeline.data.views import View
+from pipeline.data.images.views import View
 
 
 class RawSample(NamedTuple):
@@ -59,7 +59,7 @@ class Example(NamedTuple):
 class Transform(Protocol):
     """Turns a raw sample into an example; runs in loader workers, so it must pickle.
 
-    Raises `pipeline.data.images.UnreadableSample` for a sample that can't be used: its slot is kept with weight 0.
+    Raises `pipeline.data.images.decode.UnreadableSample` for a sample that can't be used: its slot keeps weight 0.
     """
 
     def __call__(self, sample: RawSample, seed: int) -> Example: ...

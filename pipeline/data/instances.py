@@ -20,10 +20,10 @@ from torch import Tensor
 
 from pipeline.data.annotations import read_instances
 from pipeline.data.batch import Example, Instances, RawSample
-from pipeline.data.images import Header, read_header
-from pipeline.data.pixels import IMAGENET_FILL, Colour, Interpolation, show
-from pipeline.data.samples import image_member
-from pipeline.data.views import View, fitted, large_scale_jitter
+from pipeline.data.images.decode import Header, read_header
+from pipeline.data.images.pixels import IMAGENET_FILL, Colour, Interpolation, show
+from pipeline.data.images.views import View, fitted, large_scale_jitter
+from pipeline.data.reading.members import image_member
 
 RLE = Mapping[str, object]
 _EMPTY_BELOW = 1e-5  # pixels of a box's side
@@ -119,7 +119,7 @@ class Placement(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class LargeScaleJitter:
-    """See `pipeline.data.views.large_scale_jitter`; the default range of scales is ViTDet's."""
+    """See `pipeline.data.images.views.large_scale_jitter`; the default range of scales is ViTDet's."""
 
     canvas: tuple[int, int]
     scale: tuple[float, float] = (0.1, 2.0)
@@ -132,7 +132,7 @@ class LargeScaleJitter:
 
 @dataclasses.dataclass(frozen=True)
 class Fitted:
-    """The whole image, as large as the canvas allows; see `pipeline.data.views.fitted`."""
+    """The whole image, as large as the canvas allows; see `pipeline.data.images.views.fitted`."""
 
     canvas: tuple[int, int]
 

@@ -15,16 +15,16 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from pipeline.data.background import Background
 from pipeline.data.batch import Batch, Transform
-from pipeline.data.cache import RangeCache
-from pipeline.data.capacity import check_batch, check_data
-from pipeline.data.examples import Workshop
-from pipeline.data.faults import Tally
-from pipeline.data.mixture import Data, sources_of
-from pipeline.data.order import Cursor, advance
-from pipeline.data.takedown import Takedown
-from pipeline.data.tasks import SweepPlan, TrainPlan
+from pipeline.data.order.capacity import check_batch, check_data
+from pipeline.data.order.mixture import Data, sources_of
+from pipeline.data.order.permutation import Cursor, advance
+from pipeline.data.order.tasks import SweepPlan, TrainPlan
+from pipeline.data.reading.background import Background
+from pipeline.data.reading.cache import RangeCache
+from pipeline.data.reading.examples import Workshop
+from pipeline.data.reading.faults import Tally
+from pipeline.data.reading.takedown import Takedown
 from pipeline.errors import DataError
 
 __all__ = ["Cursor", "Loader", "Step", "sweep"]

@@ -16,7 +16,7 @@ import torch
 from pipeline import ranks
 from pipeline.data.batch import Batch, Instances
 from pipeline.evaluate.base import Measured, Predict, Predictions, Sweep
-from pipeline.models.rcnn_masks import encode_masks, paste_masks
+from pipeline.models.detection.masks import encode_masks, paste_masks
 
 MAX_DETECTIONS = (1, 10, 100)
 MAX_PROPOSALS = 1000

@@ -10,7 +10,7 @@ from typing import Any
 
 from pipeline import storage
 from pipeline.errors import ConfigError
-from pipeline.models.open_clip_file import open_clip_file
+from pipeline.models.text.open_clip_file import open_clip_file
 
 TEMPLATES = {"openai_imagenet": "OPENAI_IMAGENET_TEMPLATES", "simple_imagenet": "SIMPLE_IMAGENET_TEMPLATES"}
 IMAGENET = "imagenet"

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from pipeline import ranks
 from pipeline.data.batch import Instances
+from pipeline.data.images.views import View
 from pipeline.data.instances import decode_masks
-from pipeline.data.views import View
 from pipeline.evaluate.base import Measured, Predict, Sweep
 
 

@@ -14,12 +14,12 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from pipeline.config import Config
-from pipeline.models.attention import attend
-from pipeline.models.block import Block, Mlp, initialize
-from pipeline.models.config import Gelu, ModelConfig, Position
-from pipeline.models.masking import Masking, take
-from pipeline.models.position import FixedPositions
-from pipeline.models.vit import Tokens
+from pipeline.models.trunk.attention import attend
+from pipeline.models.trunk.block import Block, Mlp, initialize
+from pipeline.models.trunk.config import Gelu, ModelConfig, Position
+from pipeline.models.trunk.masking import Masking, take
+from pipeline.models.trunk.position import FixedPositions
+from pipeline.models.trunk.vit import Tokens
 
 
 class DecoderConfig(Config):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.ops.misc import Conv2dNormActivation
 
-from pipeline.models.pyramid import HeadNorm, RescaledTaps, norm_layer
+from pipeline.models.detection.pyramid import HeadNorm, RescaledTaps, norm_layer
 
 POOLED_SIDES = (1, 2, 3, 6)
 

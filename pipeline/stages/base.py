@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 from pipeline.config import Config
 from pipeline.data.batch import Batch, Transform
-from pipeline.data.transforms import ImageExample
+from pipeline.data.images.transforms import ImageExample
 from pipeline.evaluate.base import Evaluation, Predictions
-from pipeline.models.vit import ViT
+from pipeline.models.trunk.vit import ViT
 
 
 class DataFacts(NamedTuple):

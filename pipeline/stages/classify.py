@@ -15,15 +15,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pipeline.config import Config
-from pipeline.data.augment import POLICY
 from pipeline.data.batch import Batch, Transform
+from pipeline.data.images.augment import POLICY
 from pipeline.evaluate.base import Evaluation, Predictions
 from pipeline.evaluate.classification import ClassificationEvaluation, best_classes
-from pipeline.models.block import initialize
 from pipeline.models.mixing import draw_mixing, mix_images, mix_labels
 from pipeline.models.pixels import normalize
-from pipeline.models.pooling import AttentionPool, Pooling, pool
-from pipeline.models.vit import ViT
+from pipeline.models.trunk.block import initialize
+from pipeline.models.trunk.pooling import AttentionPool, Pooling, pool
+from pipeline.models.trunk.vit import ViT
 from pipeline.stages.base import Answer, DataFacts, Losses, Picture, Stage
 from pipeline.stages.images import ImageOptions, class_answers, image_transform, labelled_pictures, require_classes
 

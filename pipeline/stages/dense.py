@@ -9,10 +9,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from pipeline.data.batch import Batch, Example, Instances, RawSample
-from pipeline.data.images import read_header
+from pipeline.data.images.decode import read_header
+from pipeline.data.images.pixels import show
 from pipeline.data.instances import InstanceExample
-from pipeline.data.pixels import show
-from pipeline.data.samples import image_member
+from pipeline.data.reading.members import image_member
 from pipeline.models.pixels import normalize
 from pipeline.stages.images import ImageOptions
 

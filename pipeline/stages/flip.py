@@ -29,11 +29,11 @@ from pipeline.evaluate.knn import KnnEvaluation
 from pipeline.evaluate.logistic import LogisticEvaluation
 from pipeline.evaluate.prompts import names_of_sets, templates
 from pipeline.losses.contrastive import clip_loss, siglip_loss
-from pipeline.models.masking import random_masking
 from pipeline.models.pixels import normalize
-from pipeline.models.pooling import AttentionPool, pool
-from pipeline.models.text import TextConfig, TextMasking, TextTower
-from pipeline.models.vit import ViT
+from pipeline.models.text.tower import TextConfig, TextMasking, TextTower
+from pipeline.models.trunk.masking import random_masking
+from pipeline.models.trunk.pooling import AttentionPool, pool
+from pipeline.models.trunk.vit import ViT
 from pipeline.stages.base import NEIGHBOURS, Answer, ContrastiveStage, DataFacts, LabelUse, Losses, Picture, Question
 from pipeline.stages.images import ImageOptions, captioned_transform, with_labels
 

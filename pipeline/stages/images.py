@@ -13,13 +13,13 @@ from torch.nn import functional as F
 
 from pipeline.config import Config
 from pipeline.data.batch import Batch, Example, RawSample, Transform
-from pipeline.data.images import UnreadableSample
-from pipeline.data.transforms import EvalImage, ImageExample, ImageTransform, Tokenize, TrainImage
+from pipeline.data.images.decode import UnreadableSample
+from pipeline.data.images.transforms import EvalImage, ImageExample, ImageTransform, Tokenize, TrainImage
 from pipeline.errors import ConfigError, DataError
-from pipeline.models.attention_maps import attention_weights, global_blocks, looks, rollout
-from pipeline.models.config import ModelConfig
 from pipeline.models.pixels import PixelStatistics, normalize
-from pipeline.models.vit import ViT
+from pipeline.models.trunk.attention_maps import attention_weights, global_blocks, looks, rollout
+from pipeline.models.trunk.config import ModelConfig
+from pipeline.models.trunk.vit import ViT
 from pipeline.stages.base import Answer, DataFacts, Picture
 
 NUM_LABELLED_PICTURES = 16

@@ -21,7 +21,9 @@ from pipeline.evaluate.knn import KnnEvaluation
 from pipeline.evaluate.mean import MeanEvaluation
 from pipeline.losses.reconstruction import masked_mse, normalize_patches, patch_statistics
 from pipeline.models.decoder import DecoderConfig, decoder
-from pipeline.models.masking import (
+from pipeline.models.noise import uniform
+from pipeline.models.pixels import denormalize, normalize, patchify, unpatchify
+from pipeline.models.trunk.masking import (
     Masking,
     block_masking,
     grid_masking,
@@ -30,10 +32,8 @@ from pipeline.models.masking import (
     random_masking,
     take,
 )
-from pipeline.models.noise import uniform
-from pipeline.models.pixels import denormalize, normalize, patchify, unpatchify
-from pipeline.models.pooling import Pooling, pool
-from pipeline.models.vit import Tokens, ViT
+from pipeline.models.trunk.pooling import Pooling, pool
+from pipeline.models.trunk.vit import Tokens, ViT
 from pipeline.stages.base import NEIGHBOURS, DataFacts, LabelUse, Losses, Picture, Stage
 from pipeline.stages.images import ImageOptions, image_transform, measured_transform, with_labels
 

@@ -23,11 +23,11 @@ from pipeline.data.batch import Batch, Transform
 from pipeline.evaluate.base import Evaluation, Predictions
 from pipeline.evaluate.knn import KnnEvaluation
 from pipeline.evaluate.mean import MeanEvaluation
-from pipeline.models.block import initialize
-from pipeline.models.masking import Masking, mask_picture, random_masking
 from pipeline.models.pixels import normalize, patchify, unpatchify
-from pipeline.models.pooling import Pooling, pool
-from pipeline.models.vit import ViT
+from pipeline.models.trunk.block import initialize
+from pipeline.models.trunk.masking import Masking, mask_picture, random_masking
+from pipeline.models.trunk.pooling import Pooling, pool
+from pipeline.models.trunk.vit import ViT
 from pipeline.stages.base import NEIGHBOURS, DataFacts, LabelUse, Losses, Picture, Stage
 from pipeline.stages.images import ImageOptions, image_transform, measured_transform, with_labels
 

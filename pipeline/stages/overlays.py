@@ -13,7 +13,7 @@ from pipeline.data.batch import Batch, Instances
 from pipeline.data.instances import decode_masks, view_instances, view_mask
 from pipeline.evaluate.base import Predictions
 from pipeline.evaluate.segmentation import class_map
-from pipeline.models.rcnn_masks import paste_masks
+from pipeline.models.detection.masks import paste_masks
 from pipeline.stages.base import Picture
 
 SHOWN_ABOVE = 0.5  # score of a detection that is drawn

@@ -23,8 +23,8 @@ from pipeline.evaluate.probe import ProbeEvaluation
 from pipeline.models.feature_norm import FeatureNorm
 from pipeline.models.noise import uniform
 from pipeline.models.pixels import normalize
-from pipeline.models.pooling import Pooling, pool
-from pipeline.models.vit import ViT
+from pipeline.models.trunk.pooling import Pooling, pool
+from pipeline.models.trunk.vit import ViT
 from pipeline.stages.base import Answer, DataFacts, Losses, Picture, Question, Stage
 from pipeline.stages.images import ImageOptions, class_answers, image_transform, labelled_pictures, require_classes
 

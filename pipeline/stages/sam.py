@@ -26,13 +26,13 @@ from pipeline.evaluate.base import Evaluation, Predictions
 from pipeline.evaluate.promptable import PromptableEvaluation, packed_masks
 from pipeline.losses.masks import focal_and_dice, mask_iou
 from pipeline.models.noise import uniform
-from pipeline.models.sam import Embedded, SamConfig, SegmentAnything, neck
-from pipeline.models.sam_automatic import AutomaticSettings, automatic_masks
-from pipeline.models.sam_decoder import MASKS_MORE_PROMPTS, MASKS_ONE_PROMPT, Answers, MaskDecoder
-from pipeline.models.sam_predictor import Ask, EmbeddedImages, Predictor
-from pipeline.models.sam_prompts import PromptEncoder, Prompts
-from pipeline.models.sam_sampling import correction, first_prompts, noisy_boxes, pauses, pixel_of
-from pipeline.models.vit import ViT
+from pipeline.models.sam.automatic import AutomaticSettings, automatic_masks
+from pipeline.models.sam.decoder import MASKS_MORE_PROMPTS, MASKS_ONE_PROMPT, Answers, MaskDecoder
+from pipeline.models.sam.model import Embedded, SamConfig, SegmentAnything, neck
+from pipeline.models.sam.predictor import Ask, EmbeddedImages, Predictor
+from pipeline.models.sam.prompts import PromptEncoder, Prompts
+from pipeline.models.sam.sampling import correction, first_prompts, noisy_boxes, pauses, pixel_of
+from pipeline.models.trunk.vit import ViT
 from pipeline.stages.base import Answer, DataFacts, Losses, Picture, Question, Stage
 from pipeline.stages.dense import PlacedExample, check_dense_model, content_pixels, content_size, instances_of
 from pipeline.stages.images import ImageOptions

@@ -16,13 +16,13 @@ from torch.nn import functional as F
 from torchvision.utils import draw_segmentation_masks
 
 from pipeline.data.batch import Batch, Instances
+from pipeline.data.images.views import View
 from pipeline.data.instances import decode_masks, view_mask
-from pipeline.data.views import View
 from pipeline.evaluate.base import Predictions
 from pipeline.evaluate.promptable import NUM_CLICKS
-from pipeline.models.rcnn_masks import encode_masks
-from pipeline.models.sam_automatic import AutomaticMask
-from pipeline.models.sam_predictor import Ask, Found
+from pipeline.models.detection.masks import encode_masks
+from pipeline.models.sam.automatic import AutomaticMask
+from pipeline.models.sam.predictor import Ask, Found
 from pipeline.stages.base import Answer, Picture
 from pipeline.stages.overlays import PALETTE
 from pipeline.stages.sam_trials import SHOWN

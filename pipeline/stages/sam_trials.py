@@ -16,13 +16,13 @@ from torch import Tensor
 
 from pipeline import ranks
 from pipeline.data.batch import Instances
+from pipeline.data.images.views import View, fitted
 from pipeline.data.instances import decode_masks
-from pipeline.data.views import View, fitted
 from pipeline.evaluate.promptable import NUM_CLICKS, Click, iou, next_click
-from pipeline.models.sam import Embedded, SegmentAnything
-from pipeline.models.sam_decoder import MASKS_MORE_PROMPTS, MASKS_ONE_PROMPT
-from pipeline.models.sam_predictor import stored_logits
-from pipeline.models.sam_prompts import ABSENT, Prompts, join_prompts, prompts_of
+from pipeline.models.sam.decoder import MASKS_MORE_PROMPTS, MASKS_ONE_PROMPT
+from pipeline.models.sam.model import Embedded, SegmentAnything
+from pipeline.models.sam.predictor import stored_logits
+from pipeline.models.sam.prompts import ABSENT, Prompts, join_prompts, prompts_of
 
 SHOWN = ("after_one", "after_all", "from_box")  # masks that pictures are made of
 

@@ -19,9 +19,9 @@ from pipeline.data.batch import Batch, Transform
 from pipeline.data.instances import Fitted, InstanceExample, LargeScaleJitter
 from pipeline.evaluate.base import Evaluation, Predictions
 from pipeline.evaluate.segmentation import SegmentationEvaluation, class_map
-from pipeline.models.pyramid import HeadNorm, as_map, quarter_taps
+from pipeline.models.detection.pyramid import HeadNorm, as_map, quarter_taps
 from pipeline.models.segmenter import LinearSegmenter, UPerNet
-from pipeline.models.vit import ViT
+from pipeline.models.trunk.vit import ViT
 from pipeline.stages.base import DataFacts, Losses, Picture, Stage
 from pipeline.stages.dense import PlacedExample, check_dense_model, content_pixels, content_size, instances_of
 from pipeline.stages.images import ImageOptions, require_classes

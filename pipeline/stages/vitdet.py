@@ -22,11 +22,11 @@ from pipeline.data.instances import Fitted, InstanceExample, LargeScaleJitter, d
 from pipeline.evaluate.base import Evaluation, Predictions
 from pipeline.evaluate.coco import CocoEvaluation, readable, stored_detections
 from pipeline.models.batch_norm import BatchNorm
-from pipeline.models.proposals import DetectorConfig, ProposalNetwork, Targets
-from pipeline.models.pyramid import NUM_LEVELS, SimplePyramid, TappedPyramid, as_map, quarter_taps
-from pipeline.models.rcnn import BoxHeads, Detections, level_strides, pool
-from pipeline.models.rcnn_masks import POOLED_SIDE, MaskHead, mask_losses
-from pipeline.models.vit import ViT
+from pipeline.models.detection.masks import POOLED_SIDE, MaskHead, mask_losses
+from pipeline.models.detection.proposals import DetectorConfig, ProposalNetwork, Targets
+from pipeline.models.detection.pyramid import NUM_LEVELS, SimplePyramid, TappedPyramid, as_map, quarter_taps
+from pipeline.models.detection.rcnn import BoxHeads, Detections, level_strides, pool
+from pipeline.models.trunk.vit import ViT
 from pipeline.stages.base import Answer, DataFacts, Losses, Picture, Question, Stage
 from pipeline.stages.dense import PlacedExample, check_dense_model, content_pixels, content_size, instances_of
 from pipeline.stages.images import ImageOptions, require_classes

@@ -10,12 +10,12 @@ from typing import Any, NamedTuple
 
 from pipeline import ranks
 from pipeline.data.batch import Batch, Transform
-from pipeline.data.cache import RangeCache
-from pipeline.data.capacity import advice, check_batch, check_data
 from pipeline.data.loader import Loader, sweep
 from pipeline.data.manifest import Manifest, read_manifest
-from pipeline.data.mixture import Source, shares_of, sources_of
-from pipeline.data.takedown import Takedown, read_takedown
+from pipeline.data.order.capacity import advice, check_batch, check_data
+from pipeline.data.order.mixture import Source, shares_of, sources_of
+from pipeline.data.reading.cache import RangeCache
+from pipeline.data.reading.takedown import Takedown, read_takedown
 from pipeline.errors import ConfigError, DataError
 from pipeline.ranks import World
 from pipeline.stages.base import LabelUse

@@ -14,7 +14,7 @@ import statistics
 
 from pipeline.errors import DataError
 from pipeline.train.config import TrainConfig
-from pipeline.train.engine import StepResult
+from pipeline.train.engine.base import StepResult
 from pipeline.train.state import State
 
 NUM_NAMED = 16  # sample ids in a message

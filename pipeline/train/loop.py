@@ -6,11 +6,11 @@ from collections.abc import Callable
 from typing import Literal, Protocol, runtime_checkable
 
 from pipeline.data.loader import Loader
+from pipeline.train.checkpoints.saving import Checkpoints
 from pipeline.train.config import TrainConfig
-from pipeline.train.engine import Engine
+from pipeline.train.engine.base import Engine
 from pipeline.train.guards import Guards
 from pipeline.train.meter import Meter
-from pipeline.train.saving import Checkpoints
 from pipeline.train.state import Due, State, StopSignal
 from pipeline.train.watchdog import Phase
 

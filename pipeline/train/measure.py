@@ -12,7 +12,7 @@ from pipeline.data.batch import Batch
 from pipeline.stages.base import Picture, Stage
 from pipeline.train.config import TrainConfig
 from pipeline.train.data import RunData
-from pipeline.train.engine import Engine
+from pipeline.train.engine.base import Engine
 from pipeline.train.state import State
 from pipeline.train.track import Tracker
 

@@ -10,7 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from pipeline import ranks
 from pipeline.data.loader import Step
-from pipeline.train.engine import StepResult
+from pipeline.train.engine.base import StepResult
 from pipeline.train.state import State
 from pipeline.train.track import Tracker
 

@@ -19,21 +19,28 @@ from pipeline.errors import CheckpointError, DataError, UserError
 from pipeline.run_dir import RunDir, command_line
 from pipeline.stages import stage_class
 from pipeline.stages.base import DataFacts, Stage, seeded_init
-from pipeline.train import commits as committed
-from pipeline.train.checkpoint import SavedWeights, load_newest, read_info, read_saved, read_weights, weights_digest
+from pipeline.train.checkpoints import commits as committed
+from pipeline.train.checkpoints.commits import Attempt, Commit
+from pipeline.train.checkpoints.restore import (
+    SavedWeights,
+    load_newest,
+    read_info,
+    read_saved,
+    read_weights,
+    weights_digest,
+)
+from pipeline.train.checkpoints.saving import Checkpoints
 from pipeline.train.classes import check_initial, check_resumed, learnt_classes, recorded_classes
-from pipeline.train.commits import Attempt, Commit
 from pipeline.train.config import EmaConfig, TrainConfig
 from pipeline.train.data import RunData, describe, read_data, same_data
-from pipeline.train.ema import decay_after
-from pipeline.train.engine_deepspeed import DeepSpeedEngine, join_group
+from pipeline.train.engine.deepspeed_engine import DeepSpeedEngine, join_group
+from pipeline.train.engine.ema import decay_after
 from pipeline.train.guards import RollBack
 from pipeline.train.loop import run_loop
 from pipeline.train.measure import Measurement
 from pipeline.train.meter import Meter
 from pipeline.train.optim import scheduled_rate
 from pipeline.train.resolve import Resolved, resolve
-from pipeline.train.saving import Checkpoints
 from pipeline.train.state import Due, State, StopSignal
 from pipeline.train.track import Tracker
 from pipeline.train.watchdog import Watchdog

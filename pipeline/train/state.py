@@ -7,9 +7,9 @@ import time
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from pipeline.data.order import Cursor
+from pipeline.data.order.permutation import Cursor
 from pipeline.train.config import TrainConfig
-from pipeline.train.engine import StepResult
+from pipeline.train.engine.base import StepResult
 
 SAVING_RESERVE_S = 60.0  # of a time limit, kept for the last checkpoint
 

@@ -1,4 +1,4 @@
-"""The private names of DeepSpeed that pipeline/train/engine_layout.py and engine_deepspeed.py lean on."""
+"""The private names of DeepSpeed that pipeline/train/engine/layout.py and engine_deepspeed.py lean on."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from deepspeed.utils.tensor_fragment import fragment_address, tensor_fragment
 
-from tests.process_group import ProcessGroup
-from tests.unit.train import engine_cases
+from tests.support import engine_cases
+from tests.support.process_group import ProcessGroup
 
 
 def test_version_is_the_one_the_layout_was_read_from() -> None:

@@ -53,7 +53,7 @@ def start(repository: Path, folder: Path, world_size: int) -> list[subprocess.Po
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    script = str(Path(__file__).with_name("stage_trial.py"))
+    script = str(Path(__file__).parents[1] / "support" / "stage_trial.py")
     world = {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     common = os.environ | world | {"PYTHONPATH": str(repository)}
     return [

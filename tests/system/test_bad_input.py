@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import yaml
-from tiny_chain import Command, mae_config, prep_config, write_table
 
 from launch.s3_server import S3Server, find_rclone
+from tests.support.tiny_chain import Command, mae_config, prep_config, write_table
 
 
 class Place:

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from tiny_chain import REPOSITORY, Command, mae_config, prep_config, wait_for, write_table
+
+from tests.support.tiny_chain import REPOSITORY, Command, mae_config, prep_config, wait_for, write_table
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tiny_chain import SIGKILL, Command, all_gone, commits, wait_for
 
 from launch.s3_server import find_rclone
+from tests.support.tiny_chain import SIGKILL, Command, all_gone, commits, wait_for
 
 TRAINED = (
     *("mae", "mp3", "flip", "flip_tune", "vitdet", "sam", "classify", "classify_mp3", "scratch"),

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 import yaml
-from tiny_chain import Command, commits, wait_for
 
 from pipeline.run_dir import RunDir
-from tests import train_cases
+from tests.support import train_cases
+from tests.support.tiny_chain import Command, commits, wait_for
 from tests.unit.data.conftest import numbered, write_data_set
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]

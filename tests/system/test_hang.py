@@ -9,15 +9,15 @@ from typing import Any
 
 import psutil
 import pytest
-from tiny_chain import wait_for
 
 from launch.attempts import JobFailedError, TrainResult, run_training
 from launch.crew import LocalCrew
 from launch.layout import Layout
 from launch.stopping import StopRequest
 from pipeline.run_dir import RunDir
-from pipeline.train.commits import find_commits
-from tests import train_cases
+from pipeline.train.checkpoints.commits import find_commits
+from tests.support import train_cases
+from tests.support.tiny_chain import wait_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 WATCHDOG = {"step_s": 4.0}

@@ -14,9 +14,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from prep_cases import encoded, write_table
-from tar_sets import pair_members, sa1b_members, write_tar
-from web_server import serving
 
 from data_prep.indexing.index import Choice, index_tars
 from data_prep.shards.verify import verify
@@ -25,6 +22,9 @@ from pipeline import storage
 from pipeline.data.instances import Fitted, InstanceExample
 from pipeline.data.loader import sweep
 from pipeline.data.manifest import manifest_bytes, read_manifest
+from tests.support.prep_cases import encoded, write_table
+from tests.support.tar_sets import pair_members, sa1b_members, write_tar
+from tests.support.web_server import serving
 from tests.unit.data_prep.test_indexing import ours, theirs
 
 ROOT = Path(__file__).resolve().parents[2]

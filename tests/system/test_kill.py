@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tiny_chain import (
+
+from tests.support.tiny_chain import (
     SIGKILL,
     SIGTERM,
     Command,

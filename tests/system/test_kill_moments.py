@@ -18,15 +18,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import fault_proxy
 import pytest
-from fault_proxy import FaultProxy
 
 from launch.s3_server import S3Server, find_rclone
 from pipeline.run_dir import RunDir
-from pipeline.train.commits import find_commits
-from tests import train_cases
-from tests.system.ranks_for_kills import serve_rank
+from pipeline.train.checkpoints.commits import find_commits
+from tests.support import fault_proxy, train_cases
+from tests.support.fault_proxy import FaultProxy
+from tests.support.ranks_for_kills import serve_rank
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 NUM_RANKS = 2
@@ -149,7 +148,7 @@ def test_at_thirty_moments_nothing_is_lost_and_the_weights_are_the_same(
     assert len(MOMENTS) == 30
     train_cases.write_data(tmp_path)
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.system.ranks_for_kills"])
+    context.set_forkserver_preload(["tests.support.ranks_for_kills"])
     changes = {"length_samples": 16 * 120, "checkpoint.every_samples": 16}
     straight = train_cases.document(tmp_path, "straight", **changes)
     assert finish(start(context, straight)) == [0, 0]

@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_chain import wait_for
 
 from launch.s3_server import S3Server, find_rclone
 from pipeline import storage
 from pipeline.run_dir import RunDir
-from pipeline.train.checkpoint import read_weights, weights_digest
-from pipeline.train.commits import find_commits, read_attempts
-from tests import train_cases
+from pipeline.train.checkpoints.commits import find_commits, read_attempts
+from pipeline.train.checkpoints.restore import read_weights, weights_digest
+from tests.support import train_cases
+from tests.support.tiny_chain import wait_for
 from tests.system.test_kill_moments import finish, start
 from tests.unit.storage.conftest import free_port
 from tests.unit.storage.conftest import wait_for as wait_for_port

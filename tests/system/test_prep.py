@@ -13,14 +13,14 @@ from typing import Any
 
 import psutil
 import pytest
-from prep_cases import encoded, hashes, settings, sidecar, write_pairs
-from prep_server import SHARD, document, reach_server, run_server, start_driver, upload  # noqa: F401 -- fixtures
 
 from data_prep.build import build
 from data_prep.shards.verify import verify
 from launch.s3_server import S3Server
 from pipeline import storage
 from pipeline.errors import ConfigError, StorageError, UserError
+from tests.support.prep_cases import encoded, hashes, settings, sidecar, write_pairs
+from tests.support.prep_server import SHARD, document, reach_server, run_server, start_driver, upload  # noqa: F401 -- fixtures
 
 NUM_IMAGES = 40
 

@@ -15,15 +15,15 @@ from typing import Any
 
 import psutil
 import pytest
-from fault_proxy import Fault, FaultProxy
-from prep_cases import encoded, hashes, settings, sidecar
-from prep_server import document, reach_server, run_server, start_driver, upload  # noqa: F401 -- fixtures
 
 from data_prep.build import build
 from data_prep.shards.verify import verify
 from launch.s3_server import S3Server
 from pipeline import storage
 from pipeline.data.manifest import read_manifest
+from tests.support.fault_proxy import Fault, FaultProxy
+from tests.support.prep_cases import encoded, hashes, settings, sidecar
+from tests.support.prep_server import document, reach_server, run_server, start_driver, upload  # noqa: F401 -- fixtures
 
 NUM_KILLS = 20
 LIMIT_S = 1500

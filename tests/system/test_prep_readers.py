@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from prep_cases import samples, settings, write_pairs
 from uv import find_uv_bin
 
 from data_prep.build import build
+from tests.support.prep_cases import samples, settings, write_pairs
 
 
 def shrink(image: Any) -> np.ndarray:
@@ -105,7 +105,11 @@ def test_open_clips_loader_reads_every_sample_with_the_webdataset_it_pins(built:
     install = [find_uv_bin(), "pip", "install", "-q", "--no-deps", "--target", str(tmp_path), "webdataset==0.2.86"]
     subprocess.run(install, check=True)
     done = subprocess.run(
-        [sys.executable, str(Path(__file__).parents[1] / "read_with_open_clip.py"), f"{built}/{{00000..00002}}.tar"],
+        [
+            sys.executable,
+            str(Path(__file__).parents[1] / "support" / "read_with_open_clip.py"),
+            f"{built}/{{00000..00002}}.tar",
+        ],
         env=os.environ | {"PYTHONPATH": str(tmp_path)},
         stdout=subprocess.PIPE,
         check=True,

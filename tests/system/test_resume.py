@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from pipeline.run_dir import RunDir
-from pipeline.train.checkpoint import read_weights, weights_digest
-from pipeline.train.commits import find_commits
-from tests import train_cases
+from pipeline.train.checkpoints.commits import find_commits
+from pipeline.train.checkpoints.restore import read_weights, weights_digest
+from tests.support import train_cases
 
 TIMEOUT_S = 240
 

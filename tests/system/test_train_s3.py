@@ -8,17 +8,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from fault_proxy import Fault, FaultProxy
 
 from launch.s3_server import S3Server, find_rclone
 from pipeline import storage
 from pipeline.run_dir import RunDir
-from pipeline.train import commits
-from pipeline.train.checkpoint import damage_of, read_weights
-from tests import train_cases
-from tests.process_group import ProcessGroup
+from pipeline.train.checkpoints import commits
+from pipeline.train.checkpoints.restore import damage_of, read_weights
+from tests.support import run_cases, train_cases
+from tests.support.fault_proxy import Fault, FaultProxy
+from tests.support.process_group import ProcessGroup
 from tests.unit.data.conftest import numbered, write_data_set
-from tests.unit.train import run_cases
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,7 @@ def test_generated_photos_do_where_there_are_none(monkeypatch: pytest.MonkeyPatc
 
 
 def test_ours_and_pillow_decode_to_the_same_pixels() -> None:
-    from pipeline.data.images import decode as ours
+    from pipeline.data.images.decode import decode as ours
 
     photos = [decode.generated(seed) for seed in range(3)]
     assert decode.same_pixels(decode.each(ours, photos), decode.each(decode.with_pillow, photos))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from benchmarks.order import measures
-from pipeline.data.order import Order
+from pipeline.data.order.permutation import Order
 
 COUNT = 200_000
 

@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from vitdet_case import weights_of
 
 from pipeline import convert
 from pipeline.convert.arrays import ForbiddenObject, as_tensors, load_arrays
 from pipeline.errors import CheckpointError, ConfigError
 from pipeline.stages.vitdet import VitDetStage
+from tests.support.vitdet_case import weights_of
 
 RECORD = json.loads((Path(__file__).parents[1] / "stages" / "detectron2_vitdet.json").read_text())
 

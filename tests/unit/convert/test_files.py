@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from convert_peers import shaken
 
 from pipeline import convert
 from pipeline.convert.weights import Source
@@ -20,6 +19,7 @@ from pipeline.errors import CheckpointError, ConfigError, UserError
 from pipeline.stages.base import DataFacts
 from pipeline.stages.classify import ClassifyOptions, ClassifyStage
 from pipeline.stages.mae import MaeOptions, MaeStage
+from tests.support.convert_peers import shaken
 
 MODEL = {"width": 48, "depth": 2, "heads": 3, "image_size": 32, "patch_size": 8}
 KNOWN: dict[str, Any] = {"heads": 3, "decoder_heads": 2, "norm_pix": True}

@@ -13,7 +13,7 @@ import torch
 
 from pipeline import convert
 from pipeline.errors import CheckpointError
-from pipeline.models.position import sincos2d
+from pipeline.models.trunk.position import sincos2d
 
 D, W, E, L, HEADS = 16, 12, 8, 10, 2
 WORDS = ["[PAD]", "[UNK]", "a", "red", "ring", "blue"]

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from convert_peers import close, pixels, shaken
 from transformers import (
     ViTConfig,
     ViTForImageClassification,
@@ -21,11 +20,12 @@ from transformers import (
 
 from pipeline import convert
 from pipeline.errors import CheckpointError, ConfigError
-from pipeline.models.masking import masking_from_noise, take
-from pipeline.models.pooling import pool
+from pipeline.models.trunk.masking import masking_from_noise, take
+from pipeline.models.trunk.pooling import pool
 from pipeline.stages.base import DataFacts
 from pipeline.stages.classify import ClassifyOptions, ClassifyStage
 from pipeline.stages.mae import MaeOptions, MaeStage
+from tests.support.convert_peers import close, pixels, shaken
 
 SHAPE = {
     "hidden_size": 48,

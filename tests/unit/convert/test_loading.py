@@ -10,8 +10,8 @@ import torch
 from pipeline.config import validate
 from pipeline.convert.loading import check_same_trunk, load_initial
 from pipeline.errors import CheckpointError
-from pipeline.models.config import ModelConfig
-from pipeline.models.position import interpolate
+from pipeline.models.trunk.config import ModelConfig
+from pipeline.models.trunk.position import interpolate
 from pipeline.stages import stage_class
 from pipeline.stages.base import DataFacts, Stage
 

@@ -9,20 +9,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from convert_peers import close, pixels, shaken
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from pipeline import convert
 from pipeline.convert.loading import load_initial
 from pipeline.errors import CheckpointError, ConfigError
-from pipeline.models.masking import masking_from_noise, take
-from pipeline.models.pooling import pool
+from pipeline.models.trunk.masking import masking_from_noise, take
+from pipeline.models.trunk.pooling import pool
 from pipeline.stages.base import DataFacts, Stage
 from pipeline.stages.classify import ClassifyOptions, ClassifyStage
 from pipeline.stages.flip import FlipOptions, FlipStage
 from pipeline.stages.mae import MaeOptions, MaeStage
 from pipeline.stages.probe import ProbeOptions, ProbeStage
+from tests.support.convert_peers import close, pixels, shaken
 
 MODEL = {"width": 48, "depth": 2, "heads": 3, "image_size": 32, "patch_size": 8}
 TINY = {"model": MODEL, "decoder": {"width": 32, "depth": 1, "heads": 2}}

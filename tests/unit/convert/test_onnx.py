@@ -15,13 +15,13 @@ from pipeline import convert
 from pipeline.config import validate
 from pipeline.convert import onnx as onnx_files
 from pipeline.convert.onnx import DECODER, DECODER_INPUTS, DECODER_OUTPUTS, ENCODER, drawn_prompts, export_sam, resizing
-from pipeline.data.views import fitted
+from pipeline.data.images.views import fitted
 from pipeline.errors import ConfigError
-from pipeline.models.sam_predictor import stored_logits
+from pipeline.models.sam.predictor import stored_logits
 from pipeline.stages import stage_class
 from pipeline.stages.base import DataFacts
-from tests.unit.models.sam_models import HEADS, SIDE, official_sam, save_official
-from tests.unit.stages.sam_batches import tiny_stage
+from tests.support.sam_batches import tiny_stage
+from tests.support.sam_models import HEADS, SIDE, official_sam, save_official
 
 
 @pytest.mark.parametrize(("before", "after"), [(4, 16), (16, 5), (7, 7), (1, 9), (9, 1)])
@@ -90,7 +90,7 @@ def test_what_cannot_be_a_graph_is_refused(tmp_path: Path, monkeypatch: pytest.M
 
 @pytest.mark.slow
 def test_fixed_positions_are_exported_and_the_model_goes_on_working(tmp_path: Path) -> None:
-    from tests.unit.stages.sam_batches import MODEL, batch, objects
+    from tests.support.sam_batches import MODEL, batch, objects
 
     stage = tiny_stage(model={**MODEL, "position_trained": False, "position_image_size": 16}).eval()
     done = export_sam(stage, str(tmp_path))

@@ -12,8 +12,8 @@ from torch import Tensor
 from pipeline import convert
 from pipeline.errors import CheckpointError, ConfigError
 from pipeline.stages.sam import SamStage
-from tests.unit.models.sam_models import HEADS, hugging_face_config, official_sam, save_official
-from tests.unit.stages.sam_batches import MODEL, tiny_stage
+from tests.support.sam_batches import MODEL, tiny_stage
+from tests.support.sam_models import HEADS, hugging_face_config, official_sam, save_official
 
 
 def same(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> bool:

@@ -8,16 +8,16 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from convert_peers import close, pixels, shaken
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import nn
 
 from pipeline import convert
 from pipeline.errors import CheckpointError, ConfigError
-from pipeline.models.pooling import pool
+from pipeline.models.trunk.pooling import pool
 from pipeline.stages.base import DataFacts
 from pipeline.stages.classify import ClassifyStage
 from pipeline.stages.mae import MaeOptions, MaeStage
+from tests.support.convert_peers import close, pixels, shaken
 
 SHAPE = {"patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3}
 

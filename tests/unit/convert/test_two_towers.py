@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from convert_peers import close, shaken
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -16,6 +15,7 @@ from pipeline.config import validate
 from pipeline.errors import CheckpointError, ConfigError
 from pipeline.stages.base import DataFacts
 from pipeline.stages.flip import FlipOptions, FlipStage
+from tests.support.convert_peers import close, shaken
 
 VISION = {"layers": 2, "width": 64, "head_width": 16, "image_size": 32, "patch_size": 8}
 TEXT = {"context_length": 16, "width": 48, "heads": 3, "layers": 2}

@@ -11,7 +11,7 @@ from pycocotools import mask as coco_mask
 
 from pipeline.data.annotations import read_instances
 from pipeline.data.batch import RawSample
-from pipeline.data.images import UnreadableSample
+from pipeline.data.images.decode import UnreadableSample
 
 
 def annotation(bbox: list[float], label: int = 2, **changes: object) -> dict:

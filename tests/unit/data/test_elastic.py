@@ -18,15 +18,15 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.data.background import even_parts
 from pipeline.data.batch import derive_seed
-from pipeline.data.examples import Listed, Workshop, produce
+from pipeline.data.images.transforms import ImageExample, TrainImage
 from pipeline.data.loader import Cursor, Loader
 from pipeline.data.manifest import Manifest
-from pipeline.data.mixture import Data, Source, sources_of
-from pipeline.data.takedown import Takedown, takedown_of
-from pipeline.data.tasks import TrainPlan
-from pipeline.data.transforms import ImageExample, TrainImage
+from pipeline.data.order.mixture import Data, Source, sources_of
+from pipeline.data.order.tasks import TrainPlan
+from pipeline.data.reading.background import even_parts
+from pipeline.data.reading.examples import Listed, Workshop, produce
+from pipeline.data.reading.takedown import Takedown, takedown_of
 
 TRAIN = ImageExample(TrainImage((16, 16)), label=True)
 GLOBAL_BATCH, NUM_STEPS = 24, 9  # twice over the border of the epochs of 90 samples
@@ -145,7 +145,7 @@ RANK = """
 import hashlib, json, sys, time
 from pipeline.data.loader import Cursor, Loader
 from pipeline.data.manifest import read_manifest
-from pipeline.data.transforms import ImageExample, TrainImage
+from pipeline.data.images.transforms import ImageExample, TrainImage
 url, rank, world, epoch, offset, workers, out = sys.argv[1:]
 options = dict(seed=3, global_batch=24, block=8, lanes=4, window=16, workers=int(workers))
 transform = ImageExample(TrainImage((16, 16)), label=True)
@@ -199,7 +199,7 @@ def test_kills_and_changes_of_the_world_in_mid_epoch(ninety: Manifest, expected,
 
 def test_a_plan_starts_anywhere_in_constant_time(ninety: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
     """A resume computes what it needs from the cursor: as many calls in epoch 1000 as at the start."""
-    from pipeline.data import order
+    from pipeline.data.order import permutation as order
 
     calls: list[int] = []
     real = order.Order.slots

@@ -16,8 +16,8 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from pipeline.data.batch import Instances, RawSample, collate
+from pipeline.data.images.views import Box, View, fitted, large_scale_jitter, random_crop
 from pipeline.data.instances import Fitted, InstanceExample, LargeScaleJitter, decode_masks, view_instances, view_mask
-from pipeline.data.views import Box, View, fitted, large_scale_jitter, random_crop
 
 HEIGHT, WIDTH = 60, 84
 

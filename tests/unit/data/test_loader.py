@@ -20,10 +20,10 @@ import torch
 
 from launch.s3_server import S3Server, find_rclone
 from pipeline.data.batch import Batch, Example, RawSample, derive_seed
+from pipeline.data.images.transforms import EvalImage, ImageExample, TrainImage
 from pipeline.data.loader import Cursor, Loader, Step, sweep
 from pipeline.data.manifest import Manifest, read_manifest
-from pipeline.data.transforms import EvalImage, ImageExample, TrainImage
-from pipeline.data.worker import WorkerDied
+from pipeline.data.reading.worker import WorkerDied
 from pipeline.errors import ConfigError, DataError
 
 TRAIN = ImageExample(TrainImage((16, 16)), label=True)
@@ -258,7 +258,7 @@ def test_workers_end_when_the_training_process_is_killed(ninety: Manifest) -> No
         "import os, signal, sys\n"
         "from pipeline.data.loader import Cursor, Loader\n"
         "from pipeline.data.manifest import read_manifest\n"
-        "from pipeline.data.transforms import EvalImage, ImageExample\n"
+        "from pipeline.data.images.transforms import EvalImage, ImageExample\n"
         "transform = ImageExample(EvalImage((16, 16)))\n"
         "options = dict(seed=0, global_batch=4, rank=0, world_size=1, lanes=4, workers=2)\n"
         "loader = Loader(read_manifest(sys.argv[1]), transform, **options)\n"

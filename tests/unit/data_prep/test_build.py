@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from prep_cases import encoded, hashes, reasons, samples, settings, sidecar, write_pairs, write_table
 
 from data_prep.build import build
 from pipeline.data.manifest import read_index, read_manifest
 from pipeline.errors import ConfigError, DataError, Stopped
+from tests.support.prep_cases import encoded, hashes, reasons, samples, settings, sidecar, write_pairs, write_table
 
 
 def test_every_input_becomes_one_sample(tmp_path: Path) -> None:

@@ -12,13 +12,13 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from PIL import Image
-from prep_cases import hashes, reasons, settings, sidecar, write_table
 
 from data_prep.build import build
 from data_prep.config import DedupConfig
 from data_prep.duplicates.dedup import VERDICTS, Signatures, decide
 from data_prep.duplicates.signatures import near_any, near_pairs, perceptual_hash
 from pipeline.errors import Stopped
+from tests.support.prep_cases import hashes, reasons, settings, sidecar, write_table
 
 NONE = Signatures(np.zeros((0, 2), np.uint64), np.zeros(0, np.uint64), np.zeros(0, bool))
 

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import yaml
 from PIL import Image
-from prep_cases import samples, settings, sidecar, write_pairs
 
 from data_prep.build import build
 from data_prep.config import ScoreFilter
@@ -23,7 +22,8 @@ from pipeline.data.batch import RawSample
 from pipeline.errors import ConfigError
 from pipeline.stages.base import DataFacts
 from pipeline.stages.flip import FlipStage
-from tests.unit.launch.saved_run import save_checkpoint
+from tests.support.prep_cases import samples, settings, sidecar, write_pairs
+from tests.support.saved_run import save_checkpoint
 
 MODEL = "ViT-S-32-alt"  # open_clip's smallest
 

@@ -11,14 +11,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from golden_images import BOMB_SIDE, Golden, bomb, golden_set
 from PIL import Image
-from prep_cases import samples, settings, sidecar, write_table
 
 from data_prep.account import Refused
 from data_prep.build import build
 from data_prep.config import ImageConfig
 from data_prep.samples.images import convert, thumbnail
+from tests.support.golden_images import BOMB_SIDE, Golden, bomb, golden_set
+from tests.support.prep_cases import samples, settings, sidecar, write_table
 
 GOLDEN = {golden.name: golden for golden in golden_set() if golden.name != "bomb.png"}
 

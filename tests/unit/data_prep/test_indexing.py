@@ -17,8 +17,6 @@ import webdataset
 from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
-from prep_cases import encoded, settings, write_pairs
-from tar_sets import pair_members, sa1b_members, write_tar
 
 from data_prep.build import build
 from data_prep.indexing import index as indexing
@@ -27,9 +25,11 @@ from data_prep.indexing.index import Choice, Indexed, index_tars
 from data_prep.shards.verify import first_samples, verify
 from pipeline import storage
 from pipeline.data.manifest import Manifest, read_index, read_manifest
-from pipeline.data.shards import parse_sample
-from pipeline.data.tar import EXTENSIONS
+from pipeline.data.reading.shards import parse_sample
+from pipeline.data.reading.tar import EXTENSIONS
 from pipeline.errors import ConfigError, DataError, Stopped, StorageError
+from tests.support.prep_cases import encoded, settings, write_pairs
+from tests.support.tar_sets import pair_members, sa1b_members, write_tar
 
 FORMATS = [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT]
 

@@ -12,7 +12,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
-from prep_cases import encoded, samples, sidecar
 from pycocotools import mask as coco_mask
 
 from data_prep.build import build
@@ -20,6 +19,7 @@ from data_prep.config import PrepConfig
 from pipeline.config import validate
 from pipeline.data.manifest import read_manifest
 from pipeline.errors import DataError
+from tests.support.prep_cases import encoded, samples, sidecar
 
 
 def built(output: Path, source: dict[str, Any], **more: Any) -> dict[str, dict[str, bytes]]:

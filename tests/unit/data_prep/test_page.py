@@ -5,10 +5,9 @@ from __future__ import annotations
 import html.parser
 from pathlib import Path
 
-from prep_cases import settings, write_pairs, write_table
-
 from data_prep.build import build
 from launch.look import describe
+from tests.support.prep_cases import settings, write_pairs, write_table
 
 EVIL = '<script>alert(1)</script>\x1b[31m & "quotes"'
 

@@ -5,11 +5,11 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from prep_cases import encoded, pixels
 
 from data_prep.account import Refused
 from data_prep.config import ImageConfig
 from data_prep.samples.images import convert, plan_geometry
+from tests.support.prep_cases import encoded, pixels
 
 
 def opened(data: bytes) -> Image.Image:

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from prep_cases import encoded, hashes, samples, settings, sidecar, write_table
 
 from data_prep.build import build
 from data_prep.shards.verify import verify
 from pipeline.data.manifest import read_manifest
 from pipeline.errors import ConfigError, Stopped
+from tests.support.prep_cases import encoded, hashes, samples, settings, sidecar, write_table
 
 
 def grow(folder: Path, count: int, missing: tuple[int, ...] = ()) -> Path:

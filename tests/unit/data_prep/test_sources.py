@@ -5,13 +5,13 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
-from prep_cases import write_table
 
 from data_prep.account import Refused
 from data_prep.config import TableConfig
 from data_prep.sources.base import Places, RangedFile
 from data_prep.sources.tables import TableSource
 from pipeline.errors import DataError
+from tests.support.prep_cases import write_table
 
 CAPTIONS = ["plain", 'with "quotes", and comma', "two\nlines", "caf\u00e9 \u732b", ""]
 URLS = [f"images/{i}.jpg" for i in range(len(CAPTIONS))]

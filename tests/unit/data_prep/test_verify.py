@@ -2,12 +2,12 @@ import json
 from pathlib import Path
 
 import pytest
-from prep_cases import settings, write_pairs
 
 from data_prep.build import build
 from data_prep.shards.verify import verify
 from pipeline.data.manifest import read_index, read_manifest
 from pipeline.errors import DataError
+from tests.support.prep_cases import settings, write_pairs
 
 
 @pytest.fixture(name="built")

@@ -10,8 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from prep_cases import encoded, reasons, samples, settings, sidecar, write_table
-from web_server import MisbehavingServer, serving
 
 from data_prep.account import Refused
 from data_prep.build import build
@@ -19,6 +17,8 @@ from data_prep.config import FetchConfig, WebConfig
 from data_prep.fetch.inputs import Fetched, Wanted, fetch_all
 from data_prep.fetch.web import Boundary, opts_out, retry_after_s
 from data_prep.sources.base import Places
+from tests.support.prep_cases import encoded, reasons, samples, settings, sidecar, write_table
+from tests.support.web_server import MisbehavingServer, serving
 
 NOWHERE = Places("/nowhere", ())
 LOOPBACK: dict[str, Any] = {"allow_networks": ("127.0.0.0/8",), "timeout_s": 3.0}

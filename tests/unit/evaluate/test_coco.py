@@ -16,7 +16,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from pipeline.data.batch import Batch, Instances
-from pipeline.data.views import View, fitted
+from pipeline.data.images.views import View, fitted
 from pipeline.evaluate.base import Predictions
 from pipeline.evaluate.coco import FIGURES, RECALLS, CocoEvaluation, Truth, coco_figures, proposal_recalls
 

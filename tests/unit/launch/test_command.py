@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests import train_cases
+from tests.support import train_cases
 from tests.unit.data.conftest import numbered, write_data_set
 
 VERBS = ("demo", "prep", "index", "verify", "train", "run", "plan", "doctor", "show", "runs", "report", "convert")

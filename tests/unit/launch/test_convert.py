@@ -22,9 +22,9 @@ from pipeline.stages import stage_class
 from pipeline.stages.base import DataFacts, Stage
 from pipeline.stages.classify import ClassifyOptions, ClassifyStage
 from pipeline.stages.mae import MaeOptions, MaeStage
-from pipeline.train.checkpoint import read_weights
+from pipeline.train.checkpoints.restore import read_weights
+from tests.support.saved_run import save_checkpoint
 from tests.unit.data.conftest import numbered, write_data_set
-from tests.unit.launch.saved_run import save_checkpoint
 
 MODEL = {"width": 48, "depth": 2, "heads": 3, "image_size": 32, "patch_size": 8}
 OPTIONS: dict[str, Any] = {"model": MODEL, "decoder": {"width": 32, "depth": 1, "heads": 2}}

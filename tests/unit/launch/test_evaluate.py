@@ -16,15 +16,15 @@ import yaml
 from launch.evaluate import Knn, evaluate
 from pipeline import convert
 from pipeline.config import validate
-from pipeline.data.transforms import EvalImage
+from pipeline.data.images.transforms import EvalImage
 from pipeline.errors import CheckpointError, ConfigError, DataError
 from pipeline.evaluate.knn import knn_scores
 from pipeline.stages.base import DataFacts
 from pipeline.stages.classify import ClassifyOptions, ClassifyStage
 from pipeline.stages.flip import FlipOptions, FlipStage
 from pipeline.stages.mae import MaeOptions, MaeStage
+from tests.support.saved_run import save_checkpoint
 from tests.unit.data.conftest import numbered, sample, write_data_set
-from tests.unit.launch.saved_run import save_checkpoint
 
 MODEL = {"width": 32, "depth": 2, "heads": 2, "image_size": 32, "patch_size": 8}
 MAE: dict[str, Any] = {"model": MODEL, "decoder": {"width": 16, "depth": 1, "heads": 2}}

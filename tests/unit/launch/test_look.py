@@ -12,11 +12,10 @@ from launch.cli import app
 from launch.convert import convert_weights
 from launch.look import describe, list_runs
 from pipeline.run_dir import RunDir
-from pipeline.train.checkpoint import read_weights
-from pipeline.train.commits import find_commits
-from tests import train_cases
-from tests.process_group import ProcessGroup
-from tests.unit.train import run_cases
+from pipeline.train.checkpoints.commits import find_commits
+from pipeline.train.checkpoints.restore import read_weights
+from tests.support import run_cases, train_cases
+from tests.support.process_group import ProcessGroup
 from tests.unit.train.conftest import one
 
 __all__ = ["one"]

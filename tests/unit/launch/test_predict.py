@@ -24,12 +24,12 @@ from launch.images import find_images, read_image
 from launch.predict import Asked, load_stage, predict
 from pipeline import convert
 from pipeline.config import validate
-from pipeline.data.images import decode
-from pipeline.data.transforms import EvalImage
+from pipeline.data.images.decode import decode
+from pipeline.data.images.transforms import EvalImage
 from pipeline.errors import CheckpointError, ConfigError, DataError, StorageError, UserError
 from pipeline.stages import stage_class
 from pipeline.stages.base import DataFacts, Stage
-from tests.unit.launch.saved_run import save_checkpoint
+from tests.support.saved_run import save_checkpoint
 
 MODEL = {"width": 32, "depth": 2, "heads": 2, "image_size": 32, "patch_size": 8}
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -255,7 +255,7 @@ def test_the_command_writes_replies_and_exits_as_it_should(images: Path, tmp_pat
 
 
 def test_sam_segments_what_points_and_boxes_ask_for_in_pixels_of_each_image(images: Path, tmp_path: Path) -> None:
-    from tests.unit.stages.sam_batches import tiny_stage
+    from tests.support.sam_batches import tiny_stage
 
     stage = tiny_stage().eval()
     told, good = predicted(stage, [str(images)], tmp_path, questions=["points=[[50, 30], [3, 4, 0]]"])
@@ -304,7 +304,7 @@ def test_a_detector_tells_cocos_results_in_pixels_of_the_image(tmp_path: Path) -
 
 
 def test_sam_segments_everything_where_nothing_is_pointed_at(images: Path, tmp_path: Path) -> None:
-    from tests.unit.stages.sam_batches import tiny_stage
+    from tests.support.sam_batches import tiny_stage
 
     loose = "automatic={points_per_side: 3, min_iou: 0.0, min_stability: 0.0}"
     told, _ = predicted(tiny_stage().eval(), [str(images)], tmp_path, questions=[loose])

@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 from pipeline.config import validate
 from pipeline.errors import ConfigError
-from pipeline.models.block import Mlp
-from pipeline.models.config import Gelu, ModelConfig
-from pipeline.models.vit import ViT
+from pipeline.models.trunk.block import Mlp
+from pipeline.models.trunk.config import Gelu, ModelConfig
+from pipeline.models.trunk.vit import ViT
 from pipeline.stages.mae import MaeOptions
 
 TINY = {"width": 32, "depth": 2, "heads": 2, "image_size": 32, "patch_size": 8}

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from pipeline.config import validate
 from pipeline.data.batch import Batch, RawSample
-from pipeline.data.images import UnreadableSample
+from pipeline.data.images.decode import UnreadableSample
 from pipeline.errors import CheckpointError, ConfigError, DataError
 from pipeline.evaluate.prompts import class_names, templates
 from pipeline.stages.base import DataFacts

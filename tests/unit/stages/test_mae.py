@@ -14,9 +14,9 @@ from pipeline.config import validate
 from pipeline.data.batch import Batch
 from pipeline.errors import ConfigError
 from pipeline.losses.reconstruction import normalize_patches
-from pipeline.models.masking import mask_picture, masking_from_mask, masking_from_noise
 from pipeline.models.pixels import denormalize, normalize, patchify, unpatchify
-from pipeline.models.position import sincos2d
+from pipeline.models.trunk.masking import mask_picture, masking_from_mask, masking_from_noise
+from pipeline.models.trunk.position import sincos2d
 from pipeline.stages.base import DataFacts
 from pipeline.stages.mae import MaeOptions, MaeStage
 

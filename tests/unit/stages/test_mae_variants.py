@@ -10,9 +10,9 @@ from pipeline.config import validate
 from pipeline.data.batch import Batch
 from pipeline.errors import ConfigError
 from pipeline.losses.reconstruction import masked_mse, normalize_patches
-from pipeline.models.masking import mask_picture, take
 from pipeline.models.pixels import normalize, patchify
-from pipeline.models.position import sincos2d
+from pipeline.models.trunk.masking import mask_picture, take
+from pipeline.models.trunk.position import sincos2d
 from pipeline.stages.base import DataFacts
 from pipeline.stages.mae import MaeOptions, MaeStage
 

@@ -10,8 +10,8 @@ import torch
 import yaml
 
 from pipeline.config import load, validate
-from pipeline.models.config import SIZES
-from pipeline.models.vit import ViT
+from pipeline.models.trunk.config import SIZES
+from pipeline.models.trunk.vit import ViT
 from pipeline.stages import stage_class
 from pipeline.stages.base import DataFacts
 from pipeline.train.config import TrainConfig

@@ -8,12 +8,12 @@ from torch import Tensor
 
 from pipeline.data.batch import Batch
 from pipeline.errors import ConfigError
-from pipeline.models.sam_predictor import EmbeddedImages
-from pipeline.models.sam_prompts import ABSENT, Prompts
+from pipeline.models.sam.predictor import EmbeddedImages
+from pipeline.models.sam.prompts import ABSENT, Prompts
 from pipeline.stages.dense import instances_of
 from pipeline.stages.sam import SamStage
 from pipeline.stages.sam_trials import click_trials
-from tests.unit.stages.sam_batches import SIDE, batch, objects, tiny_stage
+from tests.support.sam_batches import SIDE, batch, objects, tiny_stage
 
 THREE = (objects((2, 3, 12, 14), (15, 1, 30, 20)), objects(), objects((0, 0, 9, 30)))
 
@@ -122,7 +122,7 @@ def test_frozen_parts_get_no_gradient(freeze: list[str]) -> None:
 
 
 def test_recomputing_activations_changes_no_gradient() -> None:
-    from tests.unit.stages.sam_batches import MODEL
+    from tests.support.sam_batches import MODEL
 
     plain = gradients(tiny_stage(), batch(*THREE))
     again = gradients(tiny_stage(model={**MODEL, "activation_checkpointing": True}), batch(*THREE))
@@ -195,7 +195,7 @@ def test_any_stages_trunk_may_start_it(source: str) -> None:
     from pipeline.convert.loading import load_initial
     from pipeline.stages import stage_class
     from pipeline.stages.base import DataFacts
-    from tests.unit.stages.sam_batches import MODEL
+    from tests.support.sam_batches import MODEL
 
     plain = {"width": 32, "depth": 2, "heads": 2, "image_size": 24, "patch_size": 4, "position_trained": True}
     options: dict[str, dict[str, object]] = {
@@ -224,7 +224,7 @@ def test_any_stages_trunk_may_start_it(source: str) -> None:
 def test_masks_of_everything_are_measured_where_they_are_asked_for() -> None:
     """The figure is COCO's recall of what `automatic_masks` finds, padding and crowds apart."""
     from pipeline.evaluate.coco import Truth, annotations_of, proposal_recalls
-    from pipeline.models.sam_automatic import automatic_masks
+    from pipeline.models.sam.automatic import automatic_masks
 
     settings = {"points_per_side": 4, "min_iou": 0.0, "min_stability": 0.0}
     stage = tiny_stage(evaluate=["clicks", "automatic"], automatic=settings).eval()

@@ -11,11 +11,11 @@ from sklearn.metrics import jaccard_score
 
 from pipeline.config import validate
 from pipeline.data.batch import Batch, Instances
-from pipeline.data.views import View, fitted
+from pipeline.data.images.views import View, fitted
 from pipeline.errors import ConfigError
 from pipeline.evaluate.base import Predictions
 from pipeline.evaluate.segmentation import SegmentationEvaluation, class_map, stored_map
-from pipeline.models.rcnn_masks import encode_masks
+from pipeline.models.detection.masks import encode_masks
 from pipeline.stages.base import DataFacts
 from pipeline.stages.segment import SegmentOptions, SegmentStage
 

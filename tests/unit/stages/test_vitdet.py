@@ -11,23 +11,23 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor
-from vitdet_case import SIDE, shown, weights_of
 
 from pipeline.config import validate
 from pipeline.convert.detectron2 import Detectron2, names
 from pipeline.convert.weights import Known, Source, build
 from pipeline.data.batch import Batch, Instances, RawSample, collate
-from pipeline.data.views import Box, View, fitted
+from pipeline.data.images.views import Box, View, fitted
 from pipeline.errors import ConfigError
 from pipeline.evaluate.base import Predictions
 from pipeline.evaluate.coco import stored_detections
-from pipeline.models.proposals import anchors_of, sample
-from pipeline.models.rcnn import pool
-from pipeline.models.rcnn_masks import encode_masks, paste_masks
+from pipeline.models.detection.masks import encode_masks, paste_masks
+from pipeline.models.detection.proposals import anchors_of, sample
+from pipeline.models.detection.rcnn import pool
 from pipeline.stages.base import DataFacts
 from pipeline.stages.vitdet import VitDetOptions, VitDetStage
 from pipeline.train.config import OptimConfig
 from pipeline.train.optim import parameter_groups
+from tests.support.vitdet_case import SIDE, shown, weights_of
 
 RECORD = json.loads(Path(__file__).with_name("detectron2_vitdet.json").read_text())
 ALL = 100_000  # samples: more than there are, so that nothing is drawn

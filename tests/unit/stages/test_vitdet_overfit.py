@@ -19,7 +19,7 @@ from pipeline.evaluate.base import Predictions
 from pipeline.stages.base import DataFacts
 from pipeline.stages.vitdet import VitDetOptions, VitDetStage
 from pipeline.train.config import OptimConfig
-from pipeline.train.engine_deepspeed import DeepSpeedEngine
+from pipeline.train.engine.deepspeed_engine import DeepSpeedEngine
 from pipeline.train.optim import scheduled_rate
 from pipeline.train.resolve import multiplies_bf16
 

@@ -9,10 +9,10 @@ from concurrent.futures import ThreadPoolExecutor
 from urllib.parse import urlsplit
 
 import pytest
-from fault_proxy import Fault, FaultProxy
 
 from launch.s3_server import S3Server
 from pipeline import storage
+from tests.support.fault_proxy import Fault, FaultProxy
 
 Through = Callable[..., FaultProxy]
 

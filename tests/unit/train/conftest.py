@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.process_group import ProcessGroup
+from tests.support.process_group import ProcessGroup
 from tests.unit.storage.conftest import bucket, credentials, moto_bucket, moto_endpoint, rclone
 
 __all__ = ["bucket", "credentials", "moto_bucket", "moto_endpoint", "rclone"]

@@ -10,7 +10,7 @@ import torch
 from pipeline import config as configs
 from pipeline.config import validate
 from pipeline.data.batch import Batch
-from pipeline.models.tokenizer import CaptionTokenizer
+from pipeline.models.text.tokenizer import CaptionTokenizer
 from pipeline.stages import stage_class
 from pipeline.stages.base import DataFacts, Stage
 from pipeline.train.flops import flops_of_run, flops_per_sample

@@ -11,11 +11,10 @@ import torch
 
 from pipeline.errors import CheckpointError
 from pipeline.run_dir import RunDir
-from pipeline.train.checkpoint import read_weights
-from pipeline.train.commits import find_commits
-from tests import train_cases
-from tests.process_group import ProcessGroup
-from tests.unit.train import run_cases
+from pipeline.train.checkpoints.commits import find_commits
+from pipeline.train.checkpoints.restore import read_weights
+from tests.support import run_cases, train_cases
+from tests.support.process_group import ProcessGroup
 
 
 @pytest.fixture(scope="module")

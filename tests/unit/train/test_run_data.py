@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from tar_sets import sa1b_members, write_tar
 
 from data_prep.build import build as prepare
 from data_prep.indexing.index import Choice, index_tars
@@ -21,20 +20,19 @@ from launch.predict import Asked, predict
 from pipeline import config as configs
 from pipeline.convert.weights import build
 from pipeline.data.manifest import Manifest, Shard
-from pipeline.data.mixture import Source
-from pipeline.data.takedown import Takedown
+from pipeline.data.order.mixture import Source
+from pipeline.data.reading.takedown import Takedown
 from pipeline.errors import ConfigError
 from pipeline.run_dir import RunDir
-from pipeline.train.checkpoint import read_weights
+from pipeline.train.checkpoints.restore import read_weights
 from pipeline.train.classes import check_initial
 from pipeline.train.config import DataConfig, TrainConfig
 from pipeline.train.data import RunData, same_data
-from tests import train_cases
-from tests.prep_cases import settings, write_pairs
-from tests.process_group import ProcessGroup
+from tests.support import flip_cases, run_cases, sam_batches, train_cases
+from tests.support.prep_cases import settings, write_pairs
+from tests.support.process_group import ProcessGroup
+from tests.support.tar_sets import sa1b_members, write_tar
 from tests.unit.data.conftest import numbered, write_data_set
-from tests.unit.stages import sam_batches
-from tests.unit.train import flip_cases, run_cases
 
 MODEL = {"width": 16, "depth": 2, "heads": 2, "image_size": 16, "patch_size": 8}
 

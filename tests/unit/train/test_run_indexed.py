@@ -11,20 +11,18 @@ from typing import Any
 
 import pytest
 import torch
-from tar_sets import pair_members, sa1b_members, write_tar
 
 from data_prep.indexing.index import Choice, index_tars
+from pipeline.data.images.transforms import ImageExample, TrainImage
 from pipeline.data.instances import decode_masks
 from pipeline.data.loader import Cursor, Loader, sweep
 from pipeline.data.manifest import Manifest, read_manifest
-from pipeline.data.transforms import ImageExample, TrainImage
 from pipeline.run_dir import RunDir
 from pipeline.stages.base import DataFacts
-from tests import train_cases
-from tests.process_group import ProcessGroup
+from tests.support import flip_cases, run_cases, sam_batches, train_cases
+from tests.support.process_group import ProcessGroup
+from tests.support.tar_sets import pair_members, sa1b_members, write_tar
 from tests.unit.data.conftest import numbered, write_data_set
-from tests.unit.stages import sam_batches
-from tests.unit.train import flip_cases, run_cases
 
 
 @pytest.fixture(scope="module")

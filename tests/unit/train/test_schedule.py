@@ -13,7 +13,7 @@ from pipeline.stages.base import DataFacts
 from pipeline.train.config import DataConfig, EngineConfig, OptimConfig, TrainConfig
 from pipeline.train.optim import parameter_groups, peak_rate, scheduled_rate
 from pipeline.train.resolve import resolve
-from tests.unit.train.stages_for_tests import TinyOptions, TinyStage
+from tests.support.stages_for_tests import TinyOptions, TinyStage
 
 CPU = torch.device("cpu")
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from tests.process_group import ProcessGroup
-from tests.unit.train import trajectory_cases as cases
+from tests.support import trajectory_cases as cases
+from tests.support.process_group import ProcessGroup
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,134 @@
+"""What a loader's worker does, be it a thread or a process: from tasks to collated examples.
+
+A *task* (`pipeline.data.order.tasks`) is one worker's part of one batch; a *part* is the task done.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from collections import deque
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple, Protocol, runtime_checkable
+
+from pipeline.data.batch import Batch, Example, RawSample, SeveralTransform, Transform, collate
+from pipeline.data.images.decode import UnreadableSample
+from pipeline.data.order.tasks import Task
+from pipeline.data.reading.cache import RangeCache
+from pipeline.data.reading.shards import ReadAhead, ShardReader
+from pipeline.data.reading.takedown import Takedown
+
+READ_AHEAD_STEPS = 8  # batches whose data are being read while one is made
+
+
+class Fault(NamedTuple):
+    """A sample that couldn't be used."""
+
+    id: int
+    shard: str
+    number: int  # within the shard
+    key: str  # "" where even the key couldn't be read
+    reason: str
+
+
+class Part(NamedTuple):
+    """A task's samples, in its order, the unreadable and withdrawn ones with weight 0."""
+
+    batch: Batch
+    faults: tuple[Fault, ...]
+    num_withdrawn: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Workshop:
+    """How parts are made, whatever the task: what a worker is given once.
+
+    Args:
+        transform: makes examples.
+        takedown: samples that are left out.
+        cache: for remote shards.
+    """
+
+    transform: Transform
+    takedown: Takedown = dataclasses.field(default_factory=Takedown)
+    cache: RangeCache | None = None
+
+
+@runtime_checkable
+class Tasks(Protocol):
+    """Where a worker gets its tasks from."""
+
+    def get(self, *, wait: bool) -> Task | None:
+        """The next task; None where there is none yet and `wait` is false, or after the last."""
+        ...
+
+
+class Listed:
+    """Tasks that are always at hand."""
+
+    def __init__(self, tasks: Iterator[Task]) -> None:
+        self._tasks = tasks
+
+    def get(self, *, wait: bool) -> Task | None:
+        return next(self._tasks, None)
+
+
+def produce(tasks: Tasks, workshop: Workshop, stop: threading.Event) -> Iterator[Part]:
+    """Do tasks in turn, reading ahead.
+
+    Args:
+        tasks: what to make.
+        workshop: how.
+        stop: ends the waiting for a store that doesn't answer.
+
+    Raises:
+        DataError, StorageError: the data set can't be read.
+    """
+    ahead = ReadAhead(ShardReader(stop, workshop.cache))
+    blank = workshop.transform.blank()
+    waiting: deque[Task] = deque()
+    try:
+        while True:
+            while len(waiting) < READ_AHEAD_STEPS and (task := tasks.get(wait=not waiting)) is not None:
+                waiting.append(task)
+                ahead.open(task.opens)
+            if not waiting:
+                return
+            task = waiting.popleft()
+            ahead.forget(task.closes)
+            yield _do(task, workshop, blank, ahead)
+    finally:
+        ahead.close()
+
+
+def _do(task: Task, workshop: Workshop, blank: Example, ahead: ReadAhead) -> Part:
+    examples: list[Example] = []
+    weight: list[float] = []
+    faults: list[Fault] = []
+    num_withdrawn = 0
+    ids = task.ids.tolist()
+    for slot in range(0, len(ids), task.copies):
+        spot, made, key = task.spots[slot], None, ""
+        if spot is not None:
+            try:
+                sample = ahead.sample(spot, ids[slot])
+                key = sample.key
+                if key in workshop.takedown:
+                    num_withdrawn += 1
+                else:
+                    made = several(workshop.transform, sample, task.seeds[slot : slot + task.copies])
+            except UnreadableSample as unreadable:
+                faults.append(Fault(ids[slot], ahead.shard(spot).url, spot.number, key, unreadable.reason))
+            except Exception as error:
+                error.add_note(f"while reading sample {ids[slot]} ({key!r} of {ahead.shard(spot).url})")
+                raise
+        examples += [blank] * task.copies if made is None else made
+        weight += [float(made is not None)] * task.copies
+    return Part(collate(examples, ids, task.seeds, weight, task.position), tuple(faults), num_withdrawn)
+
+
+def several(transform: Transform, sample: RawSample, seeds: Sequence[int]) -> Sequence[Example]:
+    """An example for each seed; a transform that is a `SeveralTransform` decodes once for all of them."""
+    if len(seeds) > 1 and isinstance(transform, SeveralTransform):
+        return transform.several(sample, seeds)
+    return [transform(sample, seed) for seed in seeds]
