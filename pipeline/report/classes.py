@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from pipeline.report.intervals import Measure, count, number
+from pipeline.pages.numbers import count, number
+from pipeline.report.intervals import Measure
 from pipeline.report.markup import Markup, element
 from pipeline.report.runs import Group
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import base64
 from collections.abc import Callable, Iterator, Sequence
 
+from pipeline.pages.numbers import count, number
 from pipeline.report.classes import class_accuracies
 from pipeline.report.figures import NUM_COLOURS, Line, confusion_matrix, line_chart, shorten, smooth
-from pipeline.report.intervals import count, is_proportion, number
+from pipeline.report.intervals import is_proportion
 from pipeline.report.markup import Markup, element, join
 from pipeline.report.runs import Group, Run, RunPicture
 

@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from pipeline.report.intervals import number, size
+from pipeline.pages.numbers import number, size
 from pipeline.report.markup import Markup, Node, element
 
 NUM_COLOURS = 6  # .s0 ... .s5 in the style sheet

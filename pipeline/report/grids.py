@@ -6,7 +6,8 @@ import math
 import statistics
 from collections.abc import Iterator, Sequence
 
-from pipeline.report.intervals import Measure, number, student_95
+from pipeline.pages.numbers import number
+from pipeline.report.intervals import Measure, student_95
 from pipeline.report.markup import Markup, Node, element
 from pipeline.report.runs import Group, measure
 from pipeline.report.spec import Grid, ReportSpec, Source

@@ -1,4 +1,4 @@
-"""How sure a figure is: binomial intervals, mean and deviation over seeds; and how numbers are written for people."""
+"""How sure a figure is: binomial intervals, mean and deviation over seeds."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import re
 import statistics
 from collections.abc import Sequence
 from typing import NamedTuple
+
+from pipeline.pages.numbers import number
 
 Z_95 = 1.959963984540054  # 97.5% quantile of the normal distribution
 
@@ -90,38 +92,3 @@ def wilson(share: float, num_samples: int) -> tuple[float, float]:
 def is_proportion(figure: str, values: Sequence[float]) -> bool:
     """Whether a figure called so, with such values, is a share of samples."""
     return bool(_PROPORTION.search(figure.rpartition("/")[2])) and all(0 <= value <= 1 for value in values)
-
-
-def number(value: float, *, proportion: bool = False) -> str:
-    """A number for people: per cent with one decimal, else four significant digits."""
-    if not math.isfinite(value):
-        return "not finite"
-    if proportion:
-        return f"{100 * value:.1f}%"
-    if value == 0 or 1e-4 <= abs(value) < 1e6:
-        return f"{value:,.0f}" if value == int(value) else f"{value:.4g}"
-    return f"{value:.3g}"
-
-
-def count(value: float) -> str:
-    """A whole number with its thousands set apart."""
-    return f"{round(value):,}"
-
-
-def size(value: float, unit: str = "") -> str:
-    """A large count in short: 950, 25.6k, 3.2M; with a unit 25.6 kB."""
-    space = " " if unit else ""
-    for factor, name in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= factor:
-            return f"{value / factor:.3g}{space}{name}{unit}"
-    return f"{value:.3g}{space}{unit}"
-
-
-def duration(seconds: float) -> str:
-    """Seconds as "48 s", "3 min 20 s", "2 h 05 min"."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{seconds:.3g} s" if seconds < 10 else f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"

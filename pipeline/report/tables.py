@@ -7,8 +7,9 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from pipeline.pages.numbers import count, duration, number, size
 from pipeline.report.figures import Bar, bar_chart
-from pipeline.report.intervals import Measure, count, duration, is_proportion, number, size
+from pipeline.report.intervals import Measure, is_proportion
 from pipeline.report.markup import Markup, Node, element
 from pipeline.report.runs import DataSet, Group, Run, measure
 from pipeline.report.spec import ReportSpec, Row, Source

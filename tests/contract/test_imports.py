@@ -21,6 +21,7 @@ DIRECTION: tuple[tuple[str, ...], ...] = (
     ("pipeline.errors",),
     ("pipeline.config",),
     ("pipeline.storage",),
+    ("pipeline.pages",),
     ("pipeline.ranks",),
     ("pipeline.run_dir",),
     ("pipeline.data",),
@@ -40,6 +41,7 @@ DATA_PREP_ROOMS = (
     "pipeline.errors",
     "pipeline.config",
     "pipeline.storage",
+    "pipeline.pages",
     "pipeline.ranks",
     "pipeline.run_dir",
     "pipeline.data",
@@ -62,7 +64,7 @@ FENCES: dict[str, tuple[str, ...]] = {
     "pipeline.storage.s3": ("pipeline.storage",),
     "pipeline.storage.store": ("pipeline.storage",),
     "pipeline.storage.retries": ("pipeline.storage",),
-    "matplotlib": ("pipeline.report",),
+    "jinja2": ("pipeline.pages",),
 }
 
 BANNED_NAMES = {"utils", "util", "common", "helpers", "helper", "misc"}

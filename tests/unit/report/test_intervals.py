@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.report.intervals import Measure, duration, is_proportion, number, size, wilson
+from pipeline.report.intervals import Measure, is_proportion, wilson
 
 
 @pytest.mark.parametrize(
@@ -86,21 +84,3 @@ def test_a_mean_has_no_more_digits_than_its_deviation_allows(values: tuple[float
 def test_without_a_sample_count_there_is_no_interval() -> None:
     assert Measure((0.5,), None, proportion=True).interval is None
     assert Measure((0.5,), 400, proportion=False).interval is None
-
-
-@pytest.mark.parametrize(
-    ("value", "text"),
-    [(0.43211, "0.4321"), (0, "0"), (12345.0, "12,345"), (1.5e-7, "1.5e-07"), (math.nan, "not finite")],
-)
-def test_numbers_for_people(value: float, text: str) -> None:
-    assert number(value) == text
-
-
-def test_counts_and_durations_for_people() -> None:
-    assert [size(950), size(25_600), size(5_530_000), size(2e9, "B")] == ["950", "25.6k", "5.53M", "2 GB"]
-    assert [duration(4.2), duration(59.4), duration(200), duration(7500)] == [
-        "4.2 s",
-        "59 s",
-        "3 min 20 s",
-        "2 h 05 min",
-    ]
