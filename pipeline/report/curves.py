@@ -1,104 +1,132 @@
-"""What runs look like: curves over samples, the pictures they drew, their confusion matrices."""
+"""Curves of training: what runs logged and measured over samples, as charts that `assets/charts.js` draws."""
 
 from __future__ import annotations
 
-import base64
+import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
-from pipeline.pages.numbers import count, number
-from pipeline.report.classes import class_accuracies
-from pipeline.report.figures import NUM_COLOURS, Line, confusion_matrix, line_chart, shorten, smooth
-from pipeline.report.intervals import is_proportion
-from pipeline.report.markup import Markup, element, join
-from pipeline.report.runs import Group, Run, RunPicture
+from pipeline.pages.numbers import number
+from pipeline.report.estimates import is_proportion
+from pipeline.report.runs import Run, RunGroup
 
 SMOOTH_FROM = 80  # points; shorter curves are shown as they are
-SMALL_PIXELS = 200  # images up to this width are enlarged without blurring
-OPEN_CHARTS = 3  # of evaluation figures; the others stand behind a line to click
-MAX_PAIRS = 8
-MAX_MATRIX_CLASSES = 80
+OPEN_CHARTS = 3  # of evaluation figures; the others are folded away
+MAX_POINTS, MAX_POINTS_SMALL = 500, 250  # of a line: enough for zooming in, few enough for a small file
+MAX_ROWS = 12  # of the table below a chart
 
 Points = list[tuple[float, float]]
 
 
-def stage_curves(groups: Sequence[Group]) -> Iterator[Markup]:
-    """One block a stage: runs of the same stage share a loss, so their curves share a chart."""
-    stages = dict.fromkeys(group.stage for group in groups)
-    for stage in stages:
+class Line(NamedTuple):
+    """One series of a chart, with points (x, y); `place` is that of its label in the legend and chooses the colour."""
+
+    label: str
+    points: Sequence[tuple[float, float]]
+    place: int = 0
+    dots: bool = False
+
+
+class Chart(NamedTuple):
+    """Lines over a common x axis, each with at least one point, all points finite and in order of x."""
+
+    title: str
+    y_label: str
+    lines: Sequence[Line]
+    small: bool = False
+    from_zero: bool = False
+    percent: bool = False
+
+    @property
+    def description(self) -> str:
+        """The chart in words, for those who can't see it."""
+        ends = (
+            f"{line.label}: {self._text(line.points[0][1])} to {self._text(line.points[-1][1])}" for line in self.lines
+        )
+        return f"{self.title}. {'; '.join(ends)}"
+
+    @property
+    def drawing(self) -> dict[str, Any]:
+        """What the script in the page reads."""
+        series = [
+            {
+                "label": line.label,
+                "place": line.place,
+                "dots": line.dots,
+                "x": [int(x) if x == int(x) else x for x, _ in line.points],
+                "y": [float(f"{y:.5g}") for _, y in line.points],
+            }
+            for line in self.lines
+        ]
+        return {"y": self.y_label, "percent": self.percent, "zero": self.from_zero, "series": series}
+
+    @property
+    def rows(self) -> list[tuple[float, list[str]]]:
+        """A table of at most MAX_ROWS rows: x, and each line's last value since the row before, as text."""
+        xs = sorted({x for line in self.lines for x, _ in line.points})
+        num_rows = min(len(xs), MAX_ROWS)
+        stops = [xs[round((i + 1) * len(xs) / num_rows) - 1] for i in range(num_rows)]
+        rows = []
+        for before, stop in itertools.pairwise([-math.inf, *stops]):
+            values = [[y for x, y in line.points if before < x <= stop] for line in self.lines]
+            rows.append((stop, [self._text(ys[-1]) if ys else "" for ys in values]))
+        return rows
+
+    def _text(self, value: float) -> str:
+        return number(value, proportion=self.percent)
+
+
+class StageCurves(NamedTuple):
+    """The charts of all runs of one stage, which share a loss."""
+
+    stage: str
+    groups: Sequence[RunGroup]
+    charts: Sequence[Chart]
+    more: Sequence[Chart]  # folded away
+    small: Sequence[Chart]
+
+
+def stage_curves(groups: Sequence[RunGroup]) -> Iterator[StageCurves]:
+    """The charts of every stage that has trained."""
+    for stage in dict.fromkeys(group.stage for group in groups):
         members = [group for group in groups if group.stage == stage]
         if not any(run.train for group in members for run in group.runs):
             continue
-        yield element("h3", f"Stage {stage}")
-        yield _legend(members)
         evaluations = list(_evaluations(members))
-        first, more = evaluations[:OPEN_CHARTS], evaluations[OPEN_CHARTS:]
-        yield element("div", [_loss(members), first], class_="pair")
-        if more:
-            summary = element("summary", f"{len(more)} more figures over training")
-            yield element("details", summary, element("div", more, class_="pair"))
-        yield element("div", [_rate(members), _throughput(members), _data_wait(members)], class_="triple")
-
-
-def pictures(groups: Sequence[Group]) -> Iterator[Markup]:
-    """What the last evaluation drew, run by run."""
-    for group in groups:
-        run = group.runs[0]
-        if not run.pictures:
-            continue
-        step = f"step {count(run.pictures_step)}" if run.pictures_step is not None else "last step"
-        seed = f", seed {run.config.get('seed')}" if len(group.runs) > 1 else ""
-        yield element("h3", f"{group.label}{seed}, {step}")
-        most = max(len(picture.panels) for picture in run.pictures)
-        yield element(
-            "div", [_picture(picture) for picture in run.pictures], class_="pictures" if most > 1 else "thumbs"
+        loss = _logged_chart(members, "Training loss", "loss", _logged("loss"))
+        small = (
+            _logged_chart(members, "Learning rate", "learning rate", _logged("lr"), small=True, smoothed=False),
+            _logged_chart(members, "Throughput", "samples per second", _logged("samples_per_s"), small=True),
+            _logged_chart(
+                members, "Waiting for data (slowest rank)", "share of step time", data_wait, small=True, percent=True
+            ),
+        )
+        yield StageCurves(
+            stage,
+            members,
+            [chart for chart in (loss, *evaluations[:OPEN_CHARTS]) if chart],
+            evaluations[OPEN_CHARTS:],
+            [chart for chart in small if chart],
         )
 
 
-def confusions(groups: Sequence[Group]) -> Iterator[Markup]:
-    """Confusion matrices: the zero-shot ones open, the others behind a line to click."""
-    for group in groups:
-        for name in group.runs[0].details:
-            if not name.endswith("confusion"):
-                continue
-            classes = _classes(group.runs[0], name)
-            matrices = [run.details[name] for run in group.runs if name in run.details]
-            total = [[sum(cells) for cells in zip(*rows, strict=True)] for rows in zip(*matrices, strict=True)]
-            if not total or len(total) != len(classes):
-                continue
-            block = join([_confusion(group, name, total, classes), class_accuracies(total, classes)])
-            title = f"{group.label}: {_confusion_title(name)}"
-            if "zeroshot" in name:
-                yield element("h3", title)
-                yield block
-            else:
-                yield element("details", element("summary", title), block)
+def line_chart(
+    title: str,
+    lines: Sequence[Line],
+    *,
+    y_label: str,
+    small: bool = False,
+    from_zero: bool = False,
+    percent: bool = False,
+) -> Chart | None:
+    """A chart of the lines that have a point left when those that aren't finite are taken away; None without any.
 
-
-def _loss(groups: Sequence[Group]) -> Markup:
-    return _chart(groups, "Training loss", "loss", _logged("loss"), smoothed=True)
-
-
-def _rate(groups: Sequence[Group]) -> Markup:
-    return _chart(groups, "Learning rate", "learning rate", _logged("lr"), small=True, from_zero=True)
-
-
-def _throughput(groups: Sequence[Group]) -> Markup:
-    rate = _logged("samples_per_s")
-    return _chart(groups, "Throughput", "samples per second", rate, small=True, from_zero=True, smoothed=True)
-
-
-def _data_wait(groups: Sequence[Group]) -> Markup:
-    title, y_label = "Waiting for data (slowest rank)", "share of step time"
-    return _chart(groups, title, y_label, data_wait, small=True, smoothed=True, from_zero=True, percent=True)
-
-
-def _logged(key: str) -> Callable[[Run], Points]:
-    """What training lines hold under `key`, over samples."""
-
-    def points(run: Run) -> Points:
-        return [(float(line["samples"]), float(line[key])) for line in run.train if line.get(key) is not None]
-
-    return points
+    Long lines are thinned.
+    """
+    thinned = [line._replace(points=_thin(line.points, MAX_POINTS_SMALL if small else MAX_POINTS)) for line in lines]
+    drawn = [line for line in thinned if line.points]
+    return Chart(title, y_label, drawn, small, from_zero, percent) if drawn else None
 
 
 def data_wait(run: Run) -> Points:
@@ -116,122 +144,66 @@ def data_wait(run: Run) -> Points:
     return points
 
 
-def _chart(
-    groups: Sequence[Group],
+def smooth(points: Sequence[tuple[float, float]], share: float = 0.03) -> Points:
+    """Running mean over a window of `share` of the points, centred; short at the ends."""
+    half = max(1, round(len(points) * share / 2))
+    sums = [0.0, *itertools.accumulate(y for _, y in points)]
+    windows = [(max(0, i - half), min(len(points), i + half + 1)) for i in range(len(points))]
+    return [(points[i][0], (sums[stop] - sums[start]) / (stop - start)) for i, (start, stop) in enumerate(windows)]
+
+
+def _thin(points: Sequence[tuple[float, float]], most: int) -> Points:
+    """Finite points in order of x, the last of those with an equal x; the mean of equal stretches if over `most`."""
+    finite = sorted({x: y for x, y in points if math.isfinite(x) and math.isfinite(y)}.items())
+    if len(finite) <= most:
+        return finite
+    cuts = [round(i * len(finite) / most) for i in range(most + 1)]
+    stretches = [finite[start:stop] for start, stop in itertools.pairwise(cuts)]
+    return [(stretch[-1][0], sum(y for _, y in stretch) / len(stretch)) for stretch in stretches]
+
+
+def _logged(key: str) -> Callable[[Run], Points]:
+    """What training lines hold under `key`, over samples."""
+
+    def points(run: Run) -> Points:
+        return [(float(line["samples"]), float(line[key])) for line in run.train if line.get(key) is not None]
+
+    return points
+
+
+def _logged_chart(
+    groups: Sequence[RunGroup],
     title: str,
     y_label: str,
     points_of: Callable[[Run], Points],
     *,
     small: bool = False,
-    smoothed: bool = False,
-    from_zero: bool = False,
+    smoothed: bool = True,
     percent: bool = False,
-) -> Markup:
-    """Something each run logged while training; nothing where no run has it."""
+) -> Chart | None:
+    """Something each run logged while training; None if no run has it. Small charts begin at zero."""
     lines = []
-    for colour, group in enumerate(groups):
-        for run in group.runs:
+    for place, group in enumerate(groups):
+        for label, run in group.labelled():
             points = points_of(run)
-            many = smoothed and len(points) >= SMOOTH_FROM
-            lines.append(Line(group.label, smooth(points) if many else points, colour % NUM_COLOURS))
-    drawn = line_chart(
-        title,
-        lines,
-        x_label="samples",
-        y_label=y_label,
-        width=340 if small else 500,
-        height=215 if small else 260,
-        from_zero=from_zero,
-        percent=percent,
-    )
-    return element("figure", element("figcaption", element("strong", title)), drawn) if drawn else drawn
+            lines.append(Line(label, smooth(points) if smoothed and len(points) >= SMOOTH_FROM else points, place))
+    return line_chart(title, lines, y_label=y_label, small=small, from_zero=small, percent=percent)
 
 
-def _evaluations(groups: Sequence[Group]) -> Iterator[Markup]:
-    """Figures measured more than once, each in a chart of its own."""
+def _evaluations(groups: Sequence[RunGroup]) -> Iterator[Chart]:
+    """A chart for each figure that some run measured more than once."""
     names = dict.fromkeys(
         name for group in groups for run in group.runs if len(run.evaluations) > 1 for name in run.figures
     )
     for name in names:
         lines = []
-        for colour, group in enumerate(groups):
-            for run in group.runs:
+        for place, group in enumerate(groups):
+            for label, run in group.labelled():
                 measured = [line for line in run.evaluations if name in line["figures"]]
                 points = [(float(line["samples"]), float(line["figures"][name])) for line in measured]
-                lines.append(Line(group.label, points, colour % NUM_COLOURS, dots=True))
+                lines.append(Line(label, points, place, dots=True))
         values = [y for line in lines for _, y in line.points]
         percent = is_proportion(name, values)
-        drawn = line_chart(name, lines, x_label="samples", y_label=_words(name.rpartition("/")[2]), percent=percent)
-        if drawn and len(values) > len(lines):
-            yield element("figure", element("figcaption", element("strong", name)), drawn)
-
-
-def _legend(groups: Sequence[Group]) -> Markup:
-    items = [
-        element("li", element("i", class_=f"s{place % NUM_COLOURS}"), group.label,
-                f" ({len(group.runs)} seeds)" if len(group.runs) > 1 else None)
-        for place, group in enumerate(groups)
-    ]  # fmt: skip
-    return element("ul", items, class_="legend")
-
-
-def _picture(picture: RunPicture) -> Markup:
-    panels = []
-    for panel in picture.panels:
-        width, height = png_size(panel.png)
-        source = f"data:image/png;base64,{base64.b64encode(panel.png).decode()}"
-        kind = "small" if width <= SMALL_PIXELS else None
-        told = f"{panel.caption}: {picture.title}"
-        image = element("img", src=source, alt=told, width=width, height=height, class_=kind)
-        panels.append(element("div", image, panel.caption))
-    return element("figure", element("figcaption", picture.title), element("div", panels, class_="panels"))
-
-
-def png_size(data: bytes) -> tuple[int, int]:
-    """Width and height from a PNG's header.
-
-    Raises:
-        ValueError: these bytes are no PNG.
-    """
-    if data[:8] != b"\x89PNG\r\n\x1a\n" or data[12:16] != b"IHDR":
-        raise ValueError("a picture of a run isn't a PNG file")
-    return int.from_bytes(data[16:20], "big"), int.from_bytes(data[20:24], "big")
-
-
-def _confusion(group: Group, name: str, matrix: list[list[float]], classes: Sequence[str]) -> Markup:
-    right = sum(matrix[i][i] for i in range(len(classes)))
-    total = sum(map(sum, matrix))
-    seeds = f", summed over {len(group.runs)} seeds" if len(group.runs) > 1 else ""
-    caption = element(
-        "figcaption",
-        f"Rows: true class. Columns: predicted class. {number(right)} of {number(total)} right{seeds}. ",
-        "The deeper a cell, the larger its share of the row.",
-    )
-    pairs = sorted(
-        ((matrix[i][j], i, j) for i in range(len(classes)) for j in range(len(classes)) if i != j and matrix[i][j]),
-        reverse=True,
-    )[:MAX_PAIRS]
-    worst = element("p", "Most often confused: ", "; ".join(
-        f"{classes[i]} taken for {classes[j]} ({number(num)} of {number(sum(matrix[i]))})" for num, i, j in pairs
-    ), ".", class_="note") if pairs else None  # fmt: skip
-    small = len(classes) <= MAX_MATRIX_CLASSES
-    drawn = confusion_matrix(f"{group.label}: {_confusion_title(name)}", matrix, classes) if small else None
-    return element("figure", caption, drawn, worst)
-
-
-def _classes(run: Run, name: str) -> list[str]:
-    prefix = name.rpartition("/")[0]
-    names = run.details.get(f"{prefix}/classes") or run.details.get("classes") or []
-    return [shorten(str(one), 60) for one in names]
-
-
-def _confusion_title(name: str) -> str:
-    """heldout/zeroshot_confusion as "zero-shot classification, heldout"."""
-    data_set, _, kind = name.rpartition("/")
-    kind = kind.removesuffix("confusion").rstrip("_").replace("zeroshot", "zero-shot").replace("_", " ")
-    return f"{kind} classification, {data_set}".strip()
-
-
-def _words(name: str) -> str:
-    """A figure's name for people: heldout/zeroshot_confusion as "heldout, zeroshot confusion"."""
-    return name.replace("/", ", ").replace("_", " ")
+        chart = line_chart(name, lines, y_label=name.rpartition("/")[2].replace("_", " "), percent=percent)
+        if chart and len(values) > len(lines):
+            yield chart

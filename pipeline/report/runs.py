@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from pipeline import storage
 from pipeline.data.manifest import Manifest, read_manifest
 from pipeline.errors import DataError, StorageError
-from pipeline.report.intervals import Measure, is_proportion
-from pipeline.report.spec import ReportSpec, Row, Source
+from pipeline.report.estimates import Estimate, is_proportion
+from pipeline.report.spec import ComparedFigure, ReportSpec, RunFigure
 from pipeline.run_dir import RunDir
 
 _TOP_K = re.compile(r"top\d+(_.*)?$")
@@ -23,6 +24,18 @@ class Panel(NamedTuple):
 
     caption: str
     png: bytes
+
+    @property
+    def width(self) -> int:
+        return png_size(self.png)[0]
+
+    @property
+    def height(self) -> int:
+        return png_size(self.png)[1]
+
+    @property
+    def encoded(self) -> str:
+        return base64.b64encode(self.png).decode()
 
 
 class RunPicture(NamedTuple):
@@ -65,7 +78,7 @@ class DataSet(NamedTuple):
     account: Mapping[str, Any]
 
 
-class Group(NamedTuple):
+class RunGroup(NamedTuple):
     """The runs under one label: one, or several seeds."""
 
     label: str
@@ -75,8 +88,14 @@ class Group(NamedTuple):
     def stage(self) -> str:
         return self.runs[0].stage
 
+    def labelled(self) -> Iterator[tuple[str, Run]]:
+        """Every run with its label, which names the seed where there are several."""
+        for number, run in enumerate(self.runs):
+            seed = run.config.get("seed", number)
+            yield (self.label if len(self.runs) == 1 else f"{self.label}, seed {seed}"), run
 
-def read_groups(spec: ReportSpec) -> tuple[Group, ...]:
+
+def read_groups(spec: ReportSpec) -> tuple[RunGroup, ...]:
     """All runs a report names.
 
     Raises:
@@ -85,7 +104,7 @@ def read_groups(spec: ReportSpec) -> tuple[Group, ...]:
     """
     sizes: dict[str, int | None] = {}
     return tuple(
-        Group(label, tuple(read_run(url, sizes, max_pictures=spec.max_pictures) for url in spec.urls(label)))
+        RunGroup(label, tuple(read_run(url, sizes, max_pictures=spec.max_pictures) for url in spec.urls(label)))
         for label in spec.runs
     )
 
@@ -94,7 +113,7 @@ def read_run(url: str, sizes: dict[str, int | None], *, max_pictures: int = 6) -
     """One run directory, as far as the run has got.
 
     Args:
-        sizes: samples of the evaluation sets met so far, by folder; filled here.
+        sizes: samples of the evaluation sets read so far, by folder; new ones are added.
     """
     directory = RunDir(url)
     status = directory.status()
@@ -120,19 +139,21 @@ def read_run(url: str, sizes: dict[str, int | None], *, max_pictures: int = 6) -
     )
 
 
-def measure(groups: Sequence[Group], source: Row | Source, num_samples: int | None = None) -> Measure | None:
-    """A figure over a label's runs; None where some run hasn't got it."""
-    group = next(group for group in groups if group.label == source.run)
-    values = tuple(float(run.figures[source.figure]) for run in group.runs if source.figure in run.figures)
+def estimate(
+    groups: Sequence[RunGroup], figure: ComparedFigure | RunFigure, num_samples: int | None = None
+) -> Estimate | None:
+    """A figure over a label's runs; None if one of them doesn't have it."""
+    group = next(group for group in groups if group.label == figure.run)
+    values = tuple(float(run.figures[figure.figure]) for run in group.runs if figure.figure in run.figures)
     if len(values) < len(group.runs):
         return None
-    kind = source.kind if isinstance(source, Row) else "auto"
-    proportion = is_proportion(source.figure, values) if kind == "auto" else kind == "proportion"
-    return Measure(values, num_samples or measured_on(group.runs[0], source.figure), proportion)
+    kind = figure.kind if isinstance(figure, ComparedFigure) else "auto"
+    proportion = is_proportion(figure.figure, values) if kind == "auto" else kind == "proportion"
+    return Estimate(values, num_samples or measured_on(group.runs[0], figure.figure), proportion)
 
 
 def measured_on(run: Run, figure: str) -> int | None:
-    """How many samples a figure was measured on: as many as its confusion matrix counts, else its data set holds."""
+    """How many samples a figure was measured on: those its confusion matrix counts, else those of its data set."""
     counted = run.details.get(_TOP_K.sub("confusion", figure))
     if counted and _TOP_K.search(figure):
         return sum(map(sum, counted))
@@ -156,9 +177,9 @@ def read_data_set(url: str) -> DataSet:
 
 
 def _set_sizes(config: Mapping[str, Any], known: dict[str, int | None]) -> Mapping[str, int]:
-    """Samples of a run's evaluation sets. One whose data are gone by now is left out; figures stand without n then."""
+    """Samples of a run's evaluation sets, by name, without the sets whose data are gone: their figures have no n."""
     folders = _mapping(_mapping(config.get("data")).get("evaluate"))
-    found = {}
+    sizes = {}
     for name, folder in folders.items():
         if folder not in known:
             try:
@@ -167,8 +188,8 @@ def _set_sizes(config: Mapping[str, Any], known: dict[str, int | None]) -> Mappi
                 known[folder] = None
         size = known[folder]
         if size is not None:
-            found[name] = size
-    return found
+            sizes[name] = size
+    return sizes
 
 
 def _read_details(url: str, evaluations: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
@@ -198,7 +219,7 @@ def _read_pictures(directory: RunDir, wanted: int) -> tuple[int | None, tuple[Ru
 
 
 def _inside(directory: RunDir, file: str) -> str:
-    """`file`, if it lies in the run directory: one from elsewhere mustn't make a report read anything else."""
+    """`file`, if it lies in the run directory: one from elsewhere mustn't make a report read other files."""
     if ".." in file.split("/"):
         raise DataError(f"picture file {file!r} leads out of the run", where=directory.url, fix="mend pictures.json")
     return file
@@ -210,6 +231,17 @@ def _text(url: str, name: str) -> str:
         return storage.read(storage.join(url, name)).decode("utf-8", errors="replace")
     except FileNotFoundError:
         return ""
+
+
+def png_size(data: bytes) -> tuple[int, int]:
+    """Width and height from a PNG's header.
+
+    Raises:
+        ValueError: these bytes are no PNG.
+    """
+    if data[:8] != b"\x89PNG\r\n\x1a\n" or data[12:16] != b"IHDR":
+        raise ValueError("a picture of a run isn't a PNG file")
+    return int.from_bytes(data[16:20], "big"), int.from_bytes(data[20:24], "big")
 
 
 def _mapping(value: object) -> Mapping[str, Any]:

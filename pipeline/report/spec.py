@@ -9,20 +9,20 @@ from pydantic import Field, model_validator
 from pipeline.config import Config
 
 
-class Source(Config):
+class RunFigure(Config):
     """A figure of a run, as its last evaluation gave it."""
 
     run: str  # a label of ReportSpec.runs
     figure: str  # "<set>/<figure>", such as "heldout/top1"
 
 
-class Row(Config):
+class ComparedFigure(Config):
     """One line of the headline table: a figure beside what it must be compared with."""
 
     title: str
     run: str
     figure: str
-    baselines: dict[str, Source | float] = {}  # label -> another run's figure, or a number (chance)
+    baselines: dict[str, RunFigure | float] = {}  # label -> another run's figure, or a number (chance)
     num_samples: int | None = Field(default=None, gt=0)  # measured on; None: taken from the evaluation's data set
     kind: Literal["auto", "proportion", "value"] = "auto"  # auto: a proportion if named like an accuracy or recall
     note: str = ""  # a sentence shown below the title
@@ -46,7 +46,7 @@ class ReportSpec(Config):
     title: str = "Training report"
     about: str = ""  # a paragraph below the title
     runs: dict[str, str | tuple[str, ...]] = Field(min_length=1)  # label -> run directory, or those of several seeds
-    rows: tuple[Row, ...] = ()
+    rows: tuple[ComparedFigure, ...] = ()
     grids: tuple[Grid, ...] = ()
     datasets: dict[str, str] = {}  # label -> data set folder, whose counts are shown
     max_pictures: int = Field(default=6, ge=0)  # per run
@@ -54,7 +54,7 @@ class ReportSpec(Config):
     @model_validator(mode="after")
     def _labels_exist(self) -> ReportSpec:
         for number, row in enumerate(self.rows):
-            named = [row.run, *(source.run for source in row.baselines.values() if isinstance(source, Source))]
+            named = [row.run, *(source.run for source in row.baselines.values() if isinstance(source, RunFigure))]
             for label in named:
                 if label not in self.runs:
                     raise ValueError(f"rows.{number} names run {label!r}, but `runs` has {', '.join(self.runs)}")

@@ -9,8 +9,8 @@ import pytest
 
 from pipeline.config import validate
 from pipeline.errors import ConfigError
+from pipeline.report.estimates import student_95
 from pipeline.report.html import render
-from pipeline.report.intervals import student_95
 from pipeline.report.spec import ReportSpec
 
 FIGURE = "heldout/zeroshot_top1"

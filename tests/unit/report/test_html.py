@@ -1,4 +1,4 @@
-"""The report: what stands in it, that it holds all it needs, and that nothing in it comes alive."""
+"""The report: what it shows, that it holds all it needs, and that nothing foreign in it comes alive."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Mapping
 from html.parser import HTMLParser
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ import pytest
 from pipeline.config import validate
 from pipeline.data.manifest import Manifest, Shard, manifest_bytes
 from pipeline.errors import ConfigError, DataError
-from pipeline.report.html import render, write_report
+from pipeline.pages.render import content_policy
+from pipeline.report.html import SCRIPTS, UPLOT, render, write_report
 from pipeline.report.spec import ReportSpec
 
 CLASSES = ["red ring", "blue star", "green disc", "grey cross"]
@@ -32,6 +34,7 @@ class Page(HTMLParser):
         self.open: list[str] = []
         self.rows: list[list[str]] = []
         self.words: list[str] = []
+        self.scripts: list[tuple[str | None, str]] = []  # type and text
         self.feed(text)
         self.close()
 
@@ -50,6 +53,9 @@ class Page(HTMLParser):
     def handle_data(self, data: str) -> None:
         if "style" in self.open:
             return
+        if "script" in self.open:
+            self.scripts.append((self.elements[-1][1].get("type"), data))
+            return
         self.words.append(data)
         if {"td", "th"} & set(self.open):
             self.rows[-1][-1] += data
@@ -57,6 +63,11 @@ class Page(HTMLParser):
     @property
     def text(self) -> str:
         return " ".join(self.words)
+
+    @property
+    def charts(self) -> list[str]:
+        """What screen readers get of each chart."""
+        return [plot.get("aria-label") or "" for plot in self.all("div") if plot.get("role") == "img"]
 
     def row(self, first: str) -> list[str]:
         return next(row for row in self.rows if row and row[0].startswith(first))
@@ -150,11 +161,11 @@ def test_curves_of_one_stage_share_a_chart(make_run: Any) -> None:
     first = make_run("one", stage="classify", evaluations=figures)
     second = make_run("two", stage="classify", evaluations=figures)
     other = make_run("mae", stage="mae")
-    charts = [svg["aria-label"] or "" for svg in page({"runs": {"A": first, "B": second, "C": other}}).all("svg")]
+    charts = page({"runs": {"A": first, "B": second, "C": other}}).charts
     assert "Training loss. A: 4 to 1; B: 4 to 1" in charts
     assert "Training loss. C: 4 to 1" in charts
-    assert "heldout/top1. A: 0.2 to 0.4; B: 0.2 to 0.4" in charts
-    assert "Waiting for data (slowest rank). C: 0.1 to 0.1" in charts
+    assert "heldout/top1. A: 20.0% to 40.0%; B: 20.0% to 40.0%" in charts
+    assert "Waiting for data (slowest rank). C: 10.0% to 10.0%" in charts
     assert "Throughput. C: 512 to 512" in charts
     assert "Learning rate. C: 0.001 to 0.001" in charts
 
@@ -168,8 +179,7 @@ def test_waiting_for_data_is_a_share_of_all_steps_since_the_line_before(make_run
     ]  # fmt: skip
     (Path(run) / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     shown = page({"runs": {"C": run}})
-    charts = [svg["aria-label"] or "" for svg in shown.all("svg")]
-    assert "Waiting for data (slowest rank). C: 0.2 to 0.2" in charts
+    assert "Waiting for data (slowest rank). C: 20.0% to 20.0%" in shown.charts
     assert "Waited for data, by rank 2.0%, 20.0%" in shown.text
 
 
@@ -224,7 +234,7 @@ def test_retrieval_is_one_table_with_chance_beside_it(make_run: Any, tmp_path: P
     assert ["Run", "Set", "Direction", "R@1", "R@5", "R@10", "n"] in shown.rows
 
 
-def test_facts_of_each_run_are_told(make_run: Any) -> None:
+def test_facts_of_each_run_are_shown(make_run: Any) -> None:
     run = make_run(
         "mae",
         status={"state": "stopped", "samples": 512, "step": 2, "attempt": 3, "resumed_from": "step-000000001"},
@@ -234,8 +244,8 @@ def test_facts_of_each_run_are_told(make_run: Any) -> None:
     assert shown.row("MAE") == [
         "MAE", "mae", "stopped", "512 of 1,024", "2", "2", "2", "bf16", "5.5M", "3", "3 s",
     ]  # fmt: skip
-    for told in ("step-000000001", "s3://bucket/other", "ab" * 32, "vitrail train mae.yaml", "torch 2.15.0"):
-        assert told in shown.text
+    for fact in ("step-000000001", "s3://bucket/other", "ab" * 32, "vitrail train mae.yaml", "torch 2.15.0"):
+        assert fact in shown.text
 
 
 def test_a_run_that_has_only_begun_gives_a_report(make_run: Any) -> None:
@@ -275,32 +285,48 @@ def test_no_data_set_is_one_clear_message(make_run: Any, tmp_path: Path) -> None
 
 
 def test_text_from_outside_stays_text(make_run: Any) -> None:
-    evil = '<img src=x onerror="alert(1)">'
+    evil = '<img src=x onerror="alert(1)"></script><!-- &amp; {{ 7 * 7 }} \u2028'
     run = make_run(
         "mae",
         pictures=[evil],
         evaluations=[{f"heldout/{evil}": 1.0}],
-        details={"heldout/zeroshot_confusion": [[1, 1], [0, 2]], "classes": [evil, "</svg><script>"]},
+        details={
+            "heldout/zeroshot_confusion": [[1, 1], [0, 2]],
+            "classes": [evil, "</table></script><script>"],
+            "heldout/retrieval_worst": [
+                {"id": 1, "rank": 2, "found_id": 3, "cosine": 0.1, "found_cosine": 0.2, "caption": evil, "found": evil}
+            ],
+        },
         status={"message": evil},
     )
     shown = page({"runs": {evil: run}, "title": evil, "about": evil})
-    assert not shown.all("script")
     assert not [image for image in shown.all("img") if "onerror" in image]
     assert evil in shown.text
+    assert [text for kind, text in shown.scripts if kind is None] == [own_script(path) for path in SCRIPTS]
+    drawings = [json.loads(text) for kind, text in shown.scripts if kind == "application/json"]
+    assert drawings[0]["series"][0]["label"] == evil
 
 
-def test_the_file_needs_nothing_else_and_runs_nothing(make_run: Any, tmp_path: Path) -> None:
+def own_script(path: str) -> str:
+    return resources.files("pipeline.report").joinpath(path).read_text(encoding="utf-8")
+
+
+def test_the_file_needs_nothing_else_and_runs_only_its_own_scripts(make_run: Any, tmp_path: Path) -> None:
     run = make_run("mae", pictures=["sample 1"], evaluations=[{"heldout/top1": 0.5}, {"heldout/top1": 0.6}])
     path = write_report(validate(ReportSpec, {"runs": {"MAE": run}}, where="test"), str(tmp_path / "report"))
     assert path == str(tmp_path / "report" / "index.html")
-    assert [found.name for found in (tmp_path / "report").iterdir()] == ["index.html"]
+    assert [file.name for file in (tmp_path / "report").iterdir()] == ["index.html"]
     text = Path(path).read_text(encoding="utf-8")
     assert not re.search(r"(src|href)=\"(?!#|data:)", text)
     assert "@import" not in text
     assert "url(" not in text
     shown = Page(text)
-    assert {"http-equiv": "Content-Security-Policy"}.items() <= shown.all("meta")[2].items()
-    assert not {"script", "link", "iframe", "object"} & {name for name, _ in shown.elements}
+    policy = content_policy([own_script(path) for path in SCRIPTS])
+    assert shown.all("meta")[2] == {"http-equiv": "Content-Security-Policy", "content": policy}
+    assert "'unsafe-inline'" not in policy.partition("script-src")[2]
+    assert not {"link", "iframe", "object"} & {name for name, _ in shown.elements}
+    assert not [name for _, attributes in shown.elements for name in attributes if name.startswith("on")]
+    assert len([kind for kind, _ in shown.scripts if kind is None]) == len(SCRIPTS)
     targets = {attributes.get("id") for _, attributes in shown.elements}
     assert {(link["href"] or "").removeprefix("#") for link in shown.all("a")} <= targets
 
@@ -340,16 +366,44 @@ def write_manifest(folder: Path, num_samples: int, info: dict[str, Any] | None =
     )
 
 
-def test_a_figure_that_is_compared_with_nothing_has_no_chart(make_run: Any) -> None:
+def test_a_figure_that_is_compared_with_nothing_has_no_bars(make_run: Any) -> None:
     row = {"title": "Error", "run": "mae", "figure": "heldout/reconstruction_mse"}
     mae = make_run("mae", evaluations=[{"heldout/reconstruction_mse": 0.5}])
-    for baselines, charts in (({}, 0), ({"mean": 1.0}, 1)):
+    for baselines, num_bars in (({}, 0), ({"mean": 1.0}, 2)):
         shown = page({"runs": {"mae": mae}, "rows": [{**row, "baselines": baselines}]})
-        assert sum(rect["class"] == "bar main" for rect in shown.all("rect")) == charts
+        assert sum(mark.get("class") == "bar" for mark in shown.all("i")) == num_bars
+        assert sum(mark.get("class") == "main" for mark in shown.all("tr")) == min(num_bars, 1)
 
 
-def test_what_stands_between_backticks_in_the_lead_is_code() -> None:
-    from pipeline.report.html import _with_code
-    from pipeline.report.markup import join
+def test_what_stands_between_backticks_in_the_lead_is_code(make_run: Any) -> None:
+    text = render(validate(ReportSpec, {"runs": {"a": make_run("a")}, "about": "run `a <b>` twice"}, where="test"))
+    assert '<p class="lead">run <code>a &lt;b&gt;</code> twice</p>' in text
 
-    assert join(_with_code("run `a <b>` twice")) == "run <code>a &lt;b&gt;</code> twice"
+
+def test_every_chart_has_its_numbers_beneath_it(make_run: Any) -> None:
+    urls = [
+        make_run(f"probe-{seed}", seed=seed, evaluations=[{"heldout/top1": 0.5}, {"heldout/top1": 0.5 + seed / 10}])
+        for seed in (1, 2)
+    ]
+    shown = page({"runs": {"probe": urls, "MAE": make_run("mae")}})
+    assert ["Samples", "probe, seed 1", "probe, seed 2", "MAE"] in shown.rows
+    assert ["1,024", "1", "1", "1"] in shown.rows, "the last loss of each"
+    assert ["1,024", "60.0%", "70.0%"] in shown.rows, "the last top1 of each"
+    assert shown.charts[:2] == [
+        "Training loss. probe, seed 1: 4 to 1; probe, seed 2: 4 to 1; MAE: 4 to 1",
+        "heldout/top1. probe, seed 1: 50.0% to 60.0%; probe, seed 2: 50.0% to 70.0%",
+    ]
+    drawings = [json.loads(text) for kind, text in shown.scripts if kind == "application/json"]
+    assert len(drawings) == len(shown.charts)
+    assert [series["place"] for series in drawings[0]["series"]] == [0, 0, 1], "seeds share their label's colour"
+
+
+def test_equal_runs_give_equal_reports(make_run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = validate(ReportSpec, {"runs": {"MAE": make_run("mae", pictures=["sample 1"])}}, where="test")
+    monkeypatch.setattr("pipeline.report.html._summary", lambda groups: "now")
+    assert render(spec) == render(spec)
+
+
+def test_uplot_comes_with_its_licence_and_says_its_version() -> None:
+    assert "The MIT License (MIT)" in own_script(f"{UPLOT}/LICENSE")
+    assert f"(v{UPLOT.rpartition('-')[2]})" in own_script(f"{UPLOT}/uPlot.iife.min.js").splitlines()[0]

@@ -1,4 +1,4 @@
-"""Intervals and how figures are written."""
+"""Intervals of figures."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.report.intervals import Measure, is_proportion, wilson
+from pipeline.report.estimates import Estimate, is_proportion, wilson
 
 
 @pytest.mark.parametrize(
@@ -55,17 +55,17 @@ def test_shares_of_samples_are_told_from_other_figures(figure: str, values: list
 
 
 def test_one_run_has_a_binomial_interval() -> None:
-    one = Measure((0.5,), 400, proportion=True)
-    assert one.text() == "50.0%"
-    assert one.interval_text() == "45.1 to 54.9%"
-    assert one.bounds == one.interval
+    figure = Estimate((0.5,), 400, proportion=True)
+    assert figure.text() == "50.0%"
+    assert figure.interval_text() == "45.1 to 54.9%"
+    assert figure.bounds == figure.interval
 
 
 def test_several_seeds_have_mean_and_deviation_instead() -> None:
-    three = Measure((0.60, 0.64, 0.68), 400, proportion=True)
-    assert three.text() == "64.0 ± 4.0%"
-    assert three.interval_text() is None
-    assert three.bounds == pytest.approx((0.60, 0.68))
+    figure = Estimate((0.60, 0.64, 0.68), 400, proportion=True)
+    assert figure.text() == "64.0 ± 4.0%"
+    assert figure.interval_text() is None
+    assert figure.bounds == pytest.approx((0.60, 0.68))
 
 
 @pytest.mark.parametrize(
@@ -78,9 +78,9 @@ def test_several_seeds_have_mean_and_deviation_instead() -> None:
     ],
 )
 def test_a_mean_has_no_more_digits_than_its_deviation_allows(values: tuple[float, ...], expected: str) -> None:
-    assert Measure(values, None, proportion=False).text() == expected
+    assert Estimate(values, None, proportion=False).text() == expected
 
 
 def test_without_a_sample_count_there_is_no_interval() -> None:
-    assert Measure((0.5,), None, proportion=True).interval is None
-    assert Measure((0.5,), 400, proportion=False).interval is None
+    assert Estimate((0.5,), None, proportion=True).interval is None
+    assert Estimate((0.5,), 400, proportion=False).interval is None

@@ -16,7 +16,7 @@ Z_95 = 1.959963984540054  # 97.5% quantile of the normal distribution
 _PROPORTION = re.compile(r"(^|_)(top\d+|r\d+|accuracy|recall|precision)(_|$)")
 
 
-class Measure(NamedTuple):
+class Estimate(NamedTuple):
     """A figure of one run, or of several that differ in their seed."""
 
     values: tuple[float, ...]
