@@ -12,19 +12,19 @@ from pipeline.data.batch import Batch
 Predictions: TypeAlias = Mapping[str, Tensor]  # each with leading dimension B
 
 Predict: TypeAlias = Callable[[Batch], Predictions]
-"""Collective: every rank calls it equally often, which `Sweep` guarantees."""
+"""Collective: every rank must call it the same number of times, which `Sweep` guarantees."""
 
 Sweep: TypeAlias = Callable[[str], Iterable[Batch]]
-"""`sweep(name)` goes once over the named evaluation set ("validation", "heldout", or "train" without augmentation);
-this rank's share, padded with weight 0 so that all ranks see equally many batches."""
+"""`sweep(name)` yields this rank's share of the named evaluation set once ("validation", "heldout", or "train" without
+augmentation), padded with samples of weight 0 so that all ranks see the same number of batches."""
 
 
 @runtime_checkable  # tests check annotations at run time
 class Evaluation(Protocol):
     """Measures predictions on one or more evaluation sets.
 
-    Gathers over ranks by sample id, so that the figures are the same on every rank and for any number of ranks.
-    Returns figures by name, plus whatever JSON the report may want under `details` (confusion matrices and so on).
+    Gathers over ranks by sample id, so the figures are the same on every rank and for any number of ranks. Returns
+    figures by name, plus JSON for the report under `details` (confusion matrices and so on).
     """
 
     def __call__(self, predict: Predict, sweep: Sweep, names: tuple[str, ...]) -> Measured: ...

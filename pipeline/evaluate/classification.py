@@ -1,4 +1,4 @@
-"""How well scores over classes, or features' neighbours, name the right class.
+"""Classification accuracy, from scores over classes or from nearest neighbours of features.
 
 Legend: B samples, C classes, K best classes of a sample.
 """
@@ -19,7 +19,7 @@ NUM_BEST = 5
 
 
 def best_classes(scores: Float[Tensor, "b c"]) -> Int[Tensor, "b k"]:
-    """The five classes with the greatest scores, best first (fewer when there are fewer classes)."""
+    """The five classes with the highest scores, best first (fewer when there are fewer classes)."""
     return scores.topk(min(NUM_BEST, scores.shape[1]), dim=1).indices
 
 
@@ -38,8 +38,8 @@ def confusion(predicted: Int[Tensor, " b"], labels: Int[Tensor, " b"], num_class
 def classification_figures(
     best: Int[Tensor, "b k"], labels: Int[Tensor, " b"], classes: Sequence[str], prefix: str
 ) -> tuple[dict[str, float], dict[str, Any]]:
-    """Figures `<prefix>top1`, `<prefix>top5` (from 6 classes on), `<prefix>mean_per_class` (the mean of the classes'
-    own accuracies), and the confusion matrix under `<prefix>confusion`.
+    """Figures `<prefix>top1`, `<prefix>top5` (with more than 5 classes) and `<prefix>mean_per_class` (the mean of each
+    class's accuracy), and details with the confusion matrix under `<prefix>confusion`.
     """
     figures = {f"{prefix}top1": topk_accuracy(best, labels, 1)}
     if len(classes) > NUM_BEST:
@@ -62,10 +62,10 @@ class ClassificationEvaluation:
         figures: dict[str, float] = {}
         details: dict[str, Any] = {}
         for name in names:
-            found = collect(predict, sweep(name), ("best", "labels", "loss"))
-            if "labels" not in found or not len(found["labels"]):
+            rows = collect(predict, sweep(name), ("best", "labels", "loss"))
+            if "labels" not in rows or not len(rows["labels"]):
                 continue
-            own, own_details = classification_figures(found["best"], found["labels"], self.classes, f"{name}/")
-            figures |= own | {f"{name}/loss": found["loss"].double().mean().item()}
-            details |= own_details
+            set_figures, set_details = classification_figures(rows["best"], rows["labels"], self.classes, f"{name}/")
+            figures |= set_figures | {f"{name}/loss": rows["loss"].double().mean().item()}
+            details |= set_details
         return Measured(figures, details)

@@ -1,13 +1,17 @@
 """COCO's average precision and recall of boxes and masks (Lin et al. 2014; pycocotools' `COCOeval`).
 
-Computed by faster-coco-eval, whose C++ gives pycocotools' numbers. Objects and detections are compared in pixels of
-the stored images, wherever the stage saw them. Legend: B images, D detections, M side of a predicted mask.
+Computed by faster-coco-eval, whose C++ code gives pycocotools' numbers. Objects and detections are compared in pixels
+of the stored images, at whatever size the stage saw them.
+
+Legend: B images, D detections, M side of a predicted mask.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -27,7 +31,7 @@ Annotation = dict[str, Any]
 
 
 class Truth(NamedTuple):
-    """What an image shows."""
+    """The annotated objects of an image."""
 
     size: tuple[int, int]  # height and width of the stored image
     objects: list[Annotation]
@@ -36,11 +40,11 @@ class Truth(NamedTuple):
 class CocoEvaluation:
     """`<set>/box_ap`, `box_ap50`, ... `box_ar100`, ... and `mask_*` alike, from a stage's detections.
 
-    Predictions needed, each with leading dimension B: `boxes` [B,D,4] in pixels of the image at hand, `scores` and
+    Predictions needed, each with leading dimension B: `boxes` [B,D,4] in pixels of the image in the batch, `scores` and
     `classes` [B,D], `counts` [B] of those that are real, and for mask figures `masks` [B,D,M,M], probabilities.
 
-    Objects come from the batch's instances, in pixels of the stored image; crowd regions count as COCO counts them. A
-    figure that is undefined (no object of that size) is left out.
+    Objects come from the batch's instances, in pixels of the stored image; crowd regions are treated as COCO treats
+    them. A figure that is undefined (no object of that size) is left out.
     """
 
     def __init__(self, classes: Sequence[str], *, masks: bool) -> None:
@@ -48,38 +52,38 @@ class CocoEvaluation:
         self.kinds: tuple[Kind, ...] = ("bbox", "segm") if masks else ("bbox",)
 
     def __call__(self, predict: Predict, sweep: Sweep, names: tuple[str, ...]) -> Measured:
-        """Collective: every rank's images are gathered, the first rank measures."""
+        """Collective: every rank's images are gathered, and the first rank measures."""
         figures: dict[str, float] = {}
         details: dict[str, Any] = {}
         for name in names:
-            truth, found = self._gathered(predict, sweep(name))
-            measured, per_class = ranks.from_first(lambda t=truth, f=found: self._measured(t, f))  # type: ignore[misc]
+            truth, detections = self._gathered(predict, sweep(name))
+            measured, per_class = ranks.from_first(functools.partial(self._measured, truth, detections))
             figures |= {f"{name}/{key}": value for key, value in measured.items()}
             details[f"{name}/coco"] = {"classes": list(self.classes), **per_class}
         return Measured(figures, details)
 
     def _gathered(self, predict: Predict, batches: Iterable[Batch]) -> tuple[dict[int, Truth], list[Annotation]]:
-        """Objects by image and all detections, in order of the images' numbers."""
-        own: list[tuple[int, Truth, list[Annotation]]] = []
+        """Objects by image id, and all detections, in order of image id."""
+        images_here: list[tuple[int, Truth, list[Annotation]]] = []
         for batch in batches:
             predictions = predict(batch)
             for i, results in stored_detections(predictions, batch).items():
                 assert batch.instances is not None
-                number, there = int(batch.ids[i]), batch.instances[i]
-                size = (0, 0) if there.view is None else there.view.source
-                truth = Truth(size, annotations_of(there, number))
-                own.append((number, truth, [{"image_id": number, **one} for one in results]))
-        parts = ranks.gather(own)
+                number, instances = int(batch.ids[i]), batch.instances[i]
+                size = (0, 0) if instances.view is None else instances.view.source
+                truth = Truth(size, annotations_of(instances, number))
+                images_here.append((number, truth, [{"image_id": number, **result} for result in results]))
+        parts = ranks.gather(images_here)
         images = sorted((image for part in parts for image in part), key=lambda image: image[0])
-        return {number: truth for number, truth, _ in images}, [d for _, _, found in images for d in found]
+        return {number: truth for number, truth, _ in images}, [d for _, _, detections in images for d in detections]
 
     def _measured(
-        self, truth: Mapping[int, Truth], found: Sequence[Annotation]
+        self, truth: Mapping[int, Truth], detections: Sequence[Annotation]
     ) -> tuple[dict[str, float], dict[str, Any]]:
         figures: dict[str, float] = {}
         per_class: dict[str, Any] = {}
         for kind in self.kinds:
-            stats, of_classes = coco_figures(truth, found, len(self.classes), kind)
+            stats, of_classes = coco_figures(truth, detections, len(self.classes), kind)
             label = "box" if kind == "bbox" else "mask"
             figures |= {f"{label}_{key}": value for key, value in stats.items()}
             per_class[f"{label}_ap"] = of_classes
@@ -87,16 +91,16 @@ class CocoEvaluation:
 
 
 def coco_figures(
-    truth: Mapping[int, Truth], found: Sequence[Annotation], num_classes: int, kind: Kind
+    truth: Mapping[int, Truth], detections: Sequence[Annotation], num_classes: int, kind: Kind
 ) -> tuple[dict[str, float], list[float | None]]:
-    """COCO's twelve figures, those defined, and each class's AP (None: undefined).
+    """Those of COCO's twelve figures that are defined, and each class's AP (None: undefined).
 
     Args:
-        truth: objects of each image, as COCO's annotations; images without objects are there too.
-        found: detections, as COCO's results; those of one image best first, or ties may go another way.
+        truth: objects of each image, as COCO's annotations; images without objects are listed too.
+        detections: as COCO's results; those of one image best first, or ties may be broken differently.
         num_classes: categories are numbered from 0.
     """
-    evaluation = _evaluated(truth, found, num_classes, kind, MAX_DETECTIONS)
+    evaluation = _evaluated(truth, detections, num_classes, kind, MAX_DETECTIONS)
     with contextlib.redirect_stdout(io.StringIO()):
         evaluation.summarize()
     stats = dict(zip((*FIGURES, *RECALLS), (float(v) for v in evaluation.stats[:12]), strict=True))
@@ -108,31 +112,34 @@ def coco_figures(
     return {key: value for key, value in stats.items() if value > -1}, of_classes
 
 
-def proposal_recalls(truth: Mapping[int, Truth], found: Sequence[Annotation]) -> dict[str, float]:
-    """COCO's average recall of up to 1000 masks an image whatever their class, over IoU thresholds .5 to .95: `ar1000`
-    and, where there are such objects, `ar1000_small`, `ar1000_medium` and `ar1000_large`.
+def proposal_recalls(truth: Mapping[int, Truth], masks: Sequence[Annotation]) -> dict[str, float]:
+    """COCO's class-agnostic average recall at 1000 masks an image, over IoU thresholds .5 to .95: `ar1000` and, where
+    there are such objects, `ar1000_small`, `ar1000_medium` and `ar1000_large`.
 
     Args:
         truth: objects of each image, as COCO's annotations.
-        found: masks, as COCO's results; of an image with more, the 1000 with the highest score count.
+        masks: as COCO's results; of an image with more, the 1000 with the highest score count.
     """
-    objects = {i: t._replace(objects=[{**one, "category_id": 0} for one in t.objects]) for i, t in truth.items()}
-    masks = [{**one, "category_id": 0} for one in found]
-    recall = _evaluated(objects, masks, 1, "segm", (1, 10, MAX_PROPOSALS)).eval["recall"]  # [thresholds, 1, areas, 3]
+    objects = {number: Truth(image.size, _of_one_class(image.objects)) for number, image in truth.items()}
+    evaluation = _evaluated(objects, _of_one_class(masks), 1, "segm", (1, 10, MAX_PROPOSALS))
+    recall = evaluation.eval["recall"]  # [thresholds, 1, areas, 3]
     names = ("ar1000", "ar1000_small", "ar1000_medium", "ar1000_large")
     means = {name: float(recall[:, 0, area, -1].mean()) for area, name in enumerate(names)}
     return {name: mean for name, mean in means.items() if mean >= 0}  # -1: no object of that size
 
 
+def _of_one_class(annotations: Sequence[Annotation]) -> list[Annotation]:
+    return [{**annotation, "category_id": 0} for annotation in annotations]
+
+
 def _evaluated(
-    truth: Mapping[int, Truth], found: Sequence[Annotation], num_classes: int, kind: Kind, most: Sequence[int]
+    truth: Mapping[int, Truth], detections: Sequence[Annotation], num_classes: int, kind: Kind, most: Sequence[int]
 ) -> Any:
-    """COCO's evaluation, up to its summary, which has names for `MAX_DETECTIONS` only."""
+    """COCO's evaluation without its summary, which knows `MAX_DETECTIONS` only."""
     from faster_coco_eval import COCO, COCOeval_faster
 
-    annotations = [
-        {**one, "id": i} for i, one in enumerate((one for image in truth.values() for one in image.objects), start=1)
-    ]
+    objects = itertools.chain.from_iterable(image.objects for image in truth.values())
+    annotations = [{**annotation, "id": i} for i, annotation in enumerate(objects, start=1)]
     coco = COCO(
         {
             "images": [{"id": i, "height": t.size[0], "width": t.size[1]} for i, t in truth.items()],
@@ -141,8 +148,8 @@ def _evaluated(
         }
     )
     results = COCO({"images": coco.dataset["images"], "annotations": [], "categories": coco.dataset["categories"]})
-    if found:
-        results = coco.loadRes([dict(one) for one in found])
+    if detections:
+        results = coco.loadRes([dict(annotation) for annotation in detections])
     evaluation = COCOeval_faster(coco, results, kind, print_function=lambda *_: None)
     evaluation.params.maxDets = list(most)
     with contextlib.redirect_stdout(io.StringIO()):
@@ -152,12 +159,12 @@ def _evaluated(
 
 
 def stored_detections(predictions: Predictions, batch: Batch) -> dict[int, list[Annotation]]:
-    """What was found in each present image (by its place in the batch), as COCO's results without `image_id`.
+    """The detections in each present image (by its index in the batch), as COCO's results without `image_id`.
 
     Boxes are [x, y, width, height] and masks compressed run lengths, in pixels of the stored image.
     """
     assert batch.instances is not None
-    found: dict[int, list[Annotation]] = {}
+    detections: dict[int, list[Annotation]] = {}
     for i in (batch.weight > 0).nonzero().flatten().tolist():
         view = batch.instances[i].view
         count = int(predictions["counts"][i])
@@ -174,23 +181,23 @@ def stored_detections(predictions: Predictions, batch: Batch) -> dict[int, list[
         if "masks" in predictions and count:
             assert view is not None
             pasted = paste_masks(predictions["masks"][i, :count].float().cpu(), boxes, view.source)
-            for one, mask in zip(results, encode_masks(pasted), strict=True):
-                one["segmentation"] = mask
-        found[i] = results
-    return found
+            for result, mask in zip(results, encode_masks(pasted), strict=True):
+                result["segmentation"] = mask
+        detections[i] = results
+    return detections
 
 
-def readable(one: Annotation) -> Annotation:
-    """A COCO result as JSON holds it: a mask's run lengths as text."""
-    mask = one.get("segmentation")
+def readable(result: Annotation) -> Annotation:
+    """A COCO result that can be written as JSON: a mask's run lengths as text."""
+    mask = result.get("segmentation")
     if mask is None:
-        return one
+        return result
     text = {"size": [int(side) for side in mask["size"]], "counts": mask["counts"].decode("ascii")}
-    return {**one, "segmentation": text}
+    return {**result, "segmentation": text}
 
 
 def annotations_of(instances: Instances, image_id: int) -> list[Annotation]:
-    """COCO annotations of an image's objects; of the area annotated, or the mask's where none is."""
+    """COCO annotations of an image's objects; their area is the annotated one or, without one, that of the mask."""
     from pycocotools import mask as coco_mask
 
     corners = instances.boxes.double()
@@ -204,6 +211,6 @@ def annotations_of(instances: Instances, image_id: int) -> list[Annotation]:
             sides, instances.labels.tolist(), instances.crowd.tolist(), areas, strict=True
         )
     ]
-    for one, mask in zip(objects, instances.masks, strict=False):  # there are none where boxes alone are measured
-        one["segmentation"] = dict(mask)
+    for annotation, mask in zip(objects, instances.masks, strict=False):  # no masks where only boxes are measured
+        annotation["segmentation"] = dict(mask)
     return objects

@@ -1,4 +1,4 @@
-"""From a sweep to whole tensors: predict every batch, keep what is asked for, gather it over ranks by sample id."""
+"""Predictions of a whole evaluation set as tensors, gathered over ranks by sample id."""
 
 from __future__ import annotations
 
@@ -13,28 +13,27 @@ from pipeline.ranks import gather_by_id
 
 
 def collect(predict: Predict, batches: Iterable[Batch], names: Sequence[str]) -> dict[str, Tensor]:
-    """The named predictions for every present sample of the sweep, in order of sample id, equal on all ranks.
+    """The named predictions of every present sample, in order of sample id, and `ids`; equal on all ranks.
 
-    `ids` are the samples' own. Names a stage doesn't predict are left out. Collective: all ranks pass equally many
-    batches.
+    Names the stage doesn't predict are left out. Collective: all ranks pass the same number of batches.
     """
     ids: list[Tensor] = []
-    kept: dict[str, list[Tensor]] = {name: [] for name in names}
+    parts_of: dict[str, list[Tensor]] = {name: [] for name in names}
     for batch in batches:
         predictions = predict(batch)
         ids.append(torch.where(batch.weight > 0, batch.ids, -1).cpu())
         for name in names:
             if name in predictions:
-                kept[name].append(predictions[name].detach().cpu())
+                parts_of[name].append(predictions[name].detach().cpu())
     if not ids:
         return {}
-    rows = {name: torch.cat(parts) for name, parts in kept.items() if parts}
-    found, gathered = gather_by_id(torch.cat(ids), rows)
-    return gathered | {"ids": found}
+    rows = {name: torch.cat(parts) for name, parts in parts_of.items() if parts}
+    sorted_ids, gathered = gather_by_id(torch.cat(ids), rows)
+    return gathered | {"ids": sorted_ids}
 
 
 def labelled(rows: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The rows whose label is known (not -1); nothing where there are no labels."""
+    """The rows whose label is known (not -1); an empty dict where there are no labels."""
     if "labels" not in rows:
         return {}
     known = rows["labels"] >= 0

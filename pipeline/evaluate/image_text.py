@@ -1,4 +1,4 @@
-"""What a two-tower model is worth: zero-shot classification and retrieval, from one sweep over each set."""
+"""Evaluation of two-tower models: zero-shot classification and retrieval, from one sweep over each set."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ class Tokenizer(Protocol):
 class ImageTextEvaluation:
     """`<set>/zeroshot_top1` and so on where samples have labels, `<set>/retrieval_*` where they have captions.
 
-    Every set is measured by its own classes, which `details` tells as `<set>/classes`.
+    Every set is measured with its own classes, which `details` lists as `<set>/classes`.
 
-    The stage predicts `image_embedding` and `text_embedding` [B,E] for what a batch holds, `labels` (-1 where a sample
-    has none), and `text` for telling equal captions; an empty caption is none.
+    The stage predicts `image_embedding` and `text_embedding` [B,E] for whatever a batch holds, `labels` (-1 where a
+    sample has none), and `text`, from which equal captions are recognised; an empty caption counts as none.
     """
 
     def __init__(
@@ -43,8 +43,8 @@ class ImageTextEvaluation:
         *,
         retrieval: bool = True,
     ) -> None:
-        """Takes what each set's classes are called in prompts; "" stands for all sets that aren't named."""
-        self.classes = {name: tuple(own) for name, own in classes.items()}
+        """Takes the class names used in prompts, by set; the key "" stands for all sets that aren't listed."""
+        self.classes = {name: tuple(names) for name, names in classes.items()}
         self.templates = tuple(templates)
         self.tokenizer = tokenizer
         self.retrieval = retrieval
@@ -55,53 +55,53 @@ class ImageTextEvaluation:
         details: dict[str, Any] = {}
         if not names:
             return Measured({})
-        by_class = {
-            own: self._class_embeddings(predict, own) for own in dict.fromkeys(map(self._classes_of, names)) if own
-        }
+        class_lists = dict.fromkeys(map(self._classes_of, names))  # a list that several sets share is embedded once
+        embeddings = {classes: self._class_embeddings(predict, classes) for classes in class_lists if classes}
         for name in names:
-            found = collect(predict, sweep(name), ("image_embedding", "text_embedding", "labels", "text"))
-            known = labelled(found)
-            if (classes := self._classes_of(name)) and known:
-                _check_labels(known["labels"], classes, name)
-                best = best_classes(known["image_embedding"].float() @ by_class[classes].T)
-                own, own_details = classification_figures(best, known["labels"], classes, f"{name}/zeroshot_")
-                figures |= own
-                details |= {f"{name}/classes": own_details.pop("classes"), **own_details}
-            if self.retrieval and "text_embedding" in found:
-                own, own_details = self._retrieve(found, name)
-                figures |= own
-                details |= own_details
+            samples = collect(predict, sweep(name), ("image_embedding", "text_embedding", "labels", "text"))
+            with_label = labelled(samples)
+            if (classes := self._classes_of(name)) and with_label:
+                _check_labels(with_label["labels"], classes, name)
+                best = best_classes(with_label["image_embedding"].float() @ embeddings[classes].T)
+                zeroshot, extras = classification_figures(best, with_label["labels"], classes, f"{name}/zeroshot_")
+                figures |= zeroshot
+                details |= {f"{name}/classes": extras.pop("classes"), **extras}
+            if self.retrieval and "text_embedding" in samples:
+                retrieval, extras = self._retrieve(samples, name)
+                figures |= retrieval
+                details |= extras
         return Measured(figures, details)
 
-    def _retrieve(self, found: dict[str, Tensor], name: str) -> tuple[dict[str, float], dict[str, Any]]:
+    def _retrieve(self, samples: dict[str, Tensor], name: str) -> tuple[dict[str, float], dict[str, Any]]:
         blank = self.tokenizer([""])[0]
-        captioned = (found["text"] != blank).any(1)
+        captioned = (samples["text"] != blank).any(1)
         if int(captioned.sum()) == 0:
             return {}, {}
-        rows = {key: value[captioned] for key, value in found.items()}
+        rows = {key: value[captioned] for key, value in samples.items()}
         images, texts, groups = rows["image_embedding"], rows["text_embedding"], text_groups(rows["text"])
         captions = dict(zip(rows["ids"].tolist(), rows["text"], strict=True))
         worst = [
-            {**pair._asdict(), "caption": self._told(captions[pair.id]), "found": self._told(captions[pair.found_id])}
+            pair._asdict()
+            | {"caption": self._caption(captions[pair.id]), "found": self._caption(captions[pair.found_id])}
             for pair in worst_pairs(images, texts, groups, rows["ids"])
         ]
         return retrieval_figures(images, texts, groups, f"{name}/"), {f"{name}/retrieval_worst": worst}
 
-    def _told(self, tokens: Tensor) -> str:
+    def _caption(self, tokens: Tensor) -> str:
         return self.tokenizer.decode(tokens)
 
     def _classes_of(self, name: str) -> tuple[str, ...]:
         return self.classes.get(name, self.classes.get("", ()))
 
     def _class_embeddings(self, predict: Predict, classes: tuple[str, ...]) -> Tensor:
-        """Each rank embeds its share of the prompts; all get all classes."""
+        """Embeddings [C,E] of the classes on every rank; each rank embeds its share of the prompts."""
         tokens = self.tokenizer(prompts(classes, self.templates))
         embedded = collect(predict, prompt_batches(tokens), ("text_embedding",))["text_embedding"]
         return class_embeddings(torch.as_tensor(embedded).float(), len(classes))
 
 
 def _check_labels(labels: Int[Tensor, " b"], classes: Sequence[str], name: str) -> None:
-    """Raise DataError for a label beyond the set's own classes; the same on all ranks, which hold the same labels."""
+    """Raise DataError for a label beyond the set's classes. All ranks raise alike, since all hold the same labels."""
     if int(labels.max()) >= len(classes):
         raise DataError(
             f"label {int(labels.max())}, but the data name {len(classes)} classes",

@@ -1,4 +1,4 @@
-"""Weighted nearest neighbours: what features are worth without training anything.
+"""Weighted nearest neighbours: the quality of features, without training anything.
 
 Legend: B queries, T training samples, D width, C classes.
 """
@@ -26,7 +26,7 @@ def knn_scores(
     k: int = 20,
     temperature: float = 0.07,
 ) -> Float[Tensor, "b c"]:
-    """Votes of the k nearest training samples by cosine, each weighing exp(cosine / temperature) (Wu et al. 2018)."""
+    """Votes of the k nearest training samples by cosine, weighted by exp(cosine / temperature) (Wu et al. 2018)."""
     features = F.normalize(features.float(), dim=-1)
     scores = []
     queries = F.normalize(queries.float(), dim=-1)
@@ -39,7 +39,7 @@ def knn_scores(
 
 
 class KnnEvaluation:
-    """`<set>/knn_top1` from a stage's `features` and `labels`, neighbours taken from the training set."""
+    """`<set>/knn_top1` from a stage's `features` and `labels`; neighbours are samples of the training set."""
 
     def __init__(self, k: int = 20, temperature: float = 0.07) -> None:
         self.k = k
@@ -55,15 +55,15 @@ class KnnEvaluation:
         num_classes = int(train["labels"].max()) + 1
         figures = {}
         for name in names:
-            found = labelled(collect(predict, sweep(name), ("features", "labels")))
-            if len(found.get("labels", ())):
+            queries = labelled(collect(predict, sweep(name), ("features", "labels")))
+            if len(queries.get("labels", ())):
                 scores = knn_scores(
-                    found["features"],
+                    queries["features"],
                     train["features"],
                     train["labels"],
                     num_classes,
                     k=self.k,
                     temperature=self.temperature,
                 )
-                figures[f"{name}/knn_top1"] = topk_accuracy(scores.argmax(1, keepdim=True), found["labels"], 1)
+                figures[f"{name}/knn_top1"] = topk_accuracy(scores.argmax(1, keepdim=True), queries["labels"], 1)
         return Measured(figures)

@@ -1,6 +1,6 @@
 """A linear classifier fitted to frozen features: CLIP's linear probe (Radford et al. 2021, section 3.2), in memory.
 
-Stage `probe` trains heads by steps on augmented images; this is the quick figure beside a contrastive run's others.
+Stage `probe` trains heads step by step on augmented images; this is a quick figure during pretraining.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ class LogisticEvaluation:
     """`<set>/linear_probe_top1` and so on: multinomial logistic regression on a stage's `features`, fitted to the
     training set by L-BFGS (scikit-learn), on features scaled to unit variance.
 
-    The regularisation is chosen on the set named `validation`, or, where there is none, on a fifth of the training
-    set. Rank 0 fits; all ranks get its scores.
+    The regularisation is chosen on the set named `validation` or, without one, on a fifth of the training set. Rank 0
+    fits; all ranks get its scores.
     """
 
     def __init__(self, classes: Sequence[str]) -> None:
@@ -38,27 +38,27 @@ class LogisticEvaluation:
         if not names:
             return Measured({})
         wanted = ("train", *names)
-        found = {name: labelled(collect(predict, sweep(name), ("features", "labels"))) for name in wanted}
-        if not found["train"]:
+        rows_of = {name: labelled(collect(predict, sweep(name), ("features", "labels"))) for name in wanted}
+        if not rows_of["train"]:
             return Measured({})
-        best, strength = ranks.from_first(lambda: _fit(found, self.classes))
+        best, strength = ranks.from_first(lambda: _fit(rows_of, self.classes))
         figures: dict[str, float] = {}
         details: dict[str, Any] = {"linear_probe_strength": strength}
-        for name, chosen in best.items():
-            own, own_details = classification_figures(
-                chosen, found[name]["labels"], self.classes, f"{name}/linear_probe_"
+        for name, predicted in best.items():
+            set_figures, set_details = classification_figures(
+                predicted, rows_of[name]["labels"], self.classes, f"{name}/linear_probe_"
             )
-            figures |= own
-            details |= own_details
+            figures |= set_figures
+            details |= set_details
         return Measured(figures, details)
 
 
-def _fit(found: dict[str, dict[str, Tensor]], classes: Sequence[str]) -> tuple[dict[str, Tensor], float]:
-    """Best classes of each set but `train`, and the regularisation chosen."""
-    train = found["train"]
+def _fit(rows_of: dict[str, dict[str, Tensor]], classes: Sequence[str]) -> tuple[dict[str, Tensor], float]:
+    """Best classes of each set except `train`, and the chosen regularisation."""
+    train = rows_of["train"]
     features, labels = train["features"].float(), train["labels"]
     mean, deviation = features.mean(0), features.std(0) + 1e-6
-    selection = found.get(SELECTION_SET) or {}
+    selection = rows_of.get(SELECTION_SET) or {}
     held_out = torch.arange(len(labels)) % 5 == 0
     if selection:
         held_out[:] = False
@@ -73,13 +73,13 @@ def _fit(found: dict[str, dict[str, Tensor]], classes: Sequence[str]) -> tuple[d
     final = _scores((features - mean) / deviation, labels, chosen, len(classes))
     return {
         name: best_classes(final((rows["features"].float() - mean) / deviation))
-        for name, rows in found.items()
+        for name, rows in rows_of.items()
         if name != "train" and rows
     }, chosen
 
 
 def _scores(features: Tensor, labels: Tensor, strength: float, num_classes: int) -> Any:
-    """A function from features [B,D] to scores [B,C]; classes the training set lacks score -inf."""
+    """A function from features [B,D] to scores [B,C]; classes without training samples score -inf."""
     from sklearn.linear_model import LogisticRegression
 
     if bool((labels == labels[0]).all()):
@@ -89,11 +89,11 @@ def _scores(features: Tensor, labels: Tensor, strength: float, num_classes: int)
         model.fit(features.numpy(), labels.numpy())
 
     def score(rows: Tensor) -> Tensor:
-        found = model.decision_function(rows.numpy())
-        if found.ndim == 1:
-            found = np.stack([-found, found], axis=1)
+        decisions = model.decision_function(rows.numpy())
+        if decisions.ndim == 1:
+            decisions = np.stack([-decisions, decisions], axis=1)
         scores = torch.full((len(rows), num_classes), float("-inf"))
-        scores[:, torch.from_numpy(model.classes_)] = torch.from_numpy(found).float()
+        scores[:, torch.from_numpy(model.classes_)] = torch.from_numpy(decisions).float()
         return scores
 
     return score

@@ -1,4 +1,4 @@
-"""The mean of something a stage predicts for each sample."""
+"""The mean of a number that a stage predicts for each sample."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Several heads over the same features: each one's accuracy, and that of the head a validation set picks."""
+"""Accuracy of several heads over the same features, and of the head that a validation set selects."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ SELECTION_SET = "validation"
 class ProbeEvaluation:
     """`<set>/top1` of the chosen head, `<set>/top1_<head>` of every head.
 
-    The head is chosen by its top-1 on the set named `validation`, or, where there is none, on the training set: never
-    on the set it is reported for. The stage predicts `best` [B, heads, K] and `labels`.
+    The head is chosen by its top-1 on the set named `validation` or, without one, on the training set: never on
+    another set that is reported. The stage predicts `best` [B, heads, K] and `labels`.
     """
 
     def __init__(self, classes: Sequence[str], heads: Sequence[str]) -> None:
@@ -32,26 +32,26 @@ class ProbeEvaluation:
             return Measured({})
         selection = SELECTION_SET if SELECTION_SET in names else "train"
         wanted = names if selection in names else (selection, *names)
-        found = {name: collect(predict, sweep(name), ("best", "labels")) for name in wanted}
-        found = {name: rows for name, rows in found.items() if len(rows.get("labels", ()))}
-        if selection not in found:
+        rows_of = {name: collect(predict, sweep(name), ("best", "labels")) for name in wanted}
+        rows_of = {name: rows for name, rows in rows_of.items() if len(rows.get("labels", ()))}
+        if selection not in rows_of:
             return Measured({})
-        chosen = choose_head(found[selection]["best"], found[selection]["labels"])
+        chosen = choose_head(rows_of[selection]["best"], rows_of[selection]["labels"])
         figures: dict[str, float] = {}
         details: dict[str, Any] = {"chosen_head": self.heads[chosen], "chosen_on": selection}
         for name in names:
-            if name not in found:
+            if name not in rows_of:
                 continue
-            best, labels = found[name]["best"], found[name]["labels"]
-            own, own_details = classification_figures(best[:, chosen], labels, self.classes, f"{name}/")
-            figures |= own
-            details |= own_details
+            best, labels = rows_of[name]["best"], rows_of[name]["labels"]
+            set_figures, set_details = classification_figures(best[:, chosen], labels, self.classes, f"{name}/")
+            figures |= set_figures
+            details |= set_details
             for i, head in enumerate(self.heads):
                 figures[f"{name}/top1_{head}"] = topk_accuracy(best[:, i], labels, 1)
         return Measured(figures, details)
 
 
 def choose_head(best: Int[Tensor, "b heads k"], labels: Int[Tensor, " b"]) -> int:
-    """The head with the highest top-1; the first of equals."""
+    """The head with the highest top-1; of equals, the first."""
     accuracies = [topk_accuracy(best[:, i], labels, 1) for i in range(best.shape[1])]
     return accuracies.index(max(accuracies))

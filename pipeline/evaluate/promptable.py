@@ -1,4 +1,4 @@
-"""How well masks come of clicks and boxes, by the paper's click rule, and how many objects masks of everything find.
+"""Evaluation of promptable segmentation: IoU after clicks and from boxes, and recall of automatic masks.
 
 Legend: B images, Q objects of an image at most, K clicks, D masks of an image at most, L bytes of a mask's run lengths
 at most, y x pixels of the stored image.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -23,9 +23,13 @@ from pipeline.evaluate.coco import Annotation, Truth, annotations_of, proposal_r
 from pipeline.evaluate.collect import collect
 
 NUM_CLICKS = 9
-TOLD_CLICKS = (1, 2, 3, 5, 9)
+REPORTED_CLICKS = (1, 2, 3, 5, 9)
 SIZES = {"small": (0.0, 32.0**2), "medium": (32.0**2, 96.0**2), "large": (96.0**2, math.inf)}
 """COCO's: areas in pixels of the stored image."""
+
+
+ImageMasks: TypeAlias = tuple[int, Truth, list[Annotation]]
+"""An image's sample id, its objects, and its automatic masks as COCO's results."""
 
 
 class Click(NamedTuple):
@@ -41,13 +45,12 @@ def next_click(
     predicted: Bool[np.ndarray, "y x"] | None = None,
     clicked: Iterable[Click] = (),
 ) -> Click:
-    """Where a careful person would click: in the middle of what is most wrong.
+    """The click of a simulated user: in the middle of the largest error.
 
-    The first click is the object's pixel farthest from its boundary, later ones the pixel farthest from the boundary of
-    what was missed or of what was wrongly taken, whichever lies deeper; the image's border bounds too. Of equals the
-    first in reading order is taken, and what was missed before what was wrongly taken. As in RITM's evaluation
-    (Sofiiuk et al. 2021, `Clicker`), no pixel is clicked twice; where nothing else is wrong the first click's place
-    serves again.
+    The first click is the object's pixel farthest from its boundary. Later ones are the pixel farthest from the
+    boundary of a false negative or a false positive region, whichever lies deeper; the image's border counts as a
+    boundary. Ties go to false negatives, then to the first pixel in reading order. As in RITM's evaluation (Sofiiuk et
+    al. 2021, `Clicker`), no pixel is clicked twice; where no other pixel is wrong, the first click is repeated.
     """
     fresh = np.ones_like(truth)
     for click in clicked:
@@ -64,7 +67,9 @@ def next_click(
 
 
 def _deepest(region: Bool[np.ndarray, "y x"], fresh: Bool[np.ndarray, "y x"]) -> tuple[tuple[int, int], float]:
-    """The fresh pixel (x, y) of a region farthest from what isn't in it, and how far that is; 0 where there is none."""
+    """The pixel (x, y) of a region, not clicked yet, that lies farthest from its boundary, and that distance; 0 where
+    there is none.
+    """
     if not region.any():
         return (0, 0), 0.0
     rows, columns = np.flatnonzero(region.any(1)), np.flatnonzero(region.any(0))
@@ -81,16 +86,18 @@ def iou(a: Bool[np.ndarray, "y x"], b: Bool[np.ndarray, "y x"]) -> float:
 
 
 class PromptableEvaluation:
-    """Mean IoU over a set's objects, after clicks and from boxes, and the recall of masks of everything.
+    """Mean IoU over a set's objects, after clicks and from boxes, and the recall of automatic masks.
 
-    `<set>/iou_clicks_{1,2,3,5,9}`: of the mask the model itself ranks highest; `<set>/iou_oracle_1`: of the best of the
-    three after one click; `<set>/iou_box`: from a true box; those of small, medium and large objects with `_small` and
-    so on, where there are any. `<set>/num_objects` counts, and `<set>/objects_left_out` those that the stage passed
-    over, where there are any. Where the stage looks for everything, `<set>/ar1000` (see
-    `pipeline.evaluate.coco.proposal_recalls`) and `<set>/masks_per_image`.
+    - `<set>/iou_clicks_{1,2,3,5,9}`: of the mask with the highest predicted IoU;
+    - `<set>/iou_oracle_1`: of the best of the three masks after one click;
+    - `<set>/iou_box`: from the annotated box;
+    - the same of small, medium and large objects, with the suffix `_small` and so on, where there are any;
+    - `<set>/num_objects`, and `<set>/objects_left_out` that the stage skipped, where there are any;
+    - where the stage predicts automatic masks, `<set>/ar1000` (see `pipeline.evaluate.coco.proposal_recalls`) and
+      `<set>/masks_per_image`.
 
-    From a stage's `clicks` [B,Q,K], `oracle`, `box` and `area` [B,Q], absent objects NaN, and `left_out` [B]; and where
-    it has them `everything` [B,D,L] and `everything_scores` [B,D], as `packed_masks` makes them.
+    The stage predicts `clicks` [B,Q,K], `oracle`, `box` and `area` [B,Q] (absent objects NaN) and `left_out` [B], and
+    may predict `everything` [B,D,L] and `everything_scores` [B,D], as `packed_masks` makes them.
     """
 
     def __call__(self, predict: Predict, sweep: Sweep, names: tuple[str, ...]) -> Measured:
@@ -98,77 +105,77 @@ class PromptableEvaluation:
         figures: dict[str, float] = {}
         details: dict[str, Any] = {}
         for name in names:
-            own: list[tuple[int, Truth, list[Annotation]]] = []
+            local_images: list[ImageMasks] = []
 
-            def watched(batch: Batch, own: list[tuple[int, Truth, list[Annotation]]] = own) -> Predictions:
+            def predict_and_record(batch: Batch, images: list[ImageMasks] = local_images) -> Predictions:
                 predictions = predict(batch)
-                own.extend(_masks_of_everything(predictions, batch))
+                images.extend(_automatic_masks(predictions, batch))
                 return predictions
 
-            found = collect(watched, sweep(name), ("clicks", "oracle", "box", "area", "left_out"))
-            measured, curve = _by_clicks(found)
-            measured |= _by_recall(own)
+            names_of_trials = ("clicks", "oracle", "box", "area", "left_out")
+            measured, curve = _click_figures(collect(predict_and_record, sweep(name), names_of_trials))
+            measured |= _recall_figures(local_images)
             figures |= {f"{name}/{key}": value for key, value in measured.items()}
             if curve:
                 details[f"{name}/iou_by_clicks"] = curve
         return Measured(figures, details)
 
 
-def _by_clicks(found: Mapping[str, Tensor]) -> tuple[dict[str, float], list[float]]:
-    """Figures of clicks and boxes, and mean IoU after each click; nothing where there are no objects."""
-    area = found["area"].flatten() if found else torch.zeros(0)
-    there = ~area.isnan()
-    if not there.any():
+def _click_figures(trials: Mapping[str, Tensor]) -> tuple[dict[str, float], list[float]]:
+    """Figures of clicks and boxes, and the mean IoU after each click; both empty where there are no objects."""
+    area = trials["area"].flatten() if trials else torch.zeros(0)
+    present = ~area.isnan()
+    if not present.any():
         return {}, []
-    clicks = found["clicks"].flatten(0, 1)[there].double()
-    columns = {f"iou_clicks_{k}": clicks[:, k - 1] for k in TOLD_CLICKS}
-    columns["iou_oracle_1"] = found["oracle"].flatten()[there].double()
-    columns["iou_box"] = found["box"].flatten()[there].double()
-    area = area[there]
+    clicks = trials["clicks"].flatten(0, 1)[present].double()
+    columns = {f"iou_clicks_{k}": clicks[:, k - 1] for k in REPORTED_CLICKS}
+    columns["iou_oracle_1"] = trials["oracle"].flatten()[present].double()
+    columns["iou_box"] = trials["box"].flatten()[present].double()
+    area = area[present]
     figures = {"num_objects": float(len(area))}
-    if left_out := float(found["left_out"].sum()):
+    if left_out := float(trials["left_out"].sum()):
         figures["objects_left_out"] = left_out
     for title, values in columns.items():
         figures[title] = values.mean().item()
         for size, (low, high) in SIZES.items():
-            own = (area >= low) & (area < high)
-            if own.any():
-                figures[f"{title}_{size}"] = values[own].mean().item()
+            of_size = (area >= low) & (area < high)
+            if of_size.any():
+                figures[f"{title}_{size}"] = values[of_size].mean().item()
     return figures, clicks.mean(0).tolist()
 
 
-def _by_recall(own: list[tuple[int, Truth, list[Annotation]]]) -> dict[str, float]:
-    """Figures of masks of everything. Collective: every rank's images are gathered, the first rank measures."""
-    images = sorted((image for part in ranks.gather(own) for image in part), key=lambda image: image[0])
+def _recall_figures(local_images: list[ImageMasks]) -> dict[str, float]:
+    """Figures of automatic masks. Collective: every rank's images are gathered, and the first rank measures."""
+    images = sorted((image for part in ranks.gather(local_images) for image in part), key=lambda image: image[0])
     if not images:
         return {}
-    truth = {number: one for number, one, _ in images}
-    masks = [mask for _, _, some in images for mask in some]
+    truth = {number: objects for number, objects, _ in images}
+    masks = [mask for _, _, image_masks in images for mask in image_masks]
     recalls = ranks.from_first(lambda: proposal_recalls(truth, masks))
     return recalls | {"masks_per_image": len(masks) / len(images)}
 
 
-def _masks_of_everything(predictions: Predictions, batch: Batch) -> list[tuple[int, Truth, list[Annotation]]]:
-    """Of each present image: its number, its objects, and the masks as COCO's results."""
+def _automatic_masks(predictions: Predictions, batch: Batch) -> list[ImageMasks]:
+    """The automatic masks of each present image, where the stage predicts any."""
     if "everything" not in predictions:
         return []
     assert batch.instances is not None
     images = []
     for i in (batch.weight > 0).nonzero().flatten().tolist():
-        number, there = int(batch.ids[i]), batch.instances[i]
-        assert there.view is not None
-        size = there.view.source
-        found = unpacked_masks(predictions["everything"][i], predictions["everything_scores"][i], size)
-        masks = [{"image_id": number, **one} for one in found]
-        images.append((number, Truth(size, annotations_of(there, number)), masks))
+        number, instances = int(batch.ids[i]), batch.instances[i]
+        assert instances.view is not None
+        size = instances.view.source
+        results = unpacked_masks(predictions["everything"][i], predictions["everything_scores"][i], size)
+        masks = [{"image_id": number, **result} for result in results]
+        images.append((number, Truth(size, annotations_of(instances, number)), masks))
     return images
 
 
 def packed_masks(
     images: Sequence[Sequence[tuple[str, float]]],
 ) -> tuple[UInt8[Tensor, "b d l"], Float[Tensor, "b d"]]:
-    """Masks of images as tensors: the characters of COCO's compressed run lengths, filled up with zeros, and scores,
-    filled up with NaN.
+    """Masks of images as tensors: the characters of COCO's compressed run lengths, padded with zeros, and scores,
+    padded with NaN.
 
     Args:
         images: (run lengths, score) of each image's masks.
@@ -187,15 +194,15 @@ def packed_masks(
 def unpacked_masks(
     packed: UInt8[Tensor, "d l"], scores: Float[Tensor, " d"], size: tuple[int, int]
 ) -> list[Annotation]:
-    """One image's masks as COCO's results, without its number."""
-    there = (~scores.isnan()).nonzero().flatten().tolist()
-    counts = [bytes(packed[j].cpu().numpy()).rstrip(b"\0") for j in there]
+    """One image's masks as COCO's results, without `image_id`."""
+    present = (~scores.isnan()).nonzero().flatten().tolist()
+    counts = [bytes(packed[j].cpu().numpy()).rstrip(b"\0") for j in present]
     return [
         {"category_id": 0, "segmentation": {"size": list(size), "counts": text}, "score": float(scores[j])}
-        for j, text in zip(there, counts, strict=True)
+        for j, text in zip(present, counts, strict=True)
     ]
 
 
 def padded_rows(rows: list[list[float]], width: int) -> Float[Tensor, "b width"]:
-    """Rows of unequal length as a tensor, NaN where there is nothing."""
+    """Rows of unequal length as a tensor, padded with NaN."""
     return torch.tensor([row + [math.nan] * (width - len(row)) for row in rows])

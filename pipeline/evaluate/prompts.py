@@ -1,4 +1,4 @@
-"""Class names and prompt templates of zero-shot classification, open_clip's among them."""
+"""Class names and prompt templates for zero-shot classification, including open_clip's."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ log = logging.getLogger("vitrail")
 
 
 def templates(wanted: str | Sequence[str]) -> tuple[str, ...]:
-    """Templates as given, or open_clip's by name: `openai_imagenet` (80 of them), `simple_imagenet` (7).
+    """The templates themselves, or open_clip's by name: `openai_imagenet` (80 of them), `simple_imagenet` (7).
 
     Raises:
         ConfigError: no list of that name.
@@ -28,7 +28,7 @@ def templates(wanted: str | Sequence[str]) -> tuple[str, ...]:
         return tuple(wanted)
     if wanted not in TEMPLATES:
         raise ConfigError(
-            f"no list of templates {wanted!r}",
+            f"no list of templates is called {wanted!r}",
             where="options.templates",
             fix=f"use one of {', '.join(TEMPLATES)}, or list the prompts, each with {{}} for the class",
         )
@@ -36,11 +36,12 @@ def templates(wanted: str | Sequence[str]) -> tuple[str, ...]:
 
 
 def class_names(wanted: str | Sequence[str], labels: Sequence[str]) -> tuple[str, ...]:
-    """What classes are called in prompts, in the order of the labels.
+    """The class names used in prompts, in the order of the labels.
 
     Args:
-        wanted: names; `imagenet` for open_clip's 1000; a file, one name a line or a JSON list; empty for the data's.
-        labels: the data's own names; () when it has no labels.
+        wanted: the names; or `imagenet` for open_clip's 1000; or a file with one name a line or a JSON list; empty for
+            the data's names.
+        labels: the data's names; () when it has no labels.
 
     Raises:
         ConfigError: there are more or fewer names than classes, or no such file.
@@ -60,30 +61,30 @@ def class_names(wanted: str | Sequence[str], labels: Sequence[str]) -> tuple[str
 def names_of_sets(
     wanted: str | Sequence[str] | Mapping[str, str | Sequence[str]], labels: Mapping[str, Sequence[str]]
 ) -> dict[str, tuple[str, ...]]:
-    """What each set's classes are called in prompts, in the order of its labels; see `class_names`.
+    """Each set's class names used in prompts, in the order of its labels; see `class_names`.
 
     Args:
-        wanted: as `class_names` takes it, for sets that have the same labels; or by the set's name, the others' classes
-            being called as their data call them.
-        labels: each set's own names; () of a set that has no labels. "" stands for any set.
+        wanted: as `class_names` takes it, for sets that all have the same labels; or a mapping by set, in which sets
+            that aren't listed keep the names of their data.
+        labels: the data's names for each set; () for a set without labels. The key "" stands for any set.
 
     Raises:
-        ConfigError: see `class_names`; or one list of names is given for several lists of classes.
+        ConfigError: see `class_names`; or one list of names was configured for sets with different classes.
     """
     if isinstance(wanted, Mapping):
         strange = sorted(wanted.keys() - labels.keys())
         if strange and "" not in labels:
-            log.warning("options.class_names: none of the sets measured is called %s", " or ".join(strange))
-        return {name: class_names(wanted.get(name, ()), own) for name, own in labels.items()}
-    lists = {tuple(own): name for name, own in labels.items() if own}
+            log.warning("options.class_names: no evaluation set is called %s", " or ".join(strange))
+        return {name: class_names(wanted.get(name, ()), set_labels) for name, set_labels in labels.items()}
+    lists = {tuple(set_labels): name for name, set_labels in labels.items() if set_labels}
     if wanted and len(lists) > 1:
         sets = " and ".join(sorted(lists.values()))
         raise ConfigError(
-            f"one list of names, and sets {sets} have classes of their own",
+            f"one list of names, but sets {sets} have different classes",
             where="options.class_names",
-            fix="give names by set, `{SET: imagenet}`; sets left out keep the names their data give",
+            fix="give names by set, `{SET: imagenet}`; sets left out keep the names of their data",
         )
-    return {name: class_names(wanted, own) for name, own in labels.items()}
+    return {name: class_names(wanted, set_labels) for name, set_labels in labels.items()}
 
 
 def _names(wanted: str | Sequence[str]) -> tuple[tuple[str, ...], str]:
@@ -99,13 +100,15 @@ def _names(wanted: str | Sequence[str]) -> tuple[tuple[str, ...], str]:
         ) from None
     if not wanted.endswith(".json"):
         return tuple(line.strip() for line in content.splitlines() if line.strip()), wanted
-    found = json.loads(content)
-    if not isinstance(found, list) or not all(isinstance(name, str) for name in found):
-        raise ConfigError("no list of names", where=f"options.class_names: {wanted}", fix='write ["cat", "dog", ...]')
-    return tuple(found), wanted
+    names = json.loads(content)
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ConfigError(
+            "the file holds no list of names", where=f"options.class_names: {wanted}", fix='write ["cat", "dog", ...]'
+        )
+    return tuple(names), wanted
 
 
 @functools.cache
 def _metadata() -> Any:
-    """open_clip's `zero_shot_metadata`."""
+    """open_clip's module `zero_shot_metadata`."""
     return open_clip_file("zero_shot_metadata")

@@ -1,4 +1,4 @@
-"""Finding the text of an image among all texts, and the image of a text among all images.
+"""Retrieval: the text of an image among all texts, and the image of a text among all images.
 
 Legend: B pairs, E width of an embedding, L tokens of a text.
 """
@@ -16,7 +16,7 @@ RECALLS = (1, 5, 10)
 
 
 def text_groups(text: Int[Tensor, "b l"]) -> Int[Tensor, " b"]:
-    """A number per pair, equal for pairs with the same text: those are right answers for one another."""
+    """A number per pair, equal for pairs with the same text, which count as right answers for one another."""
     groups: Tensor = torch.unique(text, dim=0, return_inverse=True)[1]
     return groups
 
@@ -24,7 +24,7 @@ def text_groups(text: Int[Tensor, "b l"]) -> Int[Tensor, " b"]:
 def ranks_of_right_answers(
     queries: Float[Tensor, "b e"], answers: Float[Tensor, "b e"], groups: Int[Tensor, " b"]
 ) -> Int[Tensor, " b"]:
-    """For each query, how many wrong answers score higher than the best right one (0 = found first)."""
+    """For each query, how many wrong answers score higher than the best right one (0: the right one comes first)."""
     ranks = []
     for start in range(0, len(queries), CHUNK):
         rows = slice(start, start + CHUNK)
@@ -38,8 +38,8 @@ def ranks_of_right_answers(
 def retrieval_figures(
     images: Float[Tensor, "b e"], texts: Float[Tensor, "b e"], groups: Int[Tensor, " b"], prefix: str
 ) -> dict[str, float]:
-    """`<prefix>retrieval_{i2t,t2i}_r{1,5,10}`: share of queries with a right answer among the first 1, 5, 10; and
-    `..._mean_rank`, `..._median_rank` of the best right answer, 1 = first.
+    """`<prefix>retrieval_{i2t,t2i}_r{1,5,10}`: the share of queries with a right answer among the first 1, 5, 10; and
+    `..._mean_rank`, `..._median_rank` of the best right answer, counted from 1.
     """
     figures = {}
     for way, ranks in (
@@ -54,13 +54,13 @@ def retrieval_figures(
 
 
 class WorstPair(NamedTuple):
-    """A caption whose own image is found late."""
+    """A caption whose image is ranked low."""
 
     id: int  # of the sample
     rank: int  # of the best right image, 1 = first
-    found_id: int  # sample whose image is found first instead
-    cosine: float  # of the caption with its own image
-    found_cosine: float  # and with the one found
+    found_id: int  # sample whose image is ranked first instead
+    cosine: float  # between the caption and its image
+    found_cosine: float  # and between the caption and the image ranked first
 
 
 def worst_pairs(
@@ -70,14 +70,14 @@ def worst_pairs(
     ids: Int[Tensor, " b"],
     most: int = 10,
 ) -> list[WorstPair]:
-    """The captions with the greatest ranks of their images, the worst first; those found at once aren't listed."""
+    """The captions whose images are ranked lowest, the worst first; those whose image comes first aren't listed."""
     ranks = ranks_of_right_answers(texts, images, groups)
     worst = ranks.argsort(descending=True, stable=True)[:most]
     scores = texts[worst].float() @ images.float().T
     best = scores.argmax(1)
-    own = scores.gather(1, worst.unsqueeze(1)).squeeze(1)
+    own_cosines = scores.gather(1, worst.unsqueeze(1)).squeeze(1)
     return [
         WorstPair(int(ids[i]), int(ranks[i]) + 1, int(ids[b]), round(float(c), 4), round(float(s[b]), 4))
-        for i, b, c, s in zip(worst, best, own, scores, strict=True)
+        for i, b, c, s in zip(worst, best, own_cosines, scores, strict=True)
         if ranks[i] > 0
     ]

@@ -1,9 +1,10 @@
-"""Contrastive losses of image-text pairs over all ranks: exact gradients, memory that doesn't grow with the ranks.
+"""Contrastive losses of image-text pairs over all ranks: exact gradients, memory independent of the number of ranks.
 
-Every rank scores its own pairs against all ranks'. Embeddings go round the ranks in a ring, one rank's block at a time,
-and no score is kept: forward keeps two numbers a pair, backward scores again and sends those numbers round with the
-blocks. A rank thus computes the whole gradient of its own embeddings, nothing is reduced, and memory is
-O(local batch x (chunk + E)) for any number of ranks. There are no flags that could be combined wrongly.
+Every rank scores its pairs against all ranks' pairs. Embeddings are passed around the ranks in a ring, one rank's block
+at a time, and no score is stored: forward stores two numbers per pair; backward computes the scores again and passes
+those numbers around with the blocks. Each rank thus computes the whole gradient of its own embeddings, nothing is
+reduced, and memory is O(local batch x (chunk + E)) for any number of ranks. There are no flags that could be combined
+wrongly.
 
 Legend: B pairs of this rank, C pairs scored at a time, E width of an embedding.
 """
@@ -35,15 +36,15 @@ def clip_loss(
     *,
     chunk: int = CHUNK,
 ) -> Float[Tensor, " b"]:
-    """CLIP's loss of each of this rank's pairs against all ranks' (Radford et al. 2021), not yet weighted.
+    """CLIP's loss of each of this rank's pairs against all ranks' pairs (Radford et al. 2021), unweighted.
 
-    Summed over ranks and divided by the number of pairs it is open_clip's `ClipLoss` of the full batch. Collective,
-    backward too; all ranks pass equally many pairs.
+    Summed over ranks and divided by the number of pairs, it is open_clip's `ClipLoss` of the full batch. Collective,
+    backward too; all ranks pass the same number of pairs.
 
     Args:
         images: normalised embeddings.
-        texts: their texts' normalised embeddings.
-        weight: pairs of weight 0 are absent: no pair's negatives. Their own loss is finite but means nothing.
+        texts: normalised embeddings of their texts.
+        weight: pairs of weight 0 are absent: they are nobody's negatives, and their own loss is finite but meaningless.
         scale: the logits' factor.
         chunk: pairs scored at a time.
     """
@@ -60,10 +61,10 @@ def siglip_loss(
     *,
     chunk: int = CHUNK,
 ) -> Float[Tensor, " b"]:
-    """SigLIP's loss of each of this rank's images against all ranks' texts (Zhai et al. 2023), not yet weighted.
+    """SigLIP's loss of each of this rank's images against all ranks' texts (Zhai et al. 2023), unweighted.
 
-    Summed over ranks and divided by the number of pairs it is open_clip's `SigLipLoss` of the full batch. Arguments as
-    of `clip_loss`; `bias` is added to the scaled cosines.
+    Summed over ranks and divided by the number of pairs, it is open_clip's `SigLipLoss` of the full batch. Arguments
+    are those of `clip_loss`; `bias` is added to the scaled cosines.
     """
     return _loss("siglip", images, texts, weight, scale, bias, chunk)
 
@@ -76,12 +77,12 @@ def _loss(rule: Rule, images: Tensor, texts: Tensor, weight: Tensor, scale: Tens
 
 
 class _Side(NamedTuple):
-    """What backward must know of some pairs, each [n] but the embeddings."""
+    """What backward needs about some pairs: two embeddings [n,E], all else [n]."""
 
     images: Tensor
     texts: Tensor
     present: Tensor
-    gradient: Tensor  # of the total with regard to the pair's loss
+    gradient: Tensor  # of the total with respect to the pair's loss
     by_image: Tensor  # CLIP: log sum exp of the image's logits with all texts
     by_text: Tensor  # and of the text's with all images
 
@@ -96,17 +97,17 @@ class _Side(NamedTuple):
 
 
 class _Pairs(torch.autograd.Function):
-    """Both losses are `spread_i - z_ii` with logits z = scale x cosine + bias. CLIP's spread is the mean of two log sum
-    exps (of row and of column i), SigLIP's the sum of softplus over row i.
+    """Both losses are `spread_i - z_ii` with logits z = scale x cosine + bias. CLIP's spread is the mean of two
+    log-sum-exps (over row i and over column i), SigLIP's the sum of softplus over row i.
     """
 
     @staticmethod
     def forward(
         ctx: Any, rule: Rule, images: Tensor, texts: Tensor, present: Tensor, scale: Tensor, bias: Tensor, chunk: int
     ) -> Tensor:
-        own = scale * (images * texts).sum(1) + bias
-        # An absent pair counts nowhere but in its own loss, which stays finite that way.
-        start = torch.where(present > 0, float("-inf"), own) if rule == "clip" else torch.zeros_like(own)
+        own_logits = scale * (images * texts).sum(1) + bias
+        # An absent pair counts only in its own loss, which keeps that loss finite.
+        start = torch.where(present > 0, float("-inf"), own_logits) if rule == "clip" else torch.zeros_like(own_logits)
         by_image, by_text = start, start
         for _, block in _around(torch.cat([images, texts, present.unsqueeze(1)], dim=1)):
             width = images.shape[1]
@@ -121,26 +122,26 @@ class _Pairs(torch.autograd.Function):
                 by_text = torch.logaddexp(by_text, z.logsumexp(1))
         ctx.rule, ctx.chunk = rule, chunk
         ctx.save_for_backward(images, texts, present, scale, bias, by_image, by_text)
-        return (by_image + by_text) / 2 - own if rule == "clip" else by_image - own
+        return (by_image + by_text) / 2 - own_logits if rule == "clip" else by_image - own_logits
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         images, texts, present, scale, bias, by_image, by_text = ctx.saved_tensors
-        mine = _Side(images, texts, present, gradients[0].float() * present, by_image, by_text)
+        local = _Side(images, texts, present, gradients[0].float() * present, by_image, by_text)
         to_images, to_texts = torch.zeros_like(images), torch.zeros_like(texts)
         to_scale, to_bias = torch.zeros_like(scale), torch.zeros_like(bias)
-        for source, block in _around(mine.packed()):
+        for source, block in _around(local.packed()):
             for number, part in enumerate(torch.split(block, ctx.chunk)):
-                theirs = _Side.unpacked(part)
+                others = _Side.unpacked(part)
                 diagonal = number * ctx.chunk if source == ranks.world().rank else None
-                cosines = images @ theirs.texts.T
-                to_z = _to_logits(ctx.rule, scale * cosines + bias, mine, theirs, diagonal)
-                to_images.addmm_(to_z, theirs.texts)
+                cosines = images @ others.texts.T
+                to_z = _to_logits(ctx.rule, scale * cosines + bias, local, others, diagonal)
+                to_images.addmm_(to_z, others.texts)
                 to_scale += (to_z * cosines).sum()
                 to_bias += to_z.sum()
-                z = _logits(theirs.images, texts, scale, bias)
-                to_z = _to_logits(ctx.rule, z, theirs, mine, None if diagonal is None else -diagonal)
-                to_texts.addmm_(to_z.T, theirs.images)
+                z = _logits(others.images, texts, scale, bias)
+                to_z = _to_logits(ctx.rule, z, others, local, None if diagonal is None else -diagonal)
+                to_texts.addmm_(to_z.T, others.images)
         return None, scale * to_images, scale * to_texts, None, to_scale, to_bias, None
 
 
@@ -151,10 +152,10 @@ def _logits(images: Tensor, texts: Tensor, scale: Tensor, bias: Tensor) -> Tenso
 def _to_logits(
     rule: Rule, z: Float[Tensor, "m n"], rows: _Side, columns: _Side, diagonal: int | None
 ) -> Float[Tensor, "m n"]:
-    """Gradient of the total with regard to the logits of images (rows) with texts (columns).
+    """Gradient of the total with respect to the logits of images (rows) and texts (columns).
 
     Args:
-        diagonal: the pairs' own logits are z[i, i - diagonal]; None when there are none among these.
+        diagonal: the logits of matching pairs are z[i, i - diagonal]; None when there are none in z.
     """
     if rule == "siglip":
         to_z = torch.sigmoid(z) * rows.gradient.unsqueeze(1) * columns.present
@@ -162,31 +163,31 @@ def _to_logits(
         to_z = (z - rows.by_image.unsqueeze(1)).exp_() * (rows.gradient.unsqueeze(1) * columns.present / 2)
         to_z += (z - columns.by_text).exp_() * (rows.present.unsqueeze(1) * columns.gradient / 2)
     if diagonal is not None:
-        own = to_z.diagonal(-diagonal)
+        to_own = to_z.diagonal(-diagonal)
         first = max(diagonal, 0)
-        own -= rows.gradient[first : first + len(own)]
+        to_own -= rows.gradient[first : first + len(to_own)]
     return to_z
 
 
 def _around(block: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """Every rank's block with its rank, this rank's first; the next one travels while the caller works on one.
+    """Every rank's block with its rank, this rank's first; the next block is received while the caller works on one.
 
-    Exhaust it: every rank must send on what it received.
+    Exhaust it: every rank must pass on what it received.
     """
-    here = ranks.world()
+    world = ranks.world()
     block = block.contiguous()
-    for step in range(here.size):
+    for step in range(world.size):
         pending: list[dist.Work] = []
         incoming = block
-        if step < here.size - 1:
+        if step < world.size - 1:
             incoming = torch.empty_like(block)
             pending = dist.batch_isend_irecv(
                 [
-                    dist.P2POp(dist.isend, block, (here.rank + 1) % here.size),
-                    dist.P2POp(dist.irecv, incoming, (here.rank - 1) % here.size),
+                    dist.P2POp(dist.isend, block, (world.rank + 1) % world.size),
+                    dist.P2POp(dist.irecv, incoming, (world.rank - 1) % world.size),
                 ]
             )
-        yield (here.rank - step) % here.size, block
+        yield (world.rank - step) % world.size, block
         for work in pending:
             work.wait()
         block = incoming

@@ -1,8 +1,8 @@
 """Losses of predicted masks.
 
-Legend: M objects, K masks predicted of each, y x pixels.
+Legend: M objects, K masks predicted for each, y x pixels.
 
-Pixels that aren't `valid` (padding) count nowhere.
+Pixels that aren't `valid` (padding) are ignored.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ FOCAL_ALPHA = 0.25  # weight of the object's pixels; the others have 1 - alpha
 def focal_and_dice(
     logits: Float[Tensor, "m k y x"], truth: Bool[Tensor, "m y x"], valid: Bool[Tensor, "m y x"]
 ) -> tuple[Float[Tensor, "m k"], Float[Tensor, "m k"]]:
-    """Focal loss and Dice loss of each mask, as SAM 2's training code has them.
+    """Focal loss and Dice loss of each mask, as SAM 2's training code computes them.
 
     Focal (Lin et al. 2017, alpha .25, gamma 2): torchvision's `sigmoid_focal_loss`, averaged over the pixels. Dice
-    (Milletari et al. 2016): 1 - Dice coefficient of probabilities and truth, 1 added above and below the line. Both in
-    terms of the probability given to what isn't true, which takes about half of the time of the two apart.
+    (Milletari et al. 2016): 1 - Dice coefficient of probabilities and truth, with 1 added to numerator and denominator.
+    Both are computed from the probability of the wrong class, which takes about half the time of computing them apart.
     """
     inside = valid.unsqueeze(1)
     sign = (1 - 2 * truth.to(logits.dtype)).unsqueeze(1)

@@ -21,7 +21,7 @@ class PatchStatistics(NamedTuple):
 
 
 def patch_statistics(patches: Float[Tensor, "b m P"]) -> PatchStatistics:
-    """What MAE normalises targets with: unbiased variance, and the epsilon inside the root."""
+    """The statistics MAE normalises targets with: unbiased variance, and the epsilon inside the root."""
     variance = patches.var(dim=-1, keepdim=True, unbiased=True)
     return PatchStatistics(patches.mean(dim=-1, keepdim=True), (variance + NORM_PIX_EPS).sqrt())
 

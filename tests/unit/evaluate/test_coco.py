@@ -37,9 +37,9 @@ def scene(seed: int, num_images: int = 40) -> tuple[dict[int, Truth], list[Annot
     """Objects of all sizes, crowds, empty images, images with over a hundred detections, many equal scores."""
     draw = np.random.default_rng(seed)
     truth: dict[int, Truth] = {}
-    found: list[Annotation] = []
+    detections: list[Annotation] = []
     for number in range(num_images):
-        objects, detections = [], []
+        objects, predicted = [], []
         for _ in range(0 if number % 7 == 0 else int(draw.integers(1, 9))):
             w, h = np.exp(draw.uniform(np.log(6), np.log(180), 2))
             box = [float(v) for v in (draw.uniform(0, WIDTH - w), draw.uniform(0, HEIGHT - h), w, h)]
@@ -52,31 +52,31 @@ def scene(seed: int, num_images: int = 40) -> tuple[dict[int, Truth], list[Annot
             for _ in range(int(draw.integers(0, 4))):
                 moved = [max(1.0, float(v + draw.normal(0, 3))) for v in box]
                 kind = label if draw.random() < 0.8 else int(draw.integers(NUM_CLASSES))
-                detections.append((kind, moved, round(float(draw.random()), 1)))
+                predicted.append((kind, moved, round(float(draw.random()), 1)))
         for _ in range(130 if number % 11 == 1 else 5):
             box = [float(v) for v in (*draw.uniform(0, 150, 2), *draw.uniform(4, 80, 2))]
-            detections.append((int(draw.integers(NUM_CLASSES)), box, round(float(draw.random() * 0.6), 1)))
+            predicted.append((int(draw.integers(NUM_CLASSES)), box, round(float(draw.random() * 0.6), 1)))
         truth[number] = Truth((HEIGHT, WIDTH), objects)
-        found += [
+        detections += [
             {"image_id": number, "category_id": kind, "bbox": box, "score": score, "segmentation": rle(box)}
-            for kind, box, score in detections
+            for kind, box, score in predicted
         ]
-    return truth, found
+    return truth, detections
 
 
-def pycocotools(truth: dict[int, Truth], found: list[Annotation], kind: str) -> list[float]:
-    objects = [one for image in truth.values() for one in image.objects]
+def pycocotools(truth: dict[int, Truth], detections: list[Annotation], kind: str) -> list[float]:
+    objects = [annotation for image in truth.values() for annotation in image.objects]
     coco = COCO()
     coco.dataset = {
         "images": [{"id": number, "height": HEIGHT, "width": WIDTH} for number in truth],
-        "annotations": [{**one, "id": i} for i, one in enumerate(objects, start=1)],
+        "annotations": [{**annotation, "id": i} for i, annotation in enumerate(objects, start=1)],
         "categories": [{"id": number} for number in range(NUM_CLASSES)],
     }
     with contextlib.redirect_stdout(io.StringIO()):
         coco.createIndex()
-        results = [copy.deepcopy(one) for one in found]
+        results = [copy.deepcopy(annotation) for annotation in detections]
         if kind == "bbox":
-            results = [{k: v for k, v in one.items() if k != "segmentation"} for one in results]
+            results = [{k: v for k, v in annotation.items() if k != "segmentation"} for annotation in results]
         evaluation = COCOeval(coco, coco.loadRes(results), kind)
         evaluation.evaluate()
         evaluation.accumulate()
@@ -87,9 +87,9 @@ def pycocotools(truth: dict[int, Truth], found: list[Annotation], kind: str) -> 
 @pytest.mark.parametrize("kind", ["bbox", "segm"])
 @pytest.mark.parametrize("seed", [0, 1])
 def test_the_twelve_figures_equal_pycocotools(kind: str, seed: int) -> None:
-    truth, found = scene(seed)
-    expected = pycocotools(truth, found, kind)
-    figures, per_class = coco_figures(truth, found, NUM_CLASSES, kind)
+    truth, detections = scene(seed)
+    expected = pycocotools(truth, detections, kind)
+    figures, per_class = coco_figures(truth, detections, NUM_CLASSES, kind)
     names = (*FIGURES, *RECALLS)
     assert all(value > 0 for value in expected), "a figure that is 0 or undefined compares nothing"
     for name, value in zip(names, expected, strict=True):
@@ -101,23 +101,25 @@ def test_the_twelve_figures_equal_pycocotools(kind: str, seed: int) -> None:
 
 def test_sizes_without_objects_have_no_figure() -> None:
     box = [10.0, 10.0, 50.0, 50.0]
-    one = {"image_id": 0, "category_id": 0, "bbox": box, "segmentation": rle(box), "area": 2500.0, "iscrowd": 0}
-    truth = {0: Truth((HEIGHT, WIDTH), [one]), 3: Truth((HEIGHT, WIDTH), [])}
-    figures, _ = coco_figures(truth, [{**one, "score": 0.5}], 1, "segm")
+    annotation = {"image_id": 0, "category_id": 0, "bbox": box, "segmentation": rle(box), "area": 2500.0, "iscrowd": 0}
+    truth = {0: Truth((HEIGHT, WIDTH), [annotation]), 3: Truth((HEIGHT, WIDTH), [])}
+    figures, _ = coco_figures(truth, [{**annotation, "score": 0.5}], 1, "segm")
     assert figures["ap"] == figures["ap_medium"] == pytest.approx(1.0)
     assert not {"ap_small", "ap_large"} & figures.keys()
 
 
 def test_nothing_found_is_zero_and_nothing_there_no_figure() -> None:
     box = [10.0, 10.0, 50.0, 50.0]
-    one = {"image_id": 0, "category_id": 0, "bbox": box, "segmentation": rle(box), "area": 2500.0, "iscrowd": 0}
-    figures, _ = coco_figures({0: Truth((HEIGHT, WIDTH), [one])}, [], 1, "bbox")
+    annotation = {"image_id": 0, "category_id": 0, "bbox": box, "segmentation": rle(box), "area": 2500.0, "iscrowd": 0}
+    figures, _ = coco_figures({0: Truth((HEIGHT, WIDTH), [annotation])}, [], 1, "bbox")
     assert figures["ap"] == 0.0
-    figures, _ = coco_figures({0: Truth((HEIGHT, WIDTH), [])}, [{**one, "score": 0.5}], 1, "bbox")
+    figures, _ = coco_figures({0: Truth((HEIGHT, WIDTH), [])}, [{**annotation, "score": 0.5}], 1, "bbox")
     assert figures == {}
 
 
-def shown(truth: dict[int, Truth], found: list[Annotation], view: View, size: int) -> tuple[list[Batch], list[Any]]:
+def shown(
+    truth: dict[int, Truth], detections: list[Annotation], view: View, size: int
+) -> tuple[list[Batch], list[Any]]:
     """Batches of `size`, the last padded, and what a stage would predict, in pixels of what it sees."""
     batches, predictions = [], []
     for start in range(0, len(truth), size):
@@ -125,24 +127,24 @@ def shown(truth: dict[int, Truth], found: list[Annotation], view: View, size: in
         instances, boxes, scores, classes, counts = [], [], [], [], []
         for number in ids:
             objects = truth[number].objects if number >= 0 else []
-            xywh = torch.tensor([one["bbox"] for one in objects], dtype=torch.float64).reshape(-1, 4)
+            xywh = torch.tensor([annotation["bbox"] for annotation in objects], dtype=torch.float64).reshape(-1, 4)
             instances.append(
                 Instances(
                     torch.cat([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], dim=1).float(),
-                    torch.tensor([one["category_id"] for one in objects], dtype=torch.int64),
-                    tuple(one["segmentation"] for one in objects),
-                    torch.tensor([one["iscrowd"] for one in objects], dtype=torch.int64),
+                    torch.tensor([annotation["category_id"] for annotation in objects], dtype=torch.int64),
+                    tuple(annotation["segmentation"] for annotation in objects),
+                    torch.tensor([annotation["iscrowd"] for annotation in objects], dtype=torch.int64),
                     view,
                 )
             )
-            here = [one for one in found if one["image_id"] == number]
-            counts.append(len(here))
-            padded = here + [{"bbox": [0, 0, 0, 0], "score": 0, "category_id": 0}] * (150 - len(here))
-            corners = torch.tensor([one["bbox"] for one in padded], dtype=torch.float32)
+            of_image = [annotation for annotation in detections if annotation["image_id"] == number]
+            counts.append(len(of_image))
+            padded = of_image + [{"bbox": [0, 0, 0, 0], "score": 0, "category_id": 0}] * (150 - len(of_image))
+            corners = torch.tensor([annotation["bbox"] for annotation in padded], dtype=torch.float32)
             corners[:, 2:] += corners[:, :2]
             boxes.append(view.shown(corners))
-            scores.append(torch.tensor([float(one["score"]) for one in padded]))
-            classes.append(torch.tensor([one["category_id"] for one in padded]))
+            scores.append(torch.tensor([float(annotation["score"]) for annotation in padded]))
+            classes.append(torch.tensor([annotation["category_id"] for annotation in padded]))
         weight = torch.tensor([float(number >= 0) for number in ids])
         batches.append(Batch(torch.tensor(ids), torch.zeros(size).long(), weight, 0, instances=tuple(instances)))
         predictions.append(
@@ -154,11 +156,11 @@ def shown(truth: dict[int, Truth], found: list[Annotation], view: View, size: in
 
 def test_an_evaluation_over_batches_equals_pycocotools_on_the_stored_images() -> None:
     """Detections come in pixels of enlarged, padded images."""
-    truth, found = scene(2, num_images=11)
-    found = [one for one in found if one["image_id"] != 1]
+    truth, detections = scene(2, num_images=11)
+    detections = [annotation for annotation in detections if annotation["image_id"] != 1]
     view = fitted(HEIGHT, WIDTH, (400, 400))
-    batches, predictions = shown(truth, found, view, 4)
-    answers = {id(batch): one for batch, one in zip(batches, predictions, strict=True)}
+    batches, predictions = shown(truth, detections, view, 4)
+    answers = {id(batch): answer for batch, answer in zip(batches, predictions, strict=True)}
 
     def predict(batch: Batch) -> Predictions:
         answer: Predictions = answers[id(batch)]
@@ -170,9 +172,9 @@ def test_an_evaluation_over_batches_equals_pycocotools_on_the_stored_images() ->
     evaluation = CocoEvaluation([str(i) for i in range(NUM_CLASSES)], masks=False)
     measured = evaluation(predict, sweep, ("heldout",))
     clipped = [
-        {**one, "bbox": [x, y, min(x + w, WIDTH) - x, min(y + h, HEIGHT) - y]}
-        for one in found
-        for x, y, w, h in [one["bbox"]]
+        {**annotation, "bbox": [x, y, min(x + w, WIDTH) - x, min(y + h, HEIGHT) - y]}
+        for annotation in detections
+        for x, y, w, h in [annotation["bbox"]]
     ]
     expected = dict(zip((*FIGURES, *RECALLS), pycocotools(truth, clipped, "bbox"), strict=True))
     for name, value in expected.items():
@@ -183,21 +185,25 @@ def test_an_evaluation_over_batches_equals_pycocotools_on_the_stored_images() ->
 
 def test_the_recall_of_a_thousand_masks_is_pycocotools() -> None:
     """Whatever the class; by the object's size; with more masks of an image than count."""
-    truth, found = scene(0, num_images=24)
+    truth, detections = scene(0, num_images=24)
     draw = np.random.default_rng(5)
     for _ in range(1100):
         box = [float(v) for v in (*draw.uniform(0, 150, 2), *draw.uniform(4, 80, 2))]
-        found.append({"image_id": 1, "category_id": 0, "bbox": box, "score": draw.random(), "segmentation": rle(box)})
+        detections.append(
+            {"image_id": 1, "category_id": 0, "bbox": box, "score": draw.random(), "segmentation": rle(box)}
+        )
     coco = COCO()
-    objects = [one for image in truth.values() for one in image.objects]
+    objects = [annotation for image in truth.values() for annotation in image.objects]
     coco.dataset = {
         "images": [{"id": number, "height": HEIGHT, "width": WIDTH} for number in truth],
-        "annotations": [{**one, "id": i, "category_id": 0} for i, one in enumerate(objects, start=1)],
+        "annotations": [{**annotation, "id": i, "category_id": 0} for i, annotation in enumerate(objects, start=1)],
         "categories": [{"id": 0}],
     }
     with contextlib.redirect_stdout(io.StringIO()):
         coco.createIndex()
-        results = [{**{k: v for k, v in one.items() if k != "bbox"}, "category_id": 0} for one in found]
+        results = [
+            {**{k: v for k, v in annotation.items() if k != "bbox"}, "category_id": 0} for annotation in detections
+        ]
         evaluation = COCOeval(coco, coco.loadRes(copy.deepcopy(results)), "segm")
         evaluation.params.maxDets = [1, 10, 1000]
         evaluation.evaluate()

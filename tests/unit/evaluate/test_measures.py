@@ -78,9 +78,9 @@ def test_retrieval_figures_are_those_of_open_clips_own_function() -> None:
 def test_the_worst_pairs_are_those_whose_image_is_found_last() -> None:
     images = torch.eye(4)
     texts = images[[0, 1, 3, 2]] + 0.1 * images
-    found = worst_pairs(images, texts, torch.arange(4), torch.tensor([7, 8, 9, 10]))
-    assert [(pair.id, pair.rank, pair.found_id) for pair in found] == [(9, 2, 10), (10, 2, 9)]
-    assert found[0].found_cosine > found[0].cosine
+    worst = worst_pairs(images, texts, torch.arange(4), torch.tensor([7, 8, 9, 10]))
+    assert [(pair.id, pair.rank, pair.found_id) for pair in worst] == [(9, 2, 10), (10, 2, 9)]
+    assert worst[0].found_cosine > worst[0].cosine
 
 
 def test_equal_captions_are_right_answers_for_one_another() -> None:

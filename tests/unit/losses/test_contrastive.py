@@ -23,8 +23,8 @@ def pairs(num: int = 12) -> tuple[Tensor, ...]:
     """Images, texts, log scale, bias."""
     generator = torch.Generator().manual_seed(0)
     images, texts = torch.randn(2, num, 8, generator=generator).unbind(0)
-    found = (images, texts, torch.full((1,), 2.0), torch.full((1,), -3.0))
-    return tuple(tensor.requires_grad_() for tensor in found)
+    leaves = (images, texts, torch.full((1,), 2.0), torch.full((1,), -3.0))
+    return tuple(tensor.requires_grad_() for tensor in leaves)
 
 
 def total(
@@ -101,9 +101,9 @@ def test_absent_pairs_are_nobodys_negatives(kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_batch_of_nothing_and_a_batch_of_one_have_a_finite_loss(kind: str) -> None:
     assert gradients(kind, torch.zeros(3))[0] == 0
-    one = gradients(kind, torch.ones(1))
-    assert kind == "siglip" or one[0] == pytest.approx(0, abs=1e-6)
-    assert all(g.isfinite().all() for g in [*gradients(kind, torch.zeros(3))[1], *one[1]])
+    alone = gradients(kind, torch.ones(1))
+    assert kind == "siglip" or alone[0] == pytest.approx(0, abs=1e-6)
+    assert all(g.isfinite().all() for g in [*gradients(kind, torch.zeros(3))[1], *alone[1]])
 
 
 class Largest(TorchDispatchMode):
@@ -134,8 +134,8 @@ def _rank(rank: int, world_size: int, folder: str, kind: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size)
     weight = torch.load(f"{folder}/weight.pt")
     share = len(weight) // world_size
-    found = gradients(kind, weight, slice(rank * share, (rank + 1) * share), chunk=3)
-    torch.save((*found, largest_of_a_step(kind, share)), f"{folder}/{rank}.pt")
+    results = gradients(kind, weight, slice(rank * share, (rank + 1) * share), chunk=3)
+    torch.save((*results, largest_of_a_step(kind, share)), f"{folder}/{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
 

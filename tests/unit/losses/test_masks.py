@@ -45,5 +45,5 @@ def test_pixels_that_are_not_valid_count_nowhere() -> None:
     before = (*focal_and_dice(logits, truth, valid), mask_iou(logits > 0, truth, valid))
     other = torch.where(valid.unsqueeze(1), logits, -logits)
     after = (*focal_and_dice(other, truth ^ ~valid, valid), mask_iou(other > 0, truth ^ ~valid, valid))
-    for one, two in zip(before, after, strict=True):
-        assert torch.equal(one, two)
+    for first, second in zip(before, after, strict=True):
+        assert torch.equal(first, second)
