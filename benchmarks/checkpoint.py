@@ -48,7 +48,7 @@ def _engine(size: str, image_size: int) -> Iterator[Any]:
 
     cls = stage_class("classify")
     model = {"size": size, "image_size": image_size}
-    options = configs.validate(cls.options, {"model": model}, where="benchmark")
+    options = configs.validate(cls.options_class, {"model": model}, where="benchmark")
     seeded_init(0)
     stage = cls(options, DataFacts(("a", "b"), 64))
     engine = DeepSpeedEngine(stage, OptimConfig(lr=1e-4), zero_stage=2, precision="fp32", peak_lr=1e-4)

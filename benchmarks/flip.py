@@ -129,7 +129,7 @@ class Peer:
         self.model = CLIP(**described)
         self.model.load_state_dict(written.state)
         self.model = self.model.bfloat16().train()
-        config = ours.stage.config.model
+        config = ours.stage.options.model
         keep = random_masking(ours.batch.seeds, config.num_patches, config.num_kept(0.5)).keep
         self.model.visual.patch_dropout = GivenPatches(keep)
         assert ours.batch.images is not None

@@ -110,7 +110,8 @@ def detector(side: int, way: Way, pairs: int) -> Comparison:
         torch.manual_seed(0)
         document = {"model": model_of("B", side, relative=relative).model_dump()}
         stage = VitDetStage(validate(VitDetOptions, document, where="benchmark"), DataFacts(("",) * COCO_CLASSES))
-        return stage.to(device, torch.bfloat16).train(way == "train")
+        stage.to(device, torch.bfloat16).train(way == "train")
+        return stage
 
     return compare(
         f"vitdet-detector-{way}-none",

@@ -230,7 +230,7 @@ def _own(stage: Stage) -> Measures:
 
 
 def _neighbours(stage: Stage, knn: Knn, manifests: Mapping[str, Manifest]) -> Measures:
-    options = getattr(stage, "config", None)
+    options = stage.options
     assert isinstance(options, ImageOptions)
     if knn.pooling == "cls" and not stage.trunk.config.cls_token:
         raise ConfigError("this trunk has no cls token", where="--pooling", fix="use avg")

@@ -67,7 +67,7 @@ def plan_training(document: Document, *, where: str, workers: int | None, nodes:
     world_size = nodes * (workers or gpus or 1)
     resolved = resolve(config, World(0, world_size, 0), torch.device("cuda" if gpus else "cpu"))
     cls = stage_class(config.stage)
-    options = configs.validate(cls.options, config.options, where=config.name, prefix="options")
+    options = configs.validate(cls.options_class, config.options, where=config.name, prefix="options")
     sources, why_not = _read_sources(config, cls.label_use(options))
     lines = [f"run {config.run_url}, stage {config.stage}", *resolved.lines()]
     lines += _plan_reading(config, sources, world_size)

@@ -17,7 +17,7 @@ from pipeline.data.batch import Example, RawSample, collate, derive_seed
 from pipeline.data.images.decode import UnreadableSample, read_header
 from pipeline.errors import CheckpointError, ConfigError
 from pipeline.report.sheet import sheet
-from pipeline.stages.base import Answer, Picture, Stage
+from pipeline.stages.base import QUESTION, Answer, Picture, Stage
 from pipeline.stages.images import ImageOptions, attention_pictures
 
 FORMAT, FORMAT_VERSION = "vitrail.predictions", 1
@@ -80,7 +80,7 @@ def predict_images(
     Args:
         trunk_only: the rest of the stage is untrained: show attention alone.
     """
-    question = configs.validate(stage.question, _mapping(asked.questions), where="--ask")
+    question = configs.validate(stage.question_class, _mapping(asked.questions), where="--ask")
     for start in range(0, len(urls), asked.batch):
         some = urls[start : start + asked.batch]
         read = {url: _read(stage, url, asked.seed) for url in some}
@@ -226,8 +226,13 @@ def _answers(stage: Stage, shown: Sequence[Shown], question: Any, asked: Asked) 
     seeds = [derive_seed("predict", asked.seed, one.url) for one in shown]
     ids = list(range(len(shown)))
     batch = collate([one.example for one in shown], ids, seeds, [1.0] * len(shown), 0).to(ranks.device())
-    answers = [Answer({}) for _ in shown] if question is None else stage.answer(batch, question)
-    options = getattr(stage, "config", None)
+    try:
+        answers = [Answer({}) for _ in shown] if question is None else stage.answer(batch, question)
+    except ConfigError as error:
+        if error.where.partition(".")[0] != QUESTION:
+            raise
+        raise ConfigError(error.what, where=error.where.replace(QUESTION, "--ask", 1), fix=error.fix) from error
+    options = stage.options
     if not asked.attention or not isinstance(options, ImageOptions):
         return answers
     assert batch.images is not None

@@ -82,6 +82,11 @@ def check_same_text(ours: Mapping[str, Any], theirs: Mapping[str, Any], *, where
         )
 
 
+def reaches(prefixes: Sequence[str], part: str) -> bool:
+    """Whether names that begin with one of `prefixes` may lie in `part`, such as "text."."""
+    return any(prefix.startswith(part) or part.startswith(prefix) for prefix in prefixes)
+
+
 def load_initial(
     stage: Stage, weights: Mapping[str, Tensor], prefixes: Sequence[str], *, where: str, fix: str | None = None
 ) -> LoadReport:

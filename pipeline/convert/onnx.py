@@ -72,7 +72,7 @@ class OnnxDecoder(nn.Module):
     def __init__(self, stage: SamStage) -> None:
         super().__init__()
         self.parts = nn.ModuleList([stage.trunk, stage.neck, stage.prompt_encoder, stage.mask_decoder])
-        self.size = stage.config.model.image_hw
+        self.size = stage.options.model.image_hw
 
     def forward(
         self,
@@ -129,7 +129,7 @@ def export_sam(stage: Stage, folder: str) -> Exported:
     """
     if not isinstance(stage, SamStage):
         raise ConfigError("only stage sam can be exported to ONNX", where=folder, fix="give weights of stage sam")
-    if stage.config.model.image_hw[0] != stage.config.model.image_hw[1]:
+    if stage.options.model.image_hw[0] != stage.options.model.image_hw[1]:
         raise ConfigError("ONNX graphs are of square images", where=folder, fix="train with a square image_size")
     absent = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
     if absent:
@@ -153,7 +153,7 @@ def export_sam(stage: Stage, folder: str) -> Exported:
 
 def encoder_graph(stage: SamStage) -> bytes:
     """The encoder, for any number of images."""
-    side = stage.config.model.image_hw[0]
+    side = stage.options.model.image_hw[0]
     batch = torch.export.Dim("num_images")
     return _graph(
         OnnxEncoder(stage), (torch.zeros(2, 3, side, side),), ("images",), ("image_embeddings",), ({0: batch},)
@@ -170,9 +170,9 @@ def decoder_graph(stage: SamStage) -> bytes:
 def drawn_prompts(stage: SamStage, num: int, points: int, size: tuple[int, int] = (37, 50)) -> tuple[Tensor, ...]:
     """Inputs of the decoder: points with all kinds of labels, every other prompt with a mask."""
     draw = torch.Generator().manual_seed(num)
-    side, (h, w) = stage.config.model.image_hw[0], stage.config.model.grid
+    side, (h, w) = stage.options.model.image_hw[0], stage.options.model.grid
     return (
-        torch.randn(1, stage.config.sam.channels, h, w, generator=draw),
+        torch.randn(1, stage.options.sam.channels, h, w, generator=draw),
         torch.rand(num, points, 2, generator=draw) * side,
         torch.randint(-1, 4, (num, points), generator=draw).float(),
         torch.randn(num, 1, 4 * h, 4 * w, generator=draw),
@@ -186,7 +186,7 @@ def parity(stage: SamStage, graphs: Mapping[str, bytes]) -> dict[str, float]:
     """The largest difference of each output between graph and model, over the output's largest value: for two numbers
     of images, and of prompts and points, and two sizes of the stored image.
     """
-    side = stage.config.model.image_hw[0]
+    side = stage.options.model.image_hw[0]
     found: dict[str, float] = {}
     encoder, decoder = (_session(graphs[name]) for name in (ENCODER, DECODER))
     for num in (1, 3):
@@ -243,7 +243,7 @@ def _about(stage: SamStage) -> dict[str, Any]:
     return {
         "format": "vitrail.sam.onnx",
         "format_version": 1,
-        "image_size": stage.config.model.image_hw[0],
-        "pixels": stage.config.pixels,
+        "image_size": stage.options.model.image_hw[0],
+        "pixels": stage.options.pixels,
         "resize": "longest side to image_size, then padded with zeros below and at the right, after normalising",
     }

@@ -138,7 +138,7 @@ def load_table(weights: Weights) -> LoadReport:
 def checked_options(weights: Weights) -> tuple[type[Stage], ImageOptions]:
     """The stage's class and its options, validated."""
     cls = stage_class(weights.stage)
-    options = validate(cls.options, weights.options, where=weights.where, prefix="options")
+    options = validate(cls.options_class, weights.options, where=weights.where, prefix="options")
     assert isinstance(options, ImageOptions)
     return cls, options
 
@@ -146,7 +146,7 @@ def checked_options(weights: Weights) -> tuple[type[Stage], ImageOptions]:
 def of_stage(stage: Stage, *, where: str = "the stage") -> Weights:
     """A stage's own weights, not copied."""
     name = next((name for name in STAGES if stage_class(name) is type(stage)), None)
-    options = getattr(stage, "config", None)
+    options = stage.options
     if name is None or not isinstance(options, ImageOptions):
         raise ConfigError(f"{type(stage).__name__} is no registered stage", where=where, fix="add it to STAGES")
     document = options.model_dump(mode="json", exclude_unset=True)

@@ -11,15 +11,17 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, ClassVar, Literal, NamedTuple, final
+from typing import Any, ClassVar, Generic, Literal, NamedTuple, final
 
 import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
+from typing_extensions import TypeVar
 
 from pipeline.config import Config
 from pipeline.data.batch import Batch, Transform
 from pipeline.data.images.transforms import ImageExample
+from pipeline.errors import ConfigError
 from pipeline.evaluate.base import Evaluation, Predictions
 from pipeline.models.trunk.vit import ViT
 
@@ -42,7 +44,7 @@ class LabelUse(NamedTuple):
 LEARNT = LabelUse("learns classes")
 NEIGHBOURS = LabelUse(
     "compares labels with those of the training data (options.evaluate)",
-    ", or leave it out of options.evaluate and measure such sets afterwards: `vitrail eval RUN SET --knn --train SET`",
+    ", or leave it out of options.evaluate and measure such sets afterwards, by neighbours in a training set",
 )
 
 
@@ -63,35 +65,58 @@ class Picture(NamedTuple):
     panels: tuple[tuple[str, UInt8[Tensor, "3 h w"]], ...]  # (caption, image)
 
 
+QUESTION = "question"
+"""Where an error about a question lies; a front end says in its place how a question is put there."""
+
+
 class Question(Config):
-    """What `vitrail predict` may be told beside the images; stages that take more have a class of their own."""
+    """What may be asked beside the images; stages that can be asked something have a class of their own."""
 
 
 class Answer(NamedTuple):
-    """What a stage says of one image, for `vitrail predict`."""
+    """What a stage says of one image, to people and programs."""
 
     facts: dict[str, Any]  # JSON-able
     pictures: tuple[Picture, ...] = ()
 
 
-class Stage(nn.Module, abc.ABC):
+OptionsT = TypeVar("OptionsT", bound=Config, default=Config, covariant=True)
+
+
+class _FrozenOnceBuilt(abc.ABCMeta):
+    """Freezes what a stage declares as `frozen` when its constructor, whichever subclass's, has made all parameters."""
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        stage = super().__call__(*args, **kwargs)
+        stage._freeze()
+        return stage
+
+
+class Stage(nn.Module, Generic[OptionsT], metaclass=_FrozenOnceBuilt):
     """One training objective over the common trunk.
 
-    Subclasses set `options` to their own options class, build themselves from (options, data), and implement the
-    abstract methods. Parameters of the vision trunk live under `trunk.`, so that any stage can start from any other's
-    weights. Parameters are made with the global torch generator, which the caller seeds.
+    Subclasses name their options class twice, as `options_class` and as the type of `options`
+    (`class MaeStage(Stage[MaeOptions])`), build themselves from (options, data), and implement the abstract methods.
+    Parameters of the vision trunk live under `trunk.`, so that any stage can start from any other's weights. Parameters
+    are made with the global torch generator, which the caller seeds.
+
+    Attributes:
+        options: the validated options that this stage was built from.
+        data: what it was told of its training data.
     """
 
-    options: ClassVar[type[Config]]
-    question: ClassVar[type[Config]] = Question
+    options_class: ClassVar[type[Config]]
+    question_class: ClassVar[type[Config]] = Question
     resizes_patches: ClassVar[bool] = False  # whether weights for patches of another size may start it
     class_rows: ClassVar[tuple[str, int] | None] = None  # of a stage that learns classes: a parameter with a row for
     # each of them, and how many rows it has beside (the background)
     limits: ClassVar[Mapping[str, tuple[float, float]]] = {}  # parameter name -> range held on the fp32 masters
+    options: OptionsT
     trunk: ViT
 
-    def __init__(self, options: Config, data: DataFacts) -> None:
+    def __init__(self, options: OptionsT, data: DataFacts) -> None:
         super().__init__()
+        self.options = options
         self.data = data
 
     @classmethod
@@ -148,7 +173,7 @@ class Stage(nn.Module, abc.ABC):
         image, and the pictures those of the report.
 
         Args:
-            question: an instance of the class's `question`.
+            question: an instance of `question_class`.
 
         Raises:
             UserError: the question can't be answered.
@@ -162,9 +187,52 @@ class Stage(nn.Module, abc.ABC):
             answers.append(Answer(facts, tuple(self.pictures(batch.only(i), own))))
         return answers
 
+    @property
+    def frozen(self) -> tuple[str, ...]:
+        """Prefixes of the names of parameters that aren't trained, such as "trunk."; they stay in checkpoints.
+
+        The one declaration from which follow `trainable`, `requires_grad`, and that frozen parts always work as in
+        evaluation, without drop path or dropout.
+        """
+        return ()
+
+    @property
+    def schedule_changes(self) -> tuple[int, ...]:
+        """Numbers of samples seen from which on a step costs something else, as when a mask ratio changes."""
+        return ()
+
+    @property
+    def text_options(self) -> Config | None:
+        """Options of the text tower, whose parameters live under `text.`; None where there is none."""
+        return None
+
+    @final
     def trainable(self, name: str) -> bool:
-        """Whether parameter `name` is trained. A frozen one stays in checkpoints."""
-        return True
+        """Whether parameter `name` is trained: it isn't `frozen`."""
+        return not name.startswith(self.frozen) if self.frozen else True
+
+    def train(self, mode: bool = True) -> Stage[OptionsT]:
+        """Training mode for all parts but frozen ones, which stay in evaluation mode."""
+        super().train(mode)
+        frozen = self.frozen
+        for name, part in self.named_modules() if mode and frozen else ():
+            if f"{name}.".startswith(frozen):
+                part.training = False
+        return self
+
+    def _freeze(self) -> None:
+        """Raises ConfigError for a prefix that no parameter's name begins with."""
+        names = [name for name, _ in self.named_parameters()]
+        for prefix in self.frozen:
+            if not any(name.startswith(prefix) for name in names):
+                heads = ", ".join(dict.fromkeys(name.split(".")[0] + ("." if "." in name else "") for name in names))
+                raise ConfigError(
+                    f"no parameter's name begins with {prefix!r}", where="options.freeze", fix=f"names begin {heads}"
+                )
+        for name, parameter in self.named_parameters():
+            if not self.trainable(name):
+                parameter.requires_grad_(False)
+        self.train(self.training)
 
     def weight_decay_exempt(self, name: str, parameter: Tensor) -> bool:
         """Whether weight decay skips this parameter; by default vectors and biases, as MAE's pretraining does."""
@@ -175,7 +243,7 @@ class Stage(nn.Module, abc.ABC):
         return 1.0
 
 
-class ContrastiveStage(Stage):
+class ContrastiveStage(Stage[OptionsT]):
     """A stage whose loss couples samples: loss(batch) = contrast(embed(batch)).
 
     The engine embeds every micro batch without gradients, calls `contrast` once for the gradient of the embeddings,

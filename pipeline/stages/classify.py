@@ -55,7 +55,7 @@ class ClassifyOptions(ImageOptions):
         return self
 
 
-class ClassifyStage(Stage):
+class ClassifyStage(Stage[ClassifyOptions]):
     """Trunk and linear head.
 
     With pooling `avg` the patches are averaged before a norm of its own, `fc_norm`, and the trunk has no final norm;
@@ -64,13 +64,12 @@ class ClassifyStage(Stage):
     attention pools.
     """
 
-    options: ClassVar[type[Config]] = ClassifyOptions
+    options_class: ClassVar[type[Config]] = ClassifyOptions
     class_rows: ClassVar[tuple[str, int] | None] = ("head.weight", 0)
 
     def __init__(self, options: ClassifyOptions, data: DataFacts) -> None:
         super().__init__(options, data)
         require_classes(data, "classify")
-        self.config = options
         model = options.model.model_copy(update={"final_norm": options.pooling != "avg"})
         self.trunk = ViT(model)
         self.fc_norm = nn.LayerNorm(self.trunk.width, eps=model.norm_eps) if options.pooling == "avg" else nn.Identity()
@@ -88,15 +87,15 @@ class ClassifyStage(Stage):
         """Cross-entropy, smoothed; of mixed images against mixed labels."""
         assert batch.images is not None
         assert batch.labels is not None
-        pixels = normalize(batch.images, self.config.pixels)
+        pixels = normalize(batch.images, self.options.pixels)
         target = batch.labels
-        if self.config.mixup > 0 or self.config.cutmix > 0:
+        if self.options.mixup > 0 or self.options.cutmix > 0:
             size = (pixels.shape[2], pixels.shape[3])
-            mixing = draw_mixing(batch.seeds, batch.weight, size, mixup=self.config.mixup, cutmix=self.config.cutmix)
+            mixing = draw_mixing(batch.seeds, batch.weight, size, mixup=self.options.mixup, cutmix=self.options.cutmix)
             pixels = mix_images(pixels, mixing)
             target = mix_labels(batch.labels, mixing, len(self.data.classes))
         scores = self.scores_of_pixels(pixels, batch.seeds)
-        each = F.cross_entropy(scores, target, reduction="none", label_smoothing=self.config.label_smoothing)
+        each = F.cross_entropy(scores, target, reduction="none", label_smoothing=self.options.label_smoothing)
         total = (batch.weight * each).sum()
         right = (batch.weight * (scores.argmax(1) == batch.labels)).sum()
         return Losses(total, {"cross_entropy": total.detach(), "top1": right.detach()})
@@ -113,7 +112,7 @@ class ClassifyStage(Stage):
 
     def scores(self, images: UInt8[Tensor, "b 3 h w"]) -> Float[Tensor, "b c"]:
         """Logits in fp32."""
-        return self.scores_of_pixels(normalize(images, self.config.pixels))
+        return self.scores_of_pixels(normalize(images, self.options.pixels))
 
     def scores_of_pixels(self, pixels: Float[Tensor, "b 3 h w"], seeds: Tensor | None = None) -> Float[Tensor, "b c"]:
         """Logits in fp32, of normalised images."""
@@ -121,7 +120,7 @@ class ClassifyStage(Stage):
         if self.attn_pool is not None:
             features = self.attn_pool(tokens)
         else:
-            features = self.fc_norm(pool(tokens, cast("Pooling", self.config.pooling)))
+            features = self.fc_norm(pool(tokens, cast("Pooling", self.options.pooling)))
         if self.pre_logits is not None:
             features = torch.tanh(self.pre_logits(features))
         scores: Tensor = self.head(features)
@@ -129,8 +128,8 @@ class ClassifyStage(Stage):
 
     def transform(self, train: bool) -> Transform:
         """Random crop, mirroring and what the options name in training, the centre otherwise; labels."""
-        policy, erase = self.config.auto_augment, self.config.random_erase
-        return image_transform(self.config, self.data, train=train, labels=True, policy=policy, erase=erase)
+        policy, erase = self.options.auto_augment, self.options.random_erase
+        return image_transform(self.options, self.data, train=train, labels=True, policy=policy, erase=erase)
 
     def evaluations(self) -> Mapping[str, Evaluation]:
         """Top-1, top-5, loss and confusion."""
@@ -149,4 +148,4 @@ class ClassifyStage(Stage):
         """Vectors, biases and, unless `decay_tokens`, tokens and positions, as in MAE's fine-tuning; MAE's pretraining
         and pycls decay tokens.
         """
-        return parameter.ndim <= 1 or (name in TOKENS and not self.config.decay_tokens)
+        return parameter.ndim <= 1 or (name in TOKENS and not self.options.decay_tokens)

@@ -6,6 +6,7 @@ import dataclasses
 
 import torch
 from jaxtyping import Float
+from pydantic import model_validator
 from torch import Tensor
 
 from pipeline.data.batch import Batch, Example, Instances, RawSample
@@ -17,7 +18,20 @@ from pipeline.models.pixels import normalize
 from pipeline.stages.images import ImageOptions
 
 
-def check_dense_model(options: ImageOptions, stage: str) -> None:
+class DenseOptions(ImageOptions):
+    """Options of stages that predict something of every place of an image."""
+
+    jitter: tuple[float, float] | None = None  # range of the factor an image is resized by, in training; None: whole
+    # images as large as fit
+
+    @model_validator(mode="after")
+    def _jitter_rises(self) -> DenseOptions:
+        if self.jitter is not None and not 0 < self.jitter[0] <= self.jitter[1]:
+            raise ValueError(f"jitter must be 0 < low <= high, found {self.jitter}")
+        return self
+
+
+def check_dense_model(options: DenseOptions, stage: str) -> None:
     """Raise ValueError for a trunk that isn't one for dense prediction."""
     model = options.model
     if model.cls_token or model.registers or model.final_norm:

@@ -25,8 +25,6 @@ from pipeline.data.batch import Batch, Transform
 from pipeline.errors import ConfigError
 from pipeline.evaluate.base import Evaluation, Predictions
 from pipeline.evaluate.image_text import ImageTextEvaluation
-from pipeline.evaluate.knn import KnnEvaluation
-from pipeline.evaluate.logistic import LogisticEvaluation
 from pipeline.evaluate.prompts import names_of_sets, templates
 from pipeline.losses.contrastive import clip_loss, siglip_loss
 from pipeline.models.pixels import normalize
@@ -34,7 +32,8 @@ from pipeline.models.text.tower import TextConfig, TextMasking, TextTower
 from pipeline.models.trunk.masking import random_masking
 from pipeline.models.trunk.pooling import AttentionPool, pool
 from pipeline.models.trunk.vit import ViT
-from pipeline.stages.base import NEIGHBOURS, Answer, ContrastiveStage, DataFacts, LabelUse, Losses, Picture, Question
+from pipeline.stages.base import QUESTION, Answer, ContrastiveStage, DataFacts, LabelUse, Losses, Picture, Question
+from pipeline.stages.features import feature_evaluations, feature_label_use
 from pipeline.stages.images import ImageOptions, captioned_transform, with_labels
 
 LOGIT_SCALE_MAX = math.log(100)
@@ -115,22 +114,21 @@ class FlipOptions(ImageOptions):
 
 
 class FlipQuestion(Question):
-    """What `vitrail predict` compares the images with."""
+    """What the images are compared with."""
 
     texts: tuple[str, ...] = ()
-    embedding: bool = False  # tell the image's embedding too
+    embedding: bool = False  # give the image's embedding too
 
 
-class FlipStage(ContrastiveStage):
+class FlipStage(ContrastiveStage[FlipOptions]):
     """Two towers that put an image and its caption close together."""
 
-    options: ClassVar[type[Config]] = FlipOptions
-    question: ClassVar[type[Config]] = FlipQuestion
+    options_class: ClassVar[type[Config]] = FlipOptions
+    question_class: ClassVar[type[Config]] = FlipQuestion
     limits: ClassVar[Mapping[str, tuple[float, float]]] = {"logit_scale": (0.0, LOGIT_SCALE_MAX)}
 
     def __init__(self, options: FlipOptions, data: DataFacts) -> None:
         super().__init__(options, data)
-        self.config = options
         self.tokenizer = options.text.build_tokenizer()
         self.trunk = ViT(options.model)
         width = self.trunk.width
@@ -152,7 +150,6 @@ class FlipStage(ContrastiveStage):
         # A set is measured by its own classes; one that names none by the training data's.
         self.labels = {name: own or data.classes for name, own in data.sets.items()} or {"": data.classes}
         self.prompted = names_of_sets(options.class_names, self.labels)
-        self._check_freeze()
 
     @classmethod
     def label_use(cls, options: Config) -> LabelUse | None:
@@ -160,25 +157,25 @@ class FlipStage(ContrastiveStage):
         set's own classes.
         """
         assert isinstance(options, FlipOptions)
-        return NEIGHBOURS if {"knn", "linear_probe"}.intersection(options.evaluate) else None
+        return feature_label_use(options.evaluate)
 
     @property
     def schedule_changes(self) -> tuple[int, ...]:
         """Samples from which on another mask ratio holds."""
-        return tuple(step.from_samples for step in self.config.mask_schedule)
+        return tuple(step.from_samples for step in self.options.mask_schedule)
 
     def embed(self, batch: Batch) -> tuple[Tensor, ...]:
         """Normalised embeddings of masked images and of their captions, [B,E] each, fp32."""
         assert batch.images is not None
         assert batch.text is not None
         keep, text_keep = None, None
-        ratio = self.config.mask_ratio_at(batch.position)
+        ratio = self.options.mask_ratio_at(batch.position)
         if ratio > 0:
-            num_patches = self.config.model.num_patches
-            keep = random_masking(batch.seeds, num_patches, self.config.model.num_kept(ratio)).keep
-        if self.config.text_mask_ratio > 0:
-            how = self.config.text_masking
-            text_keep = self.text.text_masking(batch.text, batch.seeds, self.config.text_mask_ratio, how)
+            num_patches = self.options.model.num_patches
+            keep = random_masking(batch.seeds, num_patches, self.options.model.num_kept(ratio)).keep
+        if self.options.text_mask_ratio > 0:
+            how = self.options.text_masking
+            text_keep = self.text.text_masking(batch.text, batch.seeds, self.options.text_mask_ratio, how)
         return self.embed_images(batch.images, keep, batch.seeds), self.embed_texts(batch.text, text_keep)
 
     def contrast(self, embedded: tuple[tuple[Tensor, ...], Float[Tensor, " b"]]) -> Losses:
@@ -220,12 +217,12 @@ class FlipStage(ContrastiveStage):
         self, images: Tensor, keep: Int[Tensor, "b k"] | None = None, seeds: Tensor | None = None
     ) -> Float[Tensor, "b d"]:
         """Pooled tokens of uint8 images [B,3,H,W]."""
-        tokens = self.trunk(normalize(images, self.config.pixels), keep=keep, seeds=seeds)
+        tokens = self.trunk(normalize(images, self.options.pixels), keep=keep, seeds=seeds)
         if self.attn_pool is not None:
             pooled: Tensor = self.attn_pool(tokens)
             return pooled
-        assert self.config.pooling != "map"
-        return pool(tokens, self.config.pooling)
+        assert self.options.pooling != "map"
+        return pool(tokens, self.options.pooling)
 
     def embed_texts(self, text: Int[Tensor, "b l"], keep: Tensor | None = None) -> Float[Tensor, "b e"]:
         """Normalised embeddings of tokens, of those at `keep` or all of them."""
@@ -233,24 +230,22 @@ class FlipStage(ContrastiveStage):
 
     def transform(self, train: bool) -> Transform:
         """Images and tokens; in evaluation labels, where one of the sets has any and something looks at them."""
-        read = not train and any(measure != "retrieval" for measure in self.config.evaluate)
+        read = not train and any(measure != "retrieval" for measure in self.options.evaluate)
         num_classes = max(map(len, self.labels.values())) if read else 0
-        return captioned_transform(self.config, train=train, num_classes=num_classes, tokenizer=self.tokenizer)
+        return captioned_transform(self.options, train=train, num_classes=num_classes, tokenizer=self.tokenizer)
 
     def evaluations(self) -> Mapping[str, Evaluation]:
         """Zero-shot classification, retrieval both ways, nearest neighbours and a linear probe, as asked for."""
-        wanted = self.config.evaluate
-        found: dict[str, Evaluation] = {}
+        wanted = self.options.evaluate
+        evaluations: dict[str, Evaluation] = {}
         if "zeroshot" in wanted or "retrieval" in wanted:
             classes = self.prompted if "zeroshot" in wanted else {}
-            found["image_text"] = ImageTextEvaluation(
-                classes, templates(self.config.templates), self.tokenizer, retrieval="retrieval" in wanted
+            evaluations["image_text"] = ImageTextEvaluation(
+                classes, templates(self.options.templates), self.tokenizer, retrieval="retrieval" in wanted
             )
-        if "knn" in wanted and self.data.classes:
-            found["knn"] = KnnEvaluation()
-        if "linear_probe" in wanted and self.data.classes:
-            found["linear_probe"] = LogisticEvaluation(self.data.classes)
-        return found
+        if self.data.classes:
+            evaluations |= feature_evaluations(wanted, self.data.classes)
+        return evaluations
 
     def pictures(self, batch: Batch, predictions: Predictions) -> list[Picture]:
         """For a few captions of the batch, the images of the batch that fit best."""
@@ -273,8 +268,8 @@ class FlipStage(ContrastiveStage):
         """
         assert batch.images is not None
         if not question.texts and not question.embedding:
-            fix = "ask what is in the images: --ask 'texts=[a cat, a dog]', or --ask embedding=true"
-            raise ConfigError("nothing to compare the images with", where="--ask", fix=fix)
+            fix = "ask what is in the images: texts=[a cat, a dog], or embedding=true"
+            raise ConfigError("nothing to compare the images with", where=QUESTION, fix=fix)
         images = self.embed_images(batch.images)
         answers = [Answer({"embedding": row} if question.embedding else {}) for row in images.tolist()]
         if not question.texts:
@@ -292,25 +287,22 @@ class FlipStage(ContrastiveStage):
             answers[i] = answer._replace(pictures=(Picture(caption, ((caption, batch.images[i].cpu()),)),))
         return answers
 
-    def trainable(self, name: str) -> bool:
-        """All but what `freeze` names."""
-        return not name.startswith(self.config.freeze) if self.config.freeze else True
+    @property
+    def frozen(self) -> tuple[str, ...]:
+        """What `freeze` names."""
+        return self.options.freeze
+
+    @property
+    def text_options(self) -> TextConfig:
+        """The text tower's."""
+        return self.options.text
 
     def weight_decay_exempt(self, name: str, parameter: Tensor) -> bool:
         """Vectors, biases and class tokens; position tables too where `decay_positions` is off."""
         last = name.rpartition(".")[2]
-        positions = last == "pos_embed" and not self.config.decay_positions
+        positions = last == "pos_embed" and not self.options.decay_positions
         return parameter.ndim <= 1 or positions or last in ("cls_token", "reg_token", "latent")
 
     def _project(self, features: Float[Tensor, "b d"]) -> Float[Tensor, "b e"]:
         projected = features if self.image_projection is None else self.image_projection(features)
         return F.normalize(projected.float(), dim=-1)
-
-    def _check_freeze(self) -> None:
-        names = [name for name, _ in self.named_parameters()]
-        for prefix in self.config.freeze:
-            if not any(name.startswith(prefix) for name in names):
-                heads = ", ".join(dict.fromkeys(name.split(".")[0] + ("." if "." in name else "") for name in names))
-                raise ConfigError(
-                    f"no parameter's name begins with {prefix!r}", where="options.freeze", fix=f"names begin {heads}"
-                )

@@ -15,9 +15,8 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from pipeline.config import Config
-from pipeline.data.batch import Batch, Transform
+from pipeline.data.batch import Batch
 from pipeline.evaluate.base import Evaluation, Predictions
-from pipeline.evaluate.knn import KnnEvaluation
 from pipeline.evaluate.mean import MeanEvaluation
 from pipeline.losses.reconstruction import masked_mse, normalize_patches, patch_statistics
 from pipeline.models.decoder import DecoderConfig, decoder
@@ -32,10 +31,9 @@ from pipeline.models.trunk.masking import (
     random_masking,
     take,
 )
-from pipeline.models.trunk.pooling import Pooling, pool
 from pipeline.models.trunk.vit import Tokens, ViT
-from pipeline.stages.base import NEIGHBOURS, DataFacts, LabelUse, Losses, Picture, Stage
-from pipeline.stages.images import ImageOptions, image_transform, measured_transform, with_labels
+from pipeline.stages.base import DataFacts, Losses, Picture
+from pipeline.stages.features import FeatureOptions, FeatureStage
 
 NUM_PICTURES = 8
 GRAY = 128  # of masked patches in pictures
@@ -44,7 +42,7 @@ GRAY = 128  # of masked patches in pictures
 Ratio = Annotated[float, Field(gt=0, lt=1)]
 
 
-class MaeOptions(ImageOptions):
+class MaeOptions(FeatureOptions):
     """Options of stage `mae`; the defaults are the paper's."""
 
     decoder: DecoderConfig = DecoderConfig()
@@ -53,7 +51,6 @@ class MaeOptions(ImageOptions):
     predict_ratio: Ratio | None = None  # share of all patches predicted in training; None: all that are masked
     norm_pix: bool = True
     evaluate: tuple[Literal["reconstruction", "knn"], ...] = ("reconstruction",)
-    knn_pooling: Pooling = "avg"
 
     @model_validator(mode="after")
     def _masks_something(self) -> MaeOptions:
@@ -87,8 +84,6 @@ class MaeOptions(ImageOptions):
                 raise ValueError(
                     f"predict_ratio {self.predict_ratio} must leave a patch, and can't exceed what is masked"
                 )
-        if not self.model.cls_token and self.knn_pooling == "cls":
-            raise ValueError("knn_pooling cls needs model.cls_token")
         return self
 
     @property
@@ -107,20 +102,13 @@ class MaeOptions(ImageOptions):
         return None if self.predict_ratio is None else int(self.model.num_patches * self.predict_ratio)
 
 
-class MaeStage(Stage):
+class MaeStage(FeatureStage[MaeOptions]):
     """Pretraining; afterwards `encode` gives features and `reconstruct` fills in what a mask hides."""
 
-    options: ClassVar[type[Config]] = MaeOptions
-
-    @classmethod
-    def label_use(cls, options: Config) -> LabelUse | None:
-        """Neighbours' labels, where they are asked for."""
-        assert isinstance(options, MaeOptions)
-        return NEIGHBOURS if "knn" in options.evaluate else None
+    options_class: ClassVar[type[Config]] = MaeOptions
 
     def __init__(self, options: MaeOptions, data: DataFacts) -> None:
         super().__init__(options, data)
-        self.config = options
         maps = options.decoder.feature_maps
         # As in the official CrossMAE, a trunk that is read at every block has no norm after the last one.
         self.trunk = ViT(options.model.model_copy(update={"final_norm": False}) if maps else options.model)
@@ -130,10 +118,10 @@ class MaeStage(Stage):
     def loss(self, batch: Batch) -> Losses:
         """Mean squared error over masked pixels, each patch normalised when `norm_pix`."""
         assert batch.images is not None
-        pixels = normalize(batch.images, self.config.pixels)
+        pixels = normalize(batch.images, self.options.pixels)
         masking = self.masking(batch)
-        if self.config.num_predicted is not None:
-            masking = masking._replace(masked=masking.masked[:, -self.config.num_predicted :])
+        if self.options.num_predicted is not None:
+            masking = masking._replace(masked=masking.masked[:, -self.options.num_predicted :])
         prediction = self.predict_patches(pixels, masking, batch.seeds)
         total = (batch.weight * self.errors(pixels, masking, prediction)).sum()
         return Losses(total, {"reconstruction": total.detach()})
@@ -143,7 +131,7 @@ class MaeStage(Stage):
         [B,D] of the whole image and `labels`.
         """
         assert batch.images is not None
-        pixels = normalize(batch.images, self.config.pixels)
+        pixels = normalize(batch.images, self.options.pixels)
         masking = self.masking(batch)
         prediction = self.predict_patches(pixels, masking, batch.seeds)
         predictions = {
@@ -151,14 +139,11 @@ class MaeStage(Stage):
             "mask": mask_picture(masking),
             "reconstruction": self._put_back(batch.images, pixels, masking, prediction),
         }
-        if "knn" not in self.config.evaluate:
-            return predictions
-        features = pool(self.trunk(pixels), self.config.knn_pooling).float()
-        return with_labels({**predictions, "features": features}, batch)
+        return self.with_features(predictions, pixels, batch)
 
     def encode(self, images: UInt8[Tensor, "b 3 h w"]) -> Tokens:
         """Features of whole images: nothing is masked, patches come in image order."""
-        tokens: Tokens = self.trunk(normalize(images, self.config.pixels))
+        tokens: Tokens = self.trunk(normalize(images, self.options.pixels))
         return tokens
 
     def reconstruct(self, images: UInt8[Tensor, "b 3 h w"], mask: Bool[Tensor, "b n"]) -> UInt8[Tensor, "b 3 h w"]:
@@ -170,21 +155,21 @@ class MaeStage(Stage):
         Raises:
             ValueError: rows of the mask hide different numbers of patches, or none or all.
         """
-        pixels = normalize(images, self.config.pixels)
+        pixels = normalize(images, self.options.pixels)
         masking = masking_from_mask(mask)
         return self._put_back(images, pixels, masking, self.predict_patches(pixels, masking))
 
     def masking(self, batch: Batch) -> Masking:
         """The batch's masks, from its seeds; how many patches, from its position, so that all ranks agree."""
         assert batch.images is not None
-        p = self.config.model.patch_size
+        p = self.options.model.patch_size
         grid = (batch.images.shape[2] // p, batch.images.shape[3] // p)
-        if self.config.masking == "grid":
-            return grid_masking(batch.seeds, grid, self.config.cell_side)
-        low, high = self.config.ratios
+        if self.options.masking == "grid":
+            return grid_masking(batch.seeds, grid, self.options.cell_side)
+        low, high = self.options.ratios
         share = float(uniform(torch.tensor([batch.position]), "mask_ratio", 1)) if self.training else 0.5
         num_kept = int(grid[0] * grid[1] * (1 - (low + (high - low) * share)))
-        if self.config.masking == "block":
+        if self.options.masking == "block":
             return block_masking(batch.seeds, grid, num_kept)
         return random_masking(batch.seeds, grid[0] * grid[1], num_kept)
 
@@ -199,27 +184,17 @@ class MaeStage(Stage):
         self, pixels: Float[Tensor, "b 3 h w"], masking: Masking, prediction: Float[Tensor, "b m P"]
     ) -> Float[Tensor, " b"]:
         """Each sample's mean squared error over its masked patches."""
-        target = take(patchify(pixels, self.config.model.patch_size), masking.masked)
-        return masked_mse(prediction, normalize_patches(target) if self.config.norm_pix else target)
+        target = take(patchify(pixels, self.options.model.patch_size), masking.masked)
+        return masked_mse(prediction, normalize_patches(target) if self.options.norm_pix else target)
 
-    def transform(self, train: bool) -> Transform:
-        """Random crop and mirroring in training, the centre otherwise; labels only where kNN wants them."""
-        if "knn" in self.config.evaluate and self.data.classes and not train:
-            return measured_transform(self.config, num_classes=len(self.data.classes))
-        return image_transform(self.config, self.data, train=train, labels=False)
-
-    def evaluations(self) -> Mapping[str, Evaluation]:
-        """Reconstruction error with masks from the samples' seeds; weighted kNN on the features."""
-        offered: dict[str, Evaluation] = {
-            "reconstruction": MeanEvaluation("reconstruction_mse"),
-            "knn": KnnEvaluation(),
-        }
-        return {name: offered[name] for name in self.config.evaluate}
+    def own_evaluations(self) -> Mapping[str, Evaluation]:
+        """Reconstruction error with masks from the samples' seeds."""
+        return {"reconstruction": MeanEvaluation("reconstruction_mse")}
 
     def pictures(self, batch: Batch, predictions: Predictions) -> list[Picture]:
         """Original, masked and reconstructed images of the first samples."""
         assert batch.images is not None
-        p = self.config.model.patch_size
+        p = self.options.model.patch_size
         shown = (batch.weight > 0).nonzero().flatten()[:NUM_PICTURES].cpu()
         pictures = []
         for i in shown.tolist():
@@ -235,14 +210,14 @@ class MaeStage(Stage):
         return pictures
 
     def _put_back(self, images: Tensor, pixels: Tensor, masking: Masking, prediction: Tensor) -> Tensor:
-        p = self.config.model.patch_size
+        p = self.options.model.patch_size
         patches = patchify(pixels, p)
         prediction = prediction.to(patches.dtype)
-        if self.config.norm_pix:
+        if self.options.norm_pix:
             mean, std = patch_statistics(take(patches, masking.masked))
             prediction = prediction * std + mean
         index = masking.masked.unsqueeze(-1).expand(-1, -1, patches.shape[-1])
         grid = (images.shape[2] // p, images.shape[3] // p)
-        filled = denormalize(unpatchify(patches.scatter(1, index, prediction), grid), self.config.pixels)
+        filled = denormalize(unpatchify(patches.scatter(1, index, prediction), grid), self.options.pixels)
         hidden = mask_picture(masking).view(-1, 1, *grid).repeat_interleave(p, 2).repeat_interleave(p, 3)
         return torch.where(hidden, filled, images)

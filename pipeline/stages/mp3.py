@@ -19,29 +19,26 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pipeline.config import Config
-from pipeline.data.batch import Batch, Transform
+from pipeline.data.batch import Batch
 from pipeline.evaluate.base import Evaluation, Predictions
-from pipeline.evaluate.knn import KnnEvaluation
 from pipeline.evaluate.mean import MeanEvaluation
 from pipeline.models.pixels import normalize, patchify, unpatchify
 from pipeline.models.trunk.block import initialize
 from pipeline.models.trunk.masking import Masking, mask_picture, random_masking
-from pipeline.models.trunk.pooling import Pooling, pool
 from pipeline.models.trunk.vit import ViT
-from pipeline.stages.base import NEIGHBOURS, DataFacts, LabelUse, Losses, Picture, Stage
-from pipeline.stages.images import ImageOptions, image_transform, measured_transform, with_labels
+from pipeline.stages.base import DataFacts, Losses, Picture
+from pipeline.stages.features import FeatureOptions, FeatureStage
 
 NUM_PICTURES = 8
 GRAY = 128  # of places without a patch in pictures
 
 
-class Mp3Options(ImageOptions):
+class Mp3Options(FeatureOptions):
     """Options of stage `mp3`. `model.position` is for the stages that continue from its weights: here there is none."""
 
     context_ratio: float = Field(default=0.25, gt=0, le=1)  # share of the patches that serve as keys and values
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     evaluate: tuple[Literal["position_top1", "position_loss", "knn"], ...] = ("position_top1", "position_loss")
-    knn_pooling: Pooling = "avg"
 
     @model_validator(mode="after")
     def _possible(self) -> Mp3Options:
@@ -53,8 +50,6 @@ class Mp3Options(ImageOptions):
             raise ValueError("an image of one patch has nothing to predict; use a smaller patch_size")
         if self.model.patch_embed == "conv_stem" or self.model.spatial:
             raise ValueError("a conv_stem, windows, conv_blocks and relative_positions give the positions away")
-        if not self.model.cls_token and self.knn_pooling == "cls":
-            raise ValueError("knn_pooling cls needs model.cls_token")
         return self
 
     @property
@@ -71,20 +66,13 @@ class Guesses(NamedTuple):
     loss: Float[Tensor, "b n"]  # cross-entropy
 
 
-class Mp3Stage(Stage):
+class Mp3Stage(FeatureStage[Mp3Options]):
     """The trunk without positions, and a linear classifier of each patch over all places."""
 
-    options: ClassVar[type[Config]] = Mp3Options
-
-    @classmethod
-    def label_use(cls, options: Config) -> LabelUse | None:
-        """Neighbours' labels, where they are asked for."""
-        assert isinstance(options, Mp3Options)
-        return NEIGHBOURS if "knn" in options.evaluate else None
+    options_class: ClassVar[type[Config]] = Mp3Options
 
     def __init__(self, options: Mp3Options, data: DataFacts) -> None:
         super().__init__(options, data)
-        self.config = options
         self.trunk = ViT(options.model.model_copy(update={"position": "none", "position_trained": False}))
         self.head = nn.Linear(self.trunk.width, options.model.num_patches)
         initialize(self.head)
@@ -92,8 +80,8 @@ class Mp3Stage(Stage):
     def loss(self, batch: Batch) -> Losses:
         """Cross-entropy over the N places, averaged over all patches of a sample."""
         assert batch.images is not None
-        scores = self.scores(normalize(batch.images, self.config.pixels), self.context(batch).keep, batch.seeds)
-        guesses = self._guesses(scores, self.config.label_smoothing)
+        scores = self.scores(normalize(batch.images, self.options.pixels), self.context(batch).keep, batch.seeds)
+        guesses = self._guesses(scores, self.options.label_smoothing)
         total = (batch.weight * guesses.loss.mean(1)).sum()
         right = (batch.weight * self._right(guesses).float().mean(1)).sum()
         return Losses(total, {"cross_entropy": total.detach(), "position_top1": right.detach()})
@@ -104,7 +92,7 @@ class Mp3Stage(Stage):
         `features` [B,D] with every patch in the context, and `labels`.
         """
         assert batch.images is not None
-        pixels = normalize(batch.images, self.config.pixels)
+        pixels = normalize(batch.images, self.options.pixels)
         context = self.context(batch)
         guesses = self._guesses(self.scores(pixels, context.keep))
         predictions = {
@@ -114,14 +102,11 @@ class Mp3Stage(Stage):
             "confidence": guesses.confidence,
             "outside": mask_picture(context),
         }
-        if "knn" not in self.config.evaluate:
-            return predictions
-        features = pool(self.trunk(pixels), self.config.knn_pooling).float()
-        return with_labels({**predictions, "features": features}, batch)
+        return self.with_features(predictions, pixels, batch)
 
     def context(self, batch: Batch) -> Masking:
         """The batch's contexts (the kept ones), from its seeds."""
-        return random_masking(batch.seeds, self.config.model.num_patches, self.config.num_context)
+        return random_masking(batch.seeds, self.options.model.num_patches, self.options.num_context)
 
     def scores(
         self, pixels: Float[Tensor, "b 3 h w"], context: Int[Tensor, "b c"], seeds: Tensor | None = None
@@ -130,26 +115,18 @@ class Mp3Stage(Stage):
         scores: Tensor = self.head(self.trunk(pixels, context=context, seeds=seeds).patches)
         return scores.float() if scores.dtype.itemsize < 4 else scores
 
-    def transform(self, train: bool) -> Transform:
-        """Random crop and mirroring in training, the centre otherwise; labels only where kNN wants them."""
-        if "knn" in self.config.evaluate and self.data.classes and not train:
-            return measured_transform(self.config, num_classes=len(self.data.classes))
-        return image_transform(self.config, self.data, train=train, labels=False)
-
-    def evaluations(self) -> Mapping[str, Evaluation]:
-        """Share of patches put in their place, and the loss; weighted kNN on the features."""
-        offered: dict[str, Evaluation] = {
+    def own_evaluations(self) -> Mapping[str, Evaluation]:
+        """Share of patches put in their place, and the loss."""
+        return {
             "position_top1": MeanEvaluation("position_top1"),
             "position_loss": MeanEvaluation("position_loss"),
-            "knn": KnnEvaluation(),
         }
-        return {name: offered[name] for name in self.config.evaluate}
 
     def pictures(self, batch: Batch, predictions: Predictions) -> list[Picture]:
         """Original, context, and every patch where it is believed to belong: of several at a place the surest shows."""
         assert batch.images is not None
-        p = self.config.model.patch_size
-        rows, columns = self.config.model.grid
+        p = self.options.model.patch_size
+        rows, columns = self.options.model.grid
         pictures = []
         for i in (batch.weight > 0).nonzero().flatten()[:NUM_PICTURES].tolist():
             image = batch.images[i].cpu()

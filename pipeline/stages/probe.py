@@ -25,7 +25,7 @@ from pipeline.models.noise import uniform
 from pipeline.models.pixels import normalize
 from pipeline.models.trunk.pooling import Pooling, pool
 from pipeline.models.trunk.vit import ViT
-from pipeline.stages.base import Answer, DataFacts, Losses, Picture, Question, Stage
+from pipeline.stages.base import QUESTION, Answer, DataFacts, Losses, Picture, Question, Stage
 from pipeline.stages.images import ImageOptions, class_answers, image_transform, labelled_pictures, require_classes
 
 
@@ -56,22 +56,21 @@ class ProbeQuestion(Question):
     head: int | None = Field(default=None, ge=0)  # from 0; None: the middle one
 
 
-class ProbeStage(Stage):
+class ProbeStage(Stage[ProbeOptions]):
     """Linear heads over standardised features of a trunk that stays as it is.
 
     One forward of the trunk feeds all heads. They share nothing else, unless gradients are clipped by their common
     norm: leave `optim.clip_grad` at 0.
     """
 
-    options: ClassVar[type[Config]] = ProbeOptions
+    options_class: ClassVar[type[Config]] = ProbeOptions
     class_rows: ClassVar[tuple[str, int] | None] = ("heads.0.weight", 0)
-    question: ClassVar[type[Config]] = ProbeQuestion
+    question_class: ClassVar[type[Config]] = ProbeQuestion
 
     def __init__(self, options: ProbeOptions, data: DataFacts) -> None:
         super().__init__(options, data)
         require_classes(data, "probe")
-        self.config = options
-        self.trunk = ViT(options.model).requires_grad_(False)
+        self.trunk = ViT(options.model)
         width = self.trunk.width if options.features == "trunk" else 3 * options.pixels_side**2
         self.feature_norm = FeatureNorm(width)
         self.heads = nn.ModuleList(nn.Linear(width, len(data.classes)) for _ in options.lr_multipliers)
@@ -80,17 +79,11 @@ class ProbeStage(Stage):
             nn.init.normal_(head.weight, std=options.head_init_std)
             nn.init.zeros_(head.bias)
 
-    def train(self, mode: bool = True) -> ProbeStage:
-        """The trunk always works as in evaluation: nothing in it may depend on the step."""
-        super().train(mode)
-        self.trunk.eval()
-        return self
-
     def loss(self, batch: Batch) -> Losses:
         """Cross-entropy summed over the heads."""
         assert batch.images is not None
         assert batch.labels is not None
-        labels = self._shuffled(batch.ids) if self.config.shuffled_labels else batch.labels
+        labels = self._shuffled(batch.ids) if self.options.shuffled_labels else batch.labels
         scores = self.scores(batch.images, batch.weight)
         each = F.cross_entropy(scores.flatten(0, 1), labels.repeat_interleave(len(self.heads)), reduction="none")
         by_head = (batch.weight.unsqueeze(1) * each.view(len(labels), -1)).sum(0)
@@ -112,15 +105,15 @@ class ProbeStage(Stage):
     @torch.no_grad()
     def features(self, images: UInt8[Tensor, "b 3 h w"]) -> Float[Tensor, "b d"]:
         """What the heads see, before standardisation."""
-        pixels = normalize(images, self.config.pixels)
-        if self.config.features == "pixels":
-            side = self.config.pixels_side
+        pixels = normalize(images, self.options.pixels)
+        if self.options.features == "pixels":
+            side = self.options.pixels_side
             return F.interpolate(pixels, size=(side, side), mode="bilinear", antialias=True).flatten(1)
-        return pool(self.trunk(pixels), self.config.pooling)
+        return pool(self.trunk(pixels), self.options.pooling)
 
     def transform(self, train: bool) -> Transform:
         """Random crop and mirroring in training, the centre otherwise; labels."""
-        return image_transform(self.config, self.data, train=train, labels=True)
+        return image_transform(self.options, self.data, train=train, labels=True)
 
     def evaluations(self) -> Mapping[str, Evaluation]:
         """Accuracy of the head that `validation` picks, and of every head."""
@@ -135,19 +128,22 @@ class ProbeStage(Stage):
         assert batch.images is not None
         head = len(self.heads) // 2 if question.head is None else question.head
         if head >= len(self.heads):
-            raise ConfigError(f"no head {head}", where="--ask head", fix=f"use one from 0 to {len(self.heads) - 1}")
+            raise ConfigError(
+                f"no head {head}", where=f"{QUESTION}.head", fix=f"use one from 0 to {len(self.heads) - 1}"
+            )
         return class_answers(batch, self.scores(batch.images, batch.weight)[:, head], self.data.classes)
 
-    def trainable(self, name: str) -> bool:
-        """The heads alone."""
-        return name.startswith("heads.")
+    @property
+    def frozen(self) -> tuple[str, ...]:
+        """The trunk: nothing in it may depend on the step."""
+        return ("trunk.",)
 
     def lr_scale(self, name: str) -> float:
         """Head i learns at `lr_multipliers[i]` times the common rate."""
-        return self.config.lr_multipliers[int(name.split(".")[1])] if name.startswith("heads.") else 1.0
+        return self.options.lr_multipliers[int(name.split(".")[1])] if name.startswith("heads.") else 1.0
 
     def _head_names(self) -> list[str]:
-        return [f"lr_x{multiplier:g}" for multiplier in self.config.lr_multipliers]
+        return [f"lr_x{multiplier:g}" for multiplier in self.options.lr_multipliers]
 
     def _shuffled(self, ids: Tensor) -> Int[Tensor, " b"]:
         """Labels that are a function of the sample's id alone, uniform over the classes."""

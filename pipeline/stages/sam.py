@@ -34,8 +34,14 @@ from pipeline.models.sam.prompts import PromptEncoder, Prompts
 from pipeline.models.sam.sampling import correction, first_prompts, noisy_boxes, pauses, pixel_of
 from pipeline.models.trunk.vit import ViT
 from pipeline.stages.base import Answer, DataFacts, Losses, Picture, Question, Stage
-from pipeline.stages.dense import PlacedExample, check_dense_model, content_pixels, content_size, instances_of
-from pipeline.stages.images import ImageOptions
+from pipeline.stages.dense import (
+    DenseOptions,
+    PlacedExample,
+    check_dense_model,
+    content_pixels,
+    content_size,
+    instances_of,
+)
 from pipeline.stages.sam_pictures import answer_of, everything_of, trial_pictures
 from pipeline.stages.sam_trials import click_trials
 
@@ -44,13 +50,12 @@ OBJECTS_AT_ONCE = 64  # that an evaluation asks the decoder about
 Part = Literal["trunk", "neck", "prompt_encoder", "mask_decoder"]
 
 
-class SamOptions(ImageOptions):
+class SamOptions(DenseOptions):
     """Options of stage `sam`."""
 
     flip: bool = False  # with jitter: mirror half of the training images
     sam: SamConfig = SamConfig()
     freeze: tuple[Part, ...] = ()  # [trunk]: train what stands on it; [trunk, neck, prompt_encoder]: the decoder alone
-    jitter: tuple[float, float] | None = None  # range of large-scale jitter's factor in training; None: whole images
     max_objects: int = Field(default=64, gt=0)  # of an image and step, drawn where there are more
     min_area: int = Field(default=1, gt=0)  # pixels of the input; smaller objects aren't trained on
     max_area: float = Field(default=0.9, gt=0, le=1)  # nor are those that cover more of the image
@@ -75,8 +80,6 @@ class SamOptions(ImageOptions):
             raise ValueError("freeze leaves nothing to train")
         if self.automatic.crop_layers:
             raise ValueError("an evaluation looks at whole images: set automatic.crop_layers to 0")
-        if self.jitter is not None and not 0 < self.jitter[0] <= self.jitter[1]:
-            raise ValueError(f"jitter must be 0 < low <= high, found {self.jitter}")
         return self
 
     @property
@@ -132,23 +135,20 @@ class Round(NamedTuple):
     predicted: Bool[Tensor, "m h w"]  # and its pixels
 
 
-class SamStage(Stage):
+class SamStage(Stage[SamOptions]):
     """Trunk, neck, prompt encoder and mask decoder."""
 
-    options: ClassVar[type[Config]] = SamOptions
-    question: ClassVar[type[Config]] = SamQuestion
+    options_class: ClassVar[type[Config]] = SamOptions
+    question_class: ClassVar[type[Config]] = SamQuestion
     resizes_patches: ClassVar[bool] = True  # MAE's ViT-H has patches of 14 pixels, SAM's of 16
 
     def __init__(self, options: SamOptions, data: DataFacts) -> None:
         super().__init__(options, data)
-        self.config = options
         sam = options.sam
         self.trunk = ViT(options.model)
         self.neck = neck(self.trunk.width, sam.channels)
         self.prompt_encoder = PromptEncoder(sam.channels, sam.mask_channels)
         self.mask_decoder = MaskDecoder(sam.channels, sam.heads, sam.depth, sam.mlp_width, sam.iou_width, sam.norm_eps)
-        for part in options.freeze:
-            self.get_submodule(part).requires_grad_(False)
 
     @property
     def model(self) -> SegmentAnything:
@@ -157,14 +157,7 @@ class SamStage(Stage):
 
     def predictor(self) -> Predictor:
         """For asking about images from Python: `predictor.embed(arrays)`, then `predictor.predict(...)`."""
-        return Predictor(self.model, self.config.model.image_hw, self.config.pixels)
-
-    def train(self, mode: bool = True) -> SamStage:
-        """A frozen trunk always works as in evaluation."""
-        super().train(mode)
-        if "trunk" in self.config.freeze:
-            self.trunk.eval()
-        return self
+        return Predictor(self.model, self.options.model.image_hw, self.options.pixels)
 
     def loss(self, batch: Batch) -> Losses:
         """Mean over the rounds of 20 focal + dice of each object's best mask, and the squared error of predicted IoUs.
@@ -177,10 +170,10 @@ class SamStage(Stage):
         embedded = self.embed(batch)
         valid = self._valid(batch, objects.image)
         draws = self._draws(batch, objects)
-        pause = pauses(draws["pauses"], self.config.repeats)
+        pause = pauses(draws["pauses"], self.options.repeats)
         prompts = self.first(objects, draws)
         sums: dict[str, Tensor] = {}
-        rounds = self.config.rounds
+        rounds = self.options.rounds
         for number in range(rounds):
             done = self.ask(embedded, prompts, objects, valid, first=number == 0)
             for name in ("focal", "dice", "iou_error", "iou"):
@@ -199,7 +192,7 @@ class SamStage(Stage):
                 torch.cat([prompts.labels, label.unsqueeze(1)], dim=1),
                 done.mask,
             )
-        options = self.config
+        options = self.options
         total = (
             options.focal_weight * sums["focal"]
             + options.dice_weight * sums["dice"]
@@ -212,7 +205,7 @@ class SamStage(Stage):
     ) -> Round:
         """One round: masks, their losses, and what the next round starts from."""
         which = MASKS_ONE_PROMPT if first else MASKS_MORE_PROMPTS
-        if self.config.model.activation_checkpointing and torch.is_grad_enabled():
+        if self.options.model.activation_checkpointing and torch.is_grad_enabled():
             answers: Answers = checkpoint(
                 self.model.answer, embedded, prompts, which, use_reentrant=False, preserve_rng_state=False
             )
@@ -222,7 +215,7 @@ class SamStage(Stage):
         logits = F.interpolate(low, embedded.size, mode="bilinear", align_corners=False)
         rows = torch.arange(len(low), device=low.device)
         focal, dice = focal_and_dice(logits, objects.masks, valid)
-        best = (self.config.focal_weight * focal + self.config.dice_weight * dice).argmin(1)
+        best = (self.options.focal_weight * focal + self.options.dice_weight * dice).argmin(1)
         with torch.no_grad():
             above = logits > 0
             iou = mask_iou(above, objects.masks, valid)
@@ -238,7 +231,7 @@ class SamStage(Stage):
 
     def first(self, objects: Objects, draws: Mapping[str, Tensor]) -> Prompts:
         """The first prompts: a point of the object, or its box with noise."""
-        options = self.config
+        options = self.options
         boxes = noisy_boxes(
             objects.boxes,
             draws["boxes"],
@@ -252,11 +245,11 @@ class SamStage(Stage):
 
     def embed(self, batch: Batch) -> Embedded:
         """Embeddings of a batch's images."""
-        return self.model.embed(content_pixels(batch, self.config), batch.seeds)
+        return self.model.embed(content_pixels(batch, self.options), batch.seeds)
 
     def objects(self, batch: Batch) -> Objects:
         """The objects to train on: no crowds, none that fill the image, a random choice of too many."""
-        size, options = self.config.model.image_hw, self.config
+        size, options = self.options.model.image_hw, self.options
         device = batch.ids.device
         kept: list[Objects] = []
         for i, one in enumerate(instances_of(batch)):
@@ -292,34 +285,34 @@ class SamStage(Stage):
             self.model,
             embedded,
             instances_of(batch),
-            most=self.config.evaluate_objects,
+            most=self.options.evaluate_objects,
             at_once=OBJECTS_AT_ONCE,
         )
-        if "automatic" in self.config.evaluate:
+        if "automatic" in self.options.evaluate:
             views = tuple(v for one in instances_of(batch) if (v := one.view) is not None)
             one_by_one = EmbeddedImages(embedded, views).each()
-            masks = [automatic_masks(self.predictor(), image, self.config.automatic) for image in one_by_one]
+            masks = [automatic_masks(self.predictor(), image, self.options.automatic) for image in one_by_one]
             packed = packed_masks([[(str(m.segmentation["counts"]), m.predicted_iou) for m in some] for some in masks])
             found["everything"], found["everything_scores"] = packed
         return found
 
     def transform(self, train: bool) -> Transform:
         """The whole image as large as fits, or large-scale jitter in training; objects where they lie in it."""
-        canvas, jitter = self.config.model.image_hw, self.config.jitter
+        canvas, jitter = self.options.model.image_hw, self.options.jitter
         if not train:
             return InstanceExample(Fitted(canvas), objects="stored")
         placement: Placement = Fitted(canvas)
         if jitter is not None:
-            placement = LargeScaleJitter(canvas, jitter, self.config.flip)
+            placement = LargeScaleJitter(canvas, jitter, self.options.flip)
         return InstanceExample(placement)
 
     def view(self) -> Transform:
         """The whole image, as large as fits."""
-        return PlacedExample(Fitted(self.config.model.image_hw))
+        return PlacedExample(Fitted(self.options.model.image_hw))
 
     def evaluations(self) -> Mapping[str, Evaluation]:
         """Mean IoU after clicks and from boxes, and the recall of masks of everything: all in one sweep."""
-        return {"promptable": PromptableEvaluation()} if self.config.evaluate else {}
+        return {"promptable": PromptableEvaluation()} if self.options.evaluate else {}
 
     def pictures(self, batch: Batch, predictions: Predictions) -> list[Picture]:
         """The largest object of each image, as it is and as clicks and its box bring it out."""
@@ -344,9 +337,10 @@ class SamStage(Stage):
         found = predictor.predict(EmbeddedImages(embedded, views), [ask] * len(batch), multimask=question.multimask)
         return [answer_of(image, view, ask, one) for image, view, one in zip(batch.images, views, found, strict=True)]
 
-    def trainable(self, name: str) -> bool:
-        """All but the parts that `freeze` names."""
-        return name.split(".")[0] not in self.config.freeze
+    @property
+    def frozen(self) -> tuple[str, ...]:
+        """The parts that `freeze` names."""
+        return tuple(f"{part}." for part in self.options.freeze)
 
     def weight_decay_exempt(self, name: str, parameter: Tensor) -> bool:
         """Vectors, and the position table."""
@@ -354,7 +348,7 @@ class SamStage(Stage):
 
     def _valid(self, batch: Batch, image: Int[Tensor, " m"]) -> Bool[Tensor, "m h w"]:
         """Pixels of each object's image that aren't padding."""
-        size = self.config.model.image_hw
+        size = self.options.model.image_hw
         inside = torch.zeros(len(batch), *size, dtype=torch.bool)
         for one, place in zip(instances_of(batch), inside, strict=True):
             height, width = content_size(one, size)
@@ -363,7 +357,7 @@ class SamStage(Stage):
 
     def _draws(self, batch: Batch, objects: Objects) -> dict[str, Float[Tensor, "m _"]]:
         """Each object's random numbers, functions of its image's seed and its own number."""
-        rounds, seeds = self.config.rounds, batch.seeds[objects.image]
+        rounds, seeds = self.options.rounds, batch.seeds[objects.image]
         wanted = {"first": 2, "boxes": 4, "corrections": rounds - 1, "pauses": max(rounds - 2, 0)}
         found = {}
         for name, num in wanted.items():

@@ -23,15 +23,22 @@ from pipeline.models.detection.pyramid import HeadNorm, as_map, quarter_taps
 from pipeline.models.segmenter import LinearSegmenter, UPerNet
 from pipeline.models.trunk.vit import ViT
 from pipeline.stages.base import DataFacts, Losses, Picture, Stage
-from pipeline.stages.dense import PlacedExample, check_dense_model, content_pixels, content_size, instances_of
-from pipeline.stages.images import ImageOptions, require_classes
+from pipeline.stages.dense import (
+    DenseOptions,
+    PlacedExample,
+    check_dense_model,
+    content_pixels,
+    content_size,
+    instances_of,
+)
+from pipeline.stages.images import require_classes
 from pipeline.stages.overlays import class_map_pictures
 
 BACKGROUND = "background"
 MAX_PICTURES = 8
 
 
-class SegmentOptions(ImageOptions):
+class SegmentOptions(DenseOptions):
     """Options of stage `segment`."""
 
     head: Literal["linear", "upernet"] = "linear"
@@ -46,17 +53,16 @@ class SegmentOptions(ImageOptions):
         return self
 
 
-class SegmentStage(Stage):
+class SegmentStage(Stage[SegmentOptions]):
     """Trunk and head; the classes of a data set's objects and a background."""
 
-    options: ClassVar[type[Config]] = SegmentOptions
+    options_class: ClassVar[type[Config]] = SegmentOptions
     class_rows: ClassVar[tuple[str, int] | None] = ("head.head.weight", 1)
     resizes_patches: ClassVar[bool] = True
 
     def __init__(self, options: SegmentOptions, data: DataFacts) -> None:
         super().__init__(options, data)
         require_classes(data, "segment")
-        self.config = options
         self.classes = (BACKGROUND, *data.classes)
         self.trunk = ViT(options.model)
         width = self.trunk.width
@@ -70,7 +76,7 @@ class SegmentStage(Stage):
     def loss(self, batch: Batch) -> Losses:
         """Cross-entropy of each image's own pixels, padding left out."""
         logits = self.logits(batch)
-        canvas = self.config.model.image_hw
+        canvas = self.options.model.image_hw
         losses, right = [], []
         for scores, one in zip(logits, instances_of(batch), strict=True):
             height, width = content_size(one, canvas)
@@ -87,19 +93,19 @@ class SegmentStage(Stage):
 
     def logits(self, batch: Batch) -> Float[Tensor, "b k h w"]:
         """Of every pixel of the images at hand, in fp32."""
-        tokens = self.trunk(content_pixels(batch, self.config), taps=self.taps, seeds=batch.seeds)
+        tokens = self.trunk(content_pixels(batch, self.options), taps=self.taps, seeds=batch.seeds)
         maps = tuple(as_map(x, tokens.grid) for x in tokens.taps or (tokens.patches,))
         logits = self.head(maps).float()
-        return F.interpolate(logits, size=self.config.model.image_hw, mode="bilinear", align_corners=False)
+        return F.interpolate(logits, size=self.options.model.image_hw, mode="bilinear", align_corners=False)
 
     def transform(self, train: bool) -> Transform:
-        canvas, num = self.config.model.image_hw, len(self.data.classes)
+        canvas, num = self.options.model.image_hw, len(self.data.classes)
         if train:
-            return InstanceExample(LargeScaleJitter(canvas, self.config.jitter, self.config.flip), num_classes=num)
+            return InstanceExample(LargeScaleJitter(canvas, self.options.jitter, self.options.flip), num_classes=num)
         return InstanceExample(Fitted(canvas), objects="stored", num_classes=num)
 
     def view(self) -> Transform:
-        return PlacedExample(Fitted(self.config.model.image_hw))
+        return PlacedExample(Fitted(self.options.model.image_hw))
 
     def evaluations(self) -> Mapping[str, Evaluation]:
         return {"segmentation": SegmentationEvaluation(self.classes)}
@@ -107,5 +113,7 @@ class SegmentStage(Stage):
     def pictures(self, batch: Batch, predictions: Predictions) -> list[Picture]:
         return class_map_pictures(batch, predictions["map"].cpu(), self.classes, most=MAX_PICTURES)
 
-    def trainable(self, name: str) -> bool:
-        return not (self.config.freeze_trunk and name.startswith("trunk."))
+    @property
+    def frozen(self) -> tuple[str, ...]:
+        """The trunk, where `freeze_trunk` is set."""
+        return ("trunk.",) if self.options.freeze_trunk else ()

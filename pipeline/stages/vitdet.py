@@ -28,14 +28,21 @@ from pipeline.models.detection.pyramid import NUM_LEVELS, SimplePyramid, TappedP
 from pipeline.models.detection.rcnn import BoxHeads, Detections, level_strides, pool
 from pipeline.models.trunk.vit import ViT
 from pipeline.stages.base import Answer, DataFacts, Losses, Picture, Question, Stage
-from pipeline.stages.dense import PlacedExample, check_dense_model, content_pixels, content_size, instances_of
-from pipeline.stages.images import ImageOptions, require_classes
+from pipeline.stages.dense import (
+    DenseOptions,
+    PlacedExample,
+    check_dense_model,
+    content_pixels,
+    content_size,
+    instances_of,
+)
+from pipeline.stages.images import require_classes
 from pipeline.stages.overlays import detection_pictures
 
 MAX_PICTURES = 8
 
 
-class VitDetOptions(ImageOptions):
+class VitDetOptions(DenseOptions):
     """Options of stage `vitdet`."""
 
     detector: DetectorConfig = DetectorConfig()
@@ -50,29 +57,26 @@ class VitDetOptions(ImageOptions):
         step = 4 * self.model.patch_size
         if height % step or width % step:
             raise ValueError(f"a pyramid needs image_size in multiples of 4 patches, {step} pixels")
-        if not 0 < self.jitter[0] <= self.jitter[1]:
-            raise ValueError(f"jitter must be 0 < low <= high, found {self.jitter}")
         return self
 
 
 class DetectionQuestion(Question):
-    """What `vitrail predict` may be told beside the images."""
+    """What a detector may be asked beside the images."""
 
     above: float = 0.5  # score of what is told and drawn; 0 tells everything that passed the score threshold
 
 
-class VitDetStage(Stage):
+class VitDetStage(Stage[VitDetOptions]):
     """Trunk, pyramid, proposals, and heads for boxes and masks."""
 
-    options: ClassVar[type[Config]] = VitDetOptions
+    options_class: ClassVar[type[Config]] = VitDetOptions
     class_rows: ClassVar[tuple[str, int] | None] = ("boxes.heads.0.cls_score.weight", 1)
-    question: ClassVar[type[Config]] = DetectionQuestion
+    question_class: ClassVar[type[Config]] = DetectionQuestion
     resizes_patches: ClassVar[bool] = True  # MAE's ViT-H has patches of 14 pixels, ViTDet's of 16
 
     def __init__(self, options: VitDetOptions, data: DataFacts) -> None:
         super().__init__(options, data)
         require_classes(data, "vitdet")
-        self.config = options
         detector, num_classes = options.detector, len(data.classes)
         self.trunk = ViT(options.model)
         channels = detector.pyramid_channels
@@ -93,7 +97,7 @@ class VitDetStage(Stage):
         """Losses of proposals, classes, boxes and masks, each image's own mean."""
         levels = self.levels(batch)
         targets = [targets_of(one, levels[0].device) for one in instances_of(batch)]
-        sizes = [self.config.model.image_hw] * len(batch)
+        sizes = [self.options.model.image_hw] * len(batch)
         found = self.rpn(levels)
         parts = dict(zip(("rpn_class", "rpn_box"), self.rpn.losses(found, targets, batch.seeds), strict=True))
         proposals = self.rpn.propose(found, sizes)
@@ -101,7 +105,7 @@ class VitDetStage(Stage):
         parts |= {"class": boxes.classes, "box": boxes.boxes}
         if self.masks is not None:
             regions = pool(levels[:-1], [one.boxes for one in boxes.objects], self.strides, POOLED_SIDE)
-            truth = [decoded_masks(one, self.config.model.image_hw, levels[0].device) for one in instances_of(batch)]
+            truth = [decoded_masks(one, self.options.model.image_hw, levels[0].device) for one in instances_of(batch)]
             parts["mask"] = mask_losses(self.masks(regions), boxes.objects, truth)
         summed = {name: (values * batch.weight).sum() for name, values in parts.items()}
         return Losses(torch.stack(list(summed.values())).sum(), {name: v.detach() for name, v in summed.items()})
@@ -111,10 +115,10 @@ class VitDetStage(Stage):
         `scores` and `classes` [B,D], `counts` [B], and `masks` [B,D,M,M] as probabilities.
         """
         levels = self.levels(batch)
-        sizes = [content_size(one, self.config.model.image_hw) for one in instances_of(batch)]
+        sizes = [content_size(one, self.options.model.image_hw) for one in instances_of(batch)]
         proposals = self.rpn.propose(self.rpn(levels), sizes)
         found: list[Detections] = self.boxes(levels[:-1], proposals, sizes)
-        out = _padded(found, self.config.detector.detections)
+        out = _padded(found, self.options.detector.detections)
         if self.masks is not None:
             logits = self.masks(pool(levels[:-1], [one.boxes for one in found], self.strides, POOLED_SIDE))
             classes = torch.cat([one.classes for one in found])
@@ -129,21 +133,21 @@ class VitDetStage(Stage):
 
     def levels(self, batch: Batch) -> tuple[Float[Tensor, "b f _ _"], ...]:
         """The pyramid's maps of a batch, finest first."""
-        pixels = content_pixels(batch, self.config)
+        pixels = content_pixels(batch, self.options)
         tokens = self.trunk(pixels, taps=self.taps, seeds=batch.seeds)
         maps = tokens.taps or (tokens.patches,)
         levels: tuple[Tensor, ...] = self.pyramid(tuple(as_map(x, tokens.grid) for x in maps))
         return levels
 
     def transform(self, train: bool) -> Transform:
-        canvas, masks, num = self.config.model.image_hw, self.masks is not None, len(self.data.classes)
+        canvas, masks, num = self.options.model.image_hw, self.masks is not None, len(self.data.classes)
         if train:
-            jitter = LargeScaleJitter(canvas, self.config.jitter, self.config.flip)
+            jitter = LargeScaleJitter(canvas, self.options.jitter, self.options.flip)
             return InstanceExample(jitter, masks=masks, num_classes=num)
         return InstanceExample(Fitted(canvas), objects="stored", masks=masks, num_classes=num)
 
     def view(self) -> Transform:
-        return PlacedExample(Fitted(self.config.model.image_hw))
+        return PlacedExample(Fitted(self.options.model.image_hw))
 
     def answer(self, batch: Batch, question: DetectionQuestion) -> list[Answer]:
         """What is found, as COCO's results in pixels of the image, with the class's name."""
@@ -165,7 +169,7 @@ class VitDetStage(Stage):
 
     def weight_decay_exempt(self, name: str, parameter: Tensor) -> bool:
         """As detectron2's ViTDet recipes: norms and the position table, but no biases and no channel norms."""
-        return not self.config.decay_norms and name in self._exempt
+        return not self.options.decay_norms and name in self._exempt
 
 
 def exempt_from_decay(stage: nn.Module) -> list[str]:

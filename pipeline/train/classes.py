@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from pipeline import ranks
-from pipeline.config import Config
 from pipeline.convert.weights import numbered
 from pipeline.errors import CheckpointError, DataError
 from pipeline.stages.base import Stage
@@ -83,11 +82,10 @@ def check_initial(
 
 def class_parameters(stage: Stage) -> list[str]:
     """The parameters and buffers of a stage that have rows of classes: those that one class more would make larger."""
-    options = getattr(stage, "config", None)
-    if type(stage).class_rows is None or not isinstance(options, Config):
+    if type(stage).class_rows is None:
         return []
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
-        larger = type(stage)(options, stage.data._replace(classes=(*stage.data.classes, ""))).state_dict()
+        larger = type(stage)(stage.options, stage.data._replace(classes=(*stage.data.classes, ""))).state_dict()
     return [name for name, value in stage.state_dict().items() if value.shape != larger[name].shape]
 
 

@@ -39,7 +39,7 @@ def flops_of_run(build: Callable[[], Stage], batch: Batch, length_samples: int) 
         length_samples: of the run.
     """
     stage = build()
-    changes = sorted({0, *getattr(stage, "schedule_changes", ())})
+    changes = sorted({0, *stage.schedule_changes})
     ends = [*changes[1:], length_samples]
     total = 0.0
     for start, end in zip(changes, ends, strict=True):

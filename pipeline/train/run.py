@@ -14,7 +14,7 @@ import torch
 
 from pipeline import config as configs
 from pipeline import ranks, storage
-from pipeline.convert.loading import check_same_text, check_same_trunk, load_initial
+from pipeline.convert.loading import check_same_text, check_same_trunk, load_initial, reaches
 from pipeline.errors import CheckpointError, DataError, UserError
 from pipeline.run_dir import RunDir, command_line
 from pipeline.stages import stage_class
@@ -95,7 +95,7 @@ def _train(config: TrainConfig, stop: StopSignal, attempt_hint: str | None, watc
     ranks.from_first(lambda: run.check(document, complete=_complete))
     resolved = resolve(config, ranks.world(), ranks.device())
     cls = stage_class(config.stage)
-    options = configs.validate(cls.options, config.options, where=config.name, prefix="options")
+    options = configs.validate(cls.options_class, config.options, where=config.name, prefix="options")
     data = read_data(config.data, ranks.world().size, config.stage, cls.label_use(options))
     for line in [*resolved.lines(), *describe(data)]:
         _say("%s", line)
@@ -224,8 +224,9 @@ class _Run:
             return
         ours = self.stage.trunk.config.model_dump(mode="json")
         theirs = ranks.from_first(lambda: read_info(source))
-        check_same_trunk(ours, theirs.get("trunk", {}), where=source)
-        if "text.".startswith(self.config.init_prefixes):
+        if reaches(self.config.init_prefixes, "trunk."):
+            check_same_trunk(ours, theirs.get("trunk", {}), where=source)
+        if reaches(self.config.init_prefixes, "text."):
             check_same_text(self._text_options(), theirs.get("text", {}), where=source)
         saved = ranks.from_first(lambda: _Saved(read_saved(source, self.config.init_weights)))
         weights = ranks.broadcast_tensors(saved.tensors)
@@ -307,8 +308,8 @@ class _Run:
 
     def _text_options(self) -> dict[str, object]:
         """Of a stage with a text tower; {} for others."""
-        text = getattr(getattr(self.stage, "config", None), "text", None)
-        return dict(text.model_dump(mode="json")) if isinstance(text, configs.Config) else {}
+        text = self.stage.text_options
+        return {} if text is None else dict(text.model_dump(mode="json"))
 
     def _status_at_start(self, attempt: Attempt, state: State) -> None:
         if not self.is_first:

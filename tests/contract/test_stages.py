@@ -80,7 +80,7 @@ def test_a_stage_says_whether_it_learns_classes(name: str) -> None:
     model = {"width": 32, "depth": 2, "heads": 2, "image_size": 32, "patch_size": 8}
     if name in ("vitdet", "segment", "sam"):
         model |= {"cls_token": False, "final_norm": False}
-    options = validate(cls.options, {"model": model}, where=name)
+    options = validate(cls.options_class, {"model": model}, where=name)
     if cls.class_rows is None:
         with torch.device("meta"):
             shapes = [

@@ -83,7 +83,7 @@ def hugging_face_config(decoder_eps: float = 1e-6) -> Any:
 
 def load_into_official(path: str, stage: Any) -> Sam:
     """The package's model of a stage's shape, with the checkpoint that was written of it."""
-    model, sam = stage.config.model, stage.config.sam
+    model, sam = stage.options.model, stage.options.sam
     width, depth, mlp_width, heads = model.shape
     side, grid = model.image_hw[0], model.grid[0]
     made = Sam(

@@ -68,7 +68,7 @@ OPTIM = OptimConfig(lr=3e-3, weight_decay=0.01)
 def build(name: str, seed: int = 0) -> Stage:
     torch.manual_seed(seed)
     cls = stage_class(name)
-    return cls(validate(cls.options, TINY[name], where=f"TINY[{name}]"), DataFacts(CLASSES, num_samples=48))
+    return cls(validate(cls.options_class, TINY[name], where=f"TINY[{name}]"), DataFacts(CLASSES, num_samples=48))
 
 
 def batch_of(stage: Stage, step: int, *, share: bool = True) -> Batch:

@@ -29,14 +29,13 @@ class TinyOptions(Config):
     memory: bool = False  # persistent buffers that no forward uses
 
 
-class TinyStage(Stage):
+class TinyStage(Stage[TinyOptions]):
     """Classification with a head that may have BatchNorm and dropout."""
 
-    options: ClassVar[type[Config]] = TinyOptions
+    options_class: ClassVar[type[Config]] = TinyOptions
 
     def __init__(self, options: TinyOptions, data: DataFacts) -> None:
         super().__init__(options, data)
-        self.config = options
         self.trunk = ViT(MODEL)
         self.norm = nn.BatchNorm1d(16, affine=False) if options.batch_norm else nn.Identity()
         self.dropout = nn.Dropout(options.dropout)
@@ -53,7 +52,7 @@ class TinyStage(Stage):
 
     def loss(self, batch: Batch) -> Losses:
         losses = F.cross_entropy(self.logits(batch), batch.labels, reduction="none")
-        losses = losses * torch.where(batch.ids == self.config.poison, float("nan"), 1.0)
+        losses = losses * torch.where(batch.ids == self.options.poison, float("nan"), 1.0)
         total = (losses * batch.weight).sum()
         return Losses(total, {"cross_entropy": total.detach()})
 
@@ -63,14 +62,15 @@ class TinyStage(Stage):
     def transform(self, train: bool) -> Transform:
         raise NotImplementedError
 
-    def trainable(self, name: str) -> bool:
-        return not (self.config.freeze and name.startswith(self.config.freeze))
+    @property
+    def frozen(self) -> tuple[str, ...]:
+        return (self.options.freeze,) if self.options.freeze else ()
 
 
-class TinyPair(ContrastiveStage):
+class TinyPair(ContrastiveStage[TinyOptions]):
     """Images against their labels' embeddings, with a limited logit scale."""
 
-    options: ClassVar[type[Config]] = TinyOptions
+    options_class: ClassVar[type[Config]] = TinyOptions
     limits: ClassVar[dict[str, tuple[float, float]]] = {"logit_scale": (0.0, 2.0)}
 
     def __init__(self, options: TinyOptions, data: DataFacts) -> None:

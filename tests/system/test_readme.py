@@ -119,7 +119,7 @@ def test_a_documented_configuration_is_accepted(kind: str, name: str, text: str,
         validate(PrepConfig, document, where=name)
     elif kind == "train":
         config = validate(TrainConfig, document, where=name)
-        validate(stage_class(config.stage).options, config.options, where=name, prefix="options")
+        validate(stage_class(config.stage).options_class, config.options, where=name, prefix="options")
     elif kind == "report":
         validate(ReportSpec, document, where=name)
     else:

@@ -39,10 +39,10 @@ def test_a_file_is_read_whole_and_written_as_it_was(case: str, protocol: int, tm
     weights = convert.read(source, "detectron2")
     stage = convert.load(source, "detectron2")
     assert isinstance(stage, VitDetStage)
-    model = stage.config.model
+    model = stage.options.model
     assert (model.window, model.global_blocks, model.conv_blocks, model.shape.heads) == (3, (1,), (0,), 2)
     assert (model.image_hw, model.position_hw, model.grid) == ((128, 128), (64, 64), (8, 8))
-    assert stage.config.detector.cascade == (case == "cascade")
+    assert stage.options.detector.cascade == (case == "cascade")
     assert len(stage.data.classes) == 3
     assert set(weights.ignored) == {"pixel_mean", "pixel_std"}
     convert.save(stage, str(tmp_path / "again.pkl"), "detectron2")

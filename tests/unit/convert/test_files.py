@@ -199,7 +199,7 @@ def test_our_own_format_says_all_there_is_to_know(target: str, tmp_path: Path) -
     convert.save(stage, str(tmp_path / target), "vitrail")
     again = convert.load(str(tmp_path / target), "vitrail")
     assert isinstance(again, ClassifyStage)
-    assert again.config == options
+    assert again.options == options
     assert again.data.classes == ("cat", "dog")
     assert all(torch.equal(again.state_dict()[name], value) for name, value in stage.state_dict().items())
 
@@ -224,5 +224,5 @@ def test_our_own_description_of_a_file_answers_for_what_tensors_do_not_tell(stag
     convert.save(stage, str(tmp_path / "mae.safetensors"), "mae")
     again = convert.load(str(tmp_path / "mae.safetensors"), "mae")
     assert isinstance(again, MaeStage)
-    assert again.config.decoder == stage.config.decoder
+    assert again.options.decoder == stage.options.decoder
     assert all(torch.equal(again.state_dict()[name], value) for name, value in stage.state_dict().items())

@@ -137,7 +137,7 @@ def test_features_equal_the_official_forward_pass(tmp_path: Path, known: dict[st
         found = stage.embed_images(images), stage.embed_texts(tokens)
     for ours, theirs in zip(found, expected, strict=True):
         assert np.abs(ours.numpy() - theirs).max() <= 1e-5 * np.abs(theirs).max()
-    assert stage.config.model.position == "sincos2d"
+    assert stage.options.model.position == "sincos2d"
 
 
 def test_parameters_come_back_bit_for_bit(tmp_path: Path, known: dict[str, Any]) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pipeline.config import validate
-from pipeline.convert.loading import check_same_trunk, load_initial
+from pipeline.convert.loading import check_same_trunk, load_initial, reaches
 from pipeline.errors import CheckpointError
 from pipeline.models.trunk.config import ModelConfig
 from pipeline.models.trunk.position import interpolate
@@ -62,7 +62,7 @@ DENSE = {
 def built(name: str, options: dict[str, Any]) -> Stage:
     torch.manual_seed(0)
     cls = stage_class(name)
-    return cls(validate(cls.options, options, where="test"), DataFacts(("a", "b")))
+    return cls(validate(cls.options_class, options, where="test"), DataFacts(("a", "b")))
 
 
 def detector(**changes: Any) -> Stage:
@@ -117,3 +117,11 @@ def test_a_missing_block_is_no_new_parameter() -> None:
     del weights["trunk.blocks.1.attn.qkv.weight"]
     with pytest.raises(CheckpointError, match=r"trunk.blocks.1.attn.qkv.weight"):
         load_initial(stage, weights, ("trunk.",), where="there")
+
+
+@pytest.mark.parametrize(
+    ("prefixes", "reached"),
+    [(["text."], True), (["text.blocks."], True), ([""], True), (["te"], True), (["trunk."], False), ([], False)],
+)
+def test_a_text_tower_is_compared_whatever_part_of_it_is_taken(prefixes: list[str], reached: bool) -> None:
+    assert reaches(prefixes, "text.") is reached

@@ -62,8 +62,8 @@ def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
 def test_a_full_file_predicts_what_the_official_code_recorded(official: Official, tmp_path: Path) -> None:
     stage = convert.load(pickled(official.state, tmp_path / "full.pth"), "mae", **official.known)
     assert isinstance(stage, MaeStage)
-    assert stage.config.model.position == "sincos2d"
-    assert stage.config.norm_pix == official.known["norm_pix"]
+    assert stage.options.model.position == "sincos2d"
+    assert stage.options.norm_pix == official.known["norm_pix"]
     masking = masking_from_noise(official.noise, official.latent.shape[1] - 1)
     tokens = stage.trunk(official.images, keep=masking.keep)
     assert close(torch.cat([tokens.prefix, tokens.patches], 1), official.latent)
@@ -116,7 +116,7 @@ def test_training_arguments_in_the_file_answer(official: Official, tmp_path: Pat
     known = {name: value for name, value in official.known.items() if name != "norm_pix"}
     stage = convert.load(path, "mae", **known)
     assert isinstance(stage, MaeStage)
-    assert stage.config.norm_pix == official.known["norm_pix"]
+    assert stage.options.norm_pix == official.known["norm_pix"]
 
 
 def fine_tuned(*, average: bool) -> VisionTransformer:
@@ -131,11 +131,11 @@ def test_a_fine_tuned_file_classifies_alike_and_comes_back(average: bool, dtype:
     peer = fine_tuned(average=average)
     stage = convert.load(pickled(peer.state_dict(), tmp_path / "tuned.pth"), "mae", heads=3)
     assert isinstance(stage, ClassifyStage)
-    assert stage.config.pooling == ("avg" if average else "cls")
+    assert stage.options.pooling == ("avg" if average else "cls")
     convert.save(stage, str(tmp_path / "again.pth"), "mae")
     assert same(torch.load(tmp_path / "again.pth", weights_only=True)["model"], peer.state_dict())
     stage, peer, images = stage.to(dtype), peer.to(dtype), pixels(32, 32, dtype)
-    scores = stage.head(stage.fc_norm(pool(stage.trunk(images), stage.config.pooling)))
+    scores = stage.head(stage.fc_norm(pool(stage.trunk(images), stage.options.pooling)))
     assert close(scores, peer(images))
 
 

@@ -36,7 +36,7 @@ def test_a_matrix_resizes_as_torch_does(before: int, after: int) -> None:
 def test_masks_are_resized_as_the_predictor_does(size: tuple[int, int]) -> None:
     stage = tiny_stage()
     low = torch.randn(2, 4, 16, 16)
-    wanted = stored_logits(low, fitted(*size, stage.config.model.image_hw))
+    wanted = stored_logits(low, fitted(*size, stage.options.model.image_hw))
     found = onnx_files.OnnxDecoder(stage).stored(low, torch.tensor([float(side) for side in size]))
     torch.testing.assert_close(found, wanted, rtol=0, atol=2e-5)
 
@@ -82,8 +82,8 @@ def test_what_cannot_be_a_graph_is_refused(tmp_path: Path, monkeypatch: pytest.M
     mae = stage_class("mae")
     options = {"model": {"width": 16, "depth": 1, "heads": 1, "image_size": 8, "patch_size": 4}}
     with pytest.raises(ConfigError, match="only stage sam"):
-        export_sam(mae(validate(mae.options, options, where="test"), DataFacts()), str(tmp_path))
-    wide = {**stage.config.model.model_dump(), "image_size": (32, 64)}
+        export_sam(mae(validate(mae.options_class, options, where="test"), DataFacts()), str(tmp_path))
+    wide = {**stage.options.model.model_dump(), "image_size": (32, 64)}
     with pytest.raises(ConfigError, match="square"):
         export_sam(tiny_stage(model=wide), str(tmp_path))
 

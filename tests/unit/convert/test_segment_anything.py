@@ -55,7 +55,7 @@ def test_what_transformers_made_is_read_with_its_epsilon(tmp_path: Path) -> None
     SamModel(hugging_face_config(1e-6)).save_pretrained(tmp_path)
     stage = convert.load(str(tmp_path), "hf_sam")
     assert isinstance(stage, SamStage)
-    assert stage.config.sam.norm_eps == 1e-6
+    assert stage.options.sam.norm_eps == 1e-6
     with pytest.raises(ConfigError, match="norm_eps"):
         convert.save(stage, str(tmp_path / "theirs.pth"), "segment_anything")
 
@@ -100,7 +100,7 @@ def test_what_segment_anything_always_has_is_filled_in_so_that_it_computes_the_s
     convert.save(stage, str(tmp_path / "sam.pth"), "segment_anything")
     again = convert.load(str(tmp_path / "sam.pth"), "segment_anything", decoder_heads=2)
     assert isinstance(again, SamStage)
-    assert again.config.model.relative_positions
+    assert again.options.model.relative_positions
     pixels = torch.randn(2, 3, 32, 32)
     torch.testing.assert_close(
         again.model.embed(pixels).features, stage.model.embed(pixels).features, rtol=0, atol=1e-5

@@ -33,7 +33,7 @@ def saved(model: nn.Module, path: Path) -> str:
 
 def scores(stage: ClassifyStage, images: torch.Tensor) -> torch.Tensor:
     """As `ClassifyStage.scores`, from normalised pixels and in the weights' own precision."""
-    return stage.head(stage.fc_norm(pool(stage.trunk(images), stage.config.pooling)))
+    return stage.head(stage.fc_norm(pool(stage.trunk(images), stage.options.pooling)))
 
 
 VARIANTS = {

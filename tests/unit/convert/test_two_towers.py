@@ -86,7 +86,7 @@ def test_open_clips_models_give_the_same_features_and_come_back_bit_for_bit(tmp_
     folder = saved(tmp_path / "theirs", peer, config_of(vision, text, **told))
     stage = convert.load(folder, "open_clip")
     same_features(stage, peer, clip_pixels)
-    assert stage.config.loss == ("siglip" if case == "custom text" else "clip")
+    assert stage.options.loss == ("siglip" if case == "custom text" else "clip")
     weights = convert.read(folder, "open_clip")
     convert.save(weights, str(tmp_path / "again.pt"), "open_clip")
     again = torch.load(tmp_path / "again.pt", weights_only=True)["state_dict"]
@@ -177,7 +177,7 @@ def test_a_siglip_model_of_timms_trunk_is_read(tmp_path: Path) -> None:
     config = {"model_cfg": {"embed_dim": 48, "vision_cfg": vision, "text_cfg": tower, "custom_text": True}}
     (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
     stage = convert.load(str(tmp_path / "siglip.pt"), "open_clip", heads=3)
-    assert (stage.config.loss, stage.config.pooling, stage.config.projection) == ("siglip", "map", False)
+    assert (stage.options.loss, stage.options.pooling, stage.options.projection) == ("siglip", "map", False)
     tokens = stage.tokenizer(CAPTIONS)
     with torch.no_grad():
         expected = F.normalize(trunk((images() / 255 - 0.5) / 0.5), dim=-1)

@@ -122,7 +122,7 @@ def run_of_flip(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import torch
 
     torch.manual_seed(1)
-    stage = FlipStage(validate(FlipStage.options, FLIP, where="test"), DataFacts())
+    stage = FlipStage(validate(FlipStage.options_class, FLIP, where="test"), DataFacts())
     folder = tmp_path_factory.mktemp("flip")
     (folder / "config.yaml").write_text(yaml.safe_dump({"stage": "flip", "options": FLIP}))
     (folder / "status.json").write_text("{}")

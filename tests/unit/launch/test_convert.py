@@ -144,7 +144,7 @@ def test_a_run_tells_the_classes_that_its_stage_learnt(tmp_path: Path, name: str
     write_data_set(str(tmp_path / "train"), numbered([4]))
     cls = stage_class(name)
     model = MODEL if name == "mp3" else MODEL | {"cls_token": False, "final_norm": False}
-    stage = cls(cls.options.model_validate({"model": model}), DataFacts(classes))
+    stage = cls(cls.options_class.model_validate({"model": model}), DataFacts(classes))
     run = run_of(stage, tmp_path)
     config = {"stage": name, "options": {"model": model}, "data": {"train": [{"url": str(tmp_path / "train")}]}}
     (Path(run) / "config.yaml").write_text(yaml.safe_dump(config))

@@ -92,7 +92,7 @@ def test_pooling(pooling: str) -> None:
 def stage_pixels(stage: FlipStage, batch: Batch) -> torch.Tensor:
     from pipeline.models.pixels import normalize
 
-    return normalize(batch.images, stage.config.pixels)
+    return normalize(batch.images, stage.options.pixels)
 
 
 def test_evaluation_equals_open_clips_classifier() -> None:
@@ -113,7 +113,7 @@ def test_evaluation_equals_open_clips_classifier() -> None:
     class Model:
         encode_text = staticmethod(lambda texts, normalize: stage.embed_texts(texts))
 
-    weights = build_zero_shot_classifier(Model, stage.tokenizer, CLASSES, stage.config.templates)
+    weights = build_zero_shot_classifier(Model, stage.tokenizer, CLASSES, stage.options.templates)
     with torch.no_grad():
         predicted = (stage.embed_images(batch.images) @ weights).argmax(1)
     assert measured["heldout/zeroshot_top1"] == pytest.approx((predicted == batch.labels).float().mean().item())

@@ -242,4 +242,4 @@ def test_kept_patches_are_rounded_as_the_official_code_does() -> None:
 
 
 def _pixels(stage: MaeStage, batch: Batch) -> Tensor:
-    return normalize(batch.images, stage.config.pixels)
+    return normalize(batch.images, stage.options.pixels)

@@ -104,7 +104,7 @@ def build(recipe: str, changes: dict[str, Any]) -> tuple[Stage, OptimConfig]:
     document["options"] = {**document["options"], **changes, "model": model}
     config = validate(TrainConfig, document, where=recipe)
     cls = stage_class(config.stage)
-    return cls(validate(cls.options, config.options, where=recipe), DataFacts(("a", "b"))), config.optim
+    return cls(validate(cls.options_class, config.options, where=recipe), DataFacts(("a", "b"))), config.optim
 
 
 @pytest.mark.parametrize(("recipe", "changes", "table"), TABLES, ids=[recipe for recipe, _, _ in TABLES])

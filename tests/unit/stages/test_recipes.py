@@ -30,7 +30,7 @@ def read(recipe: str, size: str | None = None) -> tuple[TrainConfig, Any]:
     given = ["name=test", "data.train=somewhere"] + ([] if size is None else [f"options.model.size={size}"])
     document = load(ROOT / recipe, given)
     config = validate(TrainConfig, document, where=recipe)
-    return config, validate(stage_class(config.stage).options, config.options, where=recipe, prefix="options")
+    return config, validate(stage_class(config.stage).options_class, config.options, where=recipe, prefix="options")
 
 
 def sizes_of(recipe: str) -> list[str | None]:
@@ -234,7 +234,7 @@ def test_the_official_flips_text_tower_can_be_said(tmp_path: Path) -> None:
     (tmp_path / "vocab.txt").write_text("\n".join(words))
     text = f"{{tokenizer: {tmp_path}/vocab.txt, vocab_size: 30523, causal: false, pooling: first, gelu: tanh}}"
     document = load(ROOT / "configs/pretrain/flip.yaml", ["name=a", "data.train=b", f"options.text={text}"])
-    options = validate(stage_class("flip").options, document["options"], where="flip")
+    options = validate(stage_class("flip").options_class, document["options"], where="flip")
     with torch.device("meta"):
         stage = stage_class("flip")(options, DataFacts())
     assert stage.text.token_embedding.weight.shape == (30523, 512)

@@ -206,7 +206,7 @@ def test_any_stages_trunk_may_start_it(source: str) -> None:
     }
     cls = stage_class(source)
     torch.manual_seed(1)
-    giver = cls(validate(cls.options, options[source], where="test"), DataFacts(("a", "b")))
+    giver = cls(validate(cls.options_class, options[source], where="test"), DataFacts(("a", "b")))
     with torch.no_grad():
         for parameter in giver.trunk.parameters():
             parameter.add_(0.1)
@@ -238,7 +238,7 @@ def test_masks_of_everything_are_measured_where_they_are_asked_for() -> None:
     for i, image in enumerate(stage_images(stage, given)):
         instances = THREE[i]
         truth[i] = Truth((SIDE, SIDE), annotations_of(instances, i))
-        found = automatic_masks(stage.predictor(), image, stage.config.automatic)
+        found = automatic_masks(stage.predictor(), image, stage.options.automatic)
         masks += [
             {"image_id": i, "category_id": 0, "segmentation": one.segmentation, "score": one.predicted_iou}
             for one in found

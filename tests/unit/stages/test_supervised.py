@@ -20,7 +20,7 @@ CLASSES = tuple(f"class {i}" for i in range(7))
 def build(name: str, **changes: object) -> Stage:
     torch.manual_seed(0)
     cls = stage_class(name)
-    options: type[Config] = cls.options
+    options: type[Config] = cls.options_class
     return cls(validate(options, {"model": MODEL} | changes, where="test"), DataFacts(classes=CLASSES))
 
 
@@ -169,7 +169,7 @@ def test_feature_norm_keeps_its_averages_in_fp32() -> None:
 def test_data_without_labels_are_refused(name: str) -> None:
     cls = stage_class(name)
     with pytest.raises(ConfigError, match="needs labels"):
-        cls(validate(cls.options, {"model": MODEL}, where="test"), DataFacts())
+        cls(validate(cls.options_class, {"model": MODEL}, where="test"), DataFacts())
 
 
 def test_a_misspelt_stage_names_the_nearest() -> None:

@@ -72,7 +72,7 @@ def batch_of(images: Tensor, instances: list[Instances]) -> Batch:
 
 def named_theirs(stage: VitDetStage) -> dict[str, str]:
     """Our name -> detectron2's."""
-    detector = stage.config.detector
+    detector = stage.options.detector
     return names(list(stage.state_dict()), detector.cascade, detector.box_convs, detector.mask_convs)
 
 
@@ -113,7 +113,7 @@ def test_detections_equal_detectron2_in_pixels_of_the_stored_image(case: str) ->
 @pytest.mark.parametrize(("record", "decay_norms"), [("optimizer", False), ("optimizer_huge", True)])
 def test_rates_and_weight_decay_are_detectron2s_for_every_parameter(record: str, decay_norms: bool) -> None:
     stage = recorded("cascade")
-    object.__setattr__(stage, "config", stage.config.model_copy(update={"decay_norms": decay_norms}))
+    object.__setattr__(stage, "options", stage.options.model_copy(update={"decay_norms": decay_norms}))
     theirs = named_theirs(stage)
     config = OptimConfig(lr=1e-4, weight_decay=0.1, layer_decay=0.7)
     ours = {
@@ -163,7 +163,7 @@ def test_every_parameter_of_every_variant_gets_a_gradient(changes: dict[str, Any
     assert without == []
     with torch.no_grad():
         found = stage.eval().predict(batch)
-    assert ("masks" in found) == stage.config.detector.masks
+    assert ("masks" in found) == stage.options.detector.masks
 
 
 def test_a_detector_of_boxes_alone_trains_evaluates_and_is_drawn_on_data_without_masks() -> None:

@@ -28,7 +28,7 @@ ABLATION = "configs/chains/flip_ablation.yaml"
 def built(name: str, options: dict[str, Any]) -> Stage:
     torch.manual_seed(0)
     cls = stage_class(name)
-    return cls(validate(cls.options, options, where="test"), DataFacts(("one", "two")))
+    return cls(validate(cls.options_class, options, where="test"), DataFacts(("one", "two")))
 
 
 def typical(stage: Stage, side: int) -> Batch:

@@ -152,7 +152,7 @@ def test_another_input_size_equals_the_original_built_for_it(tmp_path: Path, off
 
 def test_positions_keep_their_precision_in_bf16(stage: SamStage) -> None:
     """In bf16, places of a 64 x 64 grid would fall together."""
-    low = SamStage(stage.config, stage.data).to(torch.bfloat16)
+    low = SamStage(stage.options, stage.data).to(torch.bfloat16)
     low.prompt_encoder.load_state_dict(stage.prompt_encoder.state_dict())
     places = torch.rand(50, 2)
     assert torch.equal(low.prompt_encoder.pe_layer(places), stage.prompt_encoder.pe_layer(places))
