@@ -33,7 +33,8 @@ from pipeline.train.checkpoints.saving import Checkpoints
 from pipeline.train.classes import check_initial, check_resumed, learnt_classes, recorded_classes
 from pipeline.train.config import EmaConfig, TrainConfig
 from pipeline.train.data import RunData, describe, read_data, same_data
-from pipeline.train.engine.deepspeed_engine import DeepSpeedEngine, join_group
+from pipeline.train.engine.deepspeed_engine import DeepSpeedEngine
+from pipeline.train.engine.deepspeed_setup import join_group
 from pipeline.train.engine.ema import decay_after
 from pipeline.train.guards import RollBack
 from pipeline.train.loop import run_loop

@@ -1,4 +1,4 @@
-"""The private names of DeepSpeed that pipeline/train/engine/layout.py and engine_deepspeed.py lean on."""
+"""The private names of DeepSpeed that pipeline/train/engine leans on."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.support.process_group import ProcessGroup
 
 
 def test_version_is_the_one_the_layout_was_read_from() -> None:
-    assert deepspeed.__version__ == "0.19.8", "read engine_layout.py against the new version before changing this"
+    assert deepspeed.__version__ == "0.19.8", "read pipeline/train/engine against the new version before changing this"
 
 
 @pytest.mark.parametrize(

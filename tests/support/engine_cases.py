@@ -167,7 +167,7 @@ def scale_after(zero_stage: int, precision: str, held: bool) -> float:
     engine = build(zero_stage, precision, "pair")
     if not held:
         engine.stage.limits = {}  # type: ignore[misc]
-    for slot in engine._slots:
+    for slot in engine._state.slots:
         if slot.name == "logit_scale":
             slot.master.fill_(2.5)
     engine.step(micro_batches(0, 1), lr=0.0)

@@ -66,7 +66,7 @@ def _serve(pipe: Any, rank: int, size: int, port: int) -> None:
     import torch
 
     torch.set_num_threads(1)
-    from pipeline.train.engine.deepspeed_engine import join_group
+    from pipeline.train.engine.deepspeed_setup import join_group
 
     join_group()
     while True:

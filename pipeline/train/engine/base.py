@@ -1,6 +1,6 @@
 """What runs a stage's forward, backward and update over all ranks, and hands out and takes back its state.
 
-The loop and the checkpoints know this file; DeepSpeed is behind `engine_deepspeed`.
+The loop and the checkpoints know this file alone; `deepspeed_engine` implements it.
 """
 
 from __future__ import annotations

@@ -98,6 +98,21 @@ def publish_masters(engine: Any, zero_stage: int) -> None:
                     p.data.copy_(master.data)
 
 
+def forget_linked_states(engine: Any) -> None:
+    """Drop DeepSpeed's views of the optimizer's state, after that state was replaced."""
+    if getattr(engine.optimizer, "_hp_optimizer_states_linked", False):
+        engine.optimizer._hp_optimizer_states_linked = False
+
+
+def clear_partitioned_gradients(engine: Any) -> None:
+    """ZeRO-3: forget the gradients of the last step.
+
+    The first backward pass of a step may not reach every parameter (GradCache's reaches the head only), and DeepSpeed
+    would add the gradients of those reached later to what the last step left.
+    """
+    engine.optimizer.grad_partitions_flat_buffer.zero_()
+
+
 def set_frozen(parameter: nn.Parameter, value: Tensor, rank: int) -> None:
     """Set a parameter outside the optimizer from its full value."""
     with torch.no_grad():

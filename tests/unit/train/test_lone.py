@@ -8,7 +8,7 @@ import sys
 
 ALONE = """
 import sys
-from pipeline.train.engine.deepspeed_engine import join_group
+from pipeline.train.engine.deepspeed_setup import join_group
 join_group()
 print("joined", flush=True)
 sys.stdin.read()
