@@ -30,6 +30,13 @@ WHICH: dict[str, Which] = {"auto": "auto", "ema": "ema", "raw": "raw"}
 log = logging.getLogger("vitrail")
 
 
+class LoadedCheckpoint(NamedTuple):
+    """A checkpoint whose parts a rank wants are in its host memory, verified."""
+
+    commit: Commit
+    read: Read
+
+
 def load(commit: Commit, wanted: Sequence[Span]) -> Gathered:
     """Read what covers `wanted` into host memory and verify it.
 
@@ -67,7 +74,7 @@ def load_newest(
     at_most: int | None = None,
     *,
     accept: Callable[[Commit], None] = lambda commit: None,
-) -> tuple[Commit, Read] | None:
+) -> LoadedCheckpoint | None:
     """The newest commit that every rank can read and verify what it wants of; None when there are no checkpoints.
 
     Collective; nothing is applied yet. What is skipped is logged with the reason.
@@ -105,7 +112,7 @@ def load_newest(
         if not reasons:
             assert gathered is not None
             _log_skipped(skipped)
-            return commit, gathered.read
+            return LoadedCheckpoint(commit, gathered.read)
         skipped.append(f"step {commit.step} of attempt {commit.attempt}: {reasons[0]}")
     _log_skipped(skipped)
     if skipped and at_most is None:
