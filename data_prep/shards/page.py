@@ -33,7 +33,7 @@ _THUMBNAIL = 160  # pixels
 _NUM_BINS = 12
 
 
-class _Outcome(NamedTuple):
+class _ReasonCount(NamedTuple):
     """How many inputs were left out for one reason, and an example."""
 
     reason: str
@@ -70,12 +70,12 @@ def write_page(report: PrepReport, manifests: Mapping[str, Manifest]) -> None:
     storage.write(storage.join(report.url, PAGE_NAME), page.encode("utf-8", "replace"))
 
 
-def _outcomes(report: PrepReport) -> Iterator[_Outcome]:
+def _outcomes(report: PrepReport) -> Iterator[_ReasonCount]:
     for reason, meaning in REASONS.items():
         num_inputs = report.filtered.get(reason, 0) + report.failed.get(reason, 0)
         if num_inputs:
             kind = "filtered" if meaning.filtered else "failed"
-            yield _Outcome(reason, num_inputs, kind, report.examples.get(reason, ""))
+            yield _ReasonCount(reason, num_inputs, kind, report.examples.get(reason, ""))
 
 
 def _sidecars(manifest: Manifest) -> pa.Table:
@@ -118,7 +118,7 @@ def _bars(values: np.ndarray) -> list[Bar]:
     counts, edges = np.histogram(values, edges)
     return scale_bars(
         [
-            Bar(f"{start:,}–{stop - 1:,}", num, count(num))
+            Bar(f"{start:,}" if stop == start + 1 else f"{start:,}–{stop - 1:,}", num, count(num))
             for num, (start, stop) in zip(counts.tolist(), itertools.pairwise(edges.tolist()), strict=True)
         ]
     )

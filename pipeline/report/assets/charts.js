@@ -88,7 +88,10 @@
     chart.all.addEventListener("click", () => zoom(plot, null));
     plot.addEventListener("keydown", (event) => keyPressed(event, plot, chart));
     plot.addEventListener("blur", () => chart.setCursor({ left: -10, top: -10 }));
+    /* One that was inside a closed <details> until now joins the others. */
     for (const button of stageOf(plot).querySelectorAll('.legend [aria-pressed="false"]')) showRuns(chart, button);
+    const other = neighbours(plot).map((neighbour) => charts.get(neighbour)).find(({ all }) => !all.hidden);
+    if (other) chart.setScale("x", { min: other.scales.x.min, max: other.scales.x.max });
   }
 
   function add(parent, name, kind, text = "") {
@@ -122,11 +125,11 @@
       add(line, "b", "", number(y, spec.percent));
     }
     if (lines.length > MAX_TIP_LINES) add(tip, "p", "", `and ${lines.length - MAX_TIP_LINES} more`);
-    place(tip, plot, chart);
+    moveTip(tip, plot, chart);
   }
 
   /* Beside the pointer, on the side that has room. */
-  function place(tip, plot, chart) {
+  function moveTip(tip, plot, chart) {
     const left = plot.offsetLeft + chart.over.offsetLeft + chart.cursor.left;
     const fits = left + 14 + tip.offsetWidth <= plot.parentElement.clientWidth;
     tip.style.left = `${Math.max(0, fits ? left + 14 : left - 14 - tip.offsetWidth)}px`;
