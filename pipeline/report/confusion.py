@@ -9,8 +9,8 @@ from typing import NamedTuple
 from pipeline.report.estimates import Estimate
 from pipeline.report.runs import Run, RunGroup
 
-MAX_PAIRS = 8
-MAX_MATRIX_CLASSES = 80  # with more only the pairs and the table of classes are shown
+MAX_MISTAKES = 8  # listed below a matrix
+MAX_MATRIX_CLASSES = 80  # with more, only the commonest mistakes and the table of classes are shown
 MAX_NAMED_CLASSES, MAX_COUNTED_CLASSES = 56, 21  # of a matrix whose cells have room for names, and for counts
 
 

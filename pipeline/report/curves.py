@@ -20,7 +20,7 @@ Points = list[tuple[float, float]]
 
 
 class Line(NamedTuple):
-    """One series of a chart, with points (x, y); `place` is that of its label in the legend and chooses the colour."""
+    """One series of a chart, with points (x, y); the place of its label in the legend decides the colour."""
 
     label: str
     points: Sequence[tuple[float, float]]
@@ -120,10 +120,7 @@ def line_chart(
     from_zero: bool = False,
     percent: bool = False,
 ) -> Chart | None:
-    """A chart of the lines that have a point left when those that aren't finite are taken away; None without any.
-
-    Long lines are thinned.
-    """
+    """A chart of the lines' finite points, thinned where there are many; None if no line has any."""
     thinned = [line._replace(points=_thin(line.points, MAX_POINTS_SMALL if small else MAX_POINTS)) for line in lines]
     drawn = [line for line in thinned if line.points]
     return Chart(title, y_label, drawn, small, from_zero, percent) if drawn else None

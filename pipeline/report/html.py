@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pipeline import storage
 from pipeline.pages.render import render_page
 from pipeline.report import facts
-from pipeline.report.confusion import MAX_PAIRS, confusions
+from pipeline.report.confusion import MAX_MISTAKES, confusions
 from pipeline.report.curves import stage_curves
 from pipeline.report.results import all_figures, grid_tables, headline, retrieval, worst_retrievals
 from pipeline.report.runs import RunGroup, read_data_set, read_groups
@@ -61,7 +61,7 @@ def render(spec: ReportSpec) -> str:
         grids=grid_tables(spec, groups),
         all_figures=all_figures(groups),
         confusions=list(confusions(groups)),
-        max_mistakes=MAX_PAIRS,
+        max_mistakes=MAX_MISTAKES,
         recall_ranks=recall_ranks,
         recalls=recalls,
         worst_retrievals=list(worst_retrievals(groups)),

@@ -166,6 +166,7 @@
     };
     const move = (step) => {
       const shown = xs.filter((x) => min <= x && x <= max);
+      if (!shown.length) return;
       const next = at === null ? (step > 0 ? 0 : shown.length - 1) : shown.indexOf(at) + step;
       const x = shown[Math.min(shown.length - 1, Math.max(0, next))];
       chart.setCursor({ left: chart.valToPos(x, "x"), top: chart.over.clientHeight / 2 });
