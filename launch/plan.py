@@ -126,15 +126,15 @@ def _plan_reading(config: TrainConfig, sources: Sequence[Source], world_size: in
     from pipeline.data.order.capacity import advice, check_batch, check_data, held_bytes
 
     data = config.data
-    shape = {"world_size": world_size, "workers": data.workers, "lanes": data.lanes}
+    shape = {"world_size": world_size, "workers": data.loader_workers, "lanes": data.lanes}
     check_batch(data.global_batch, copies=data.crops_per_image, **shape)
     if not sources:
         return []
     check_data(sources, data.global_batch, data.crops_per_image)
     held = held_bytes(sources, window=data.window, **shape)
     return [
-        f"{sum(source.num_samples for source in sources)} training samples, {data.workers} loader worker(s) per rank; "
-        f"a rank holds about {held / 2**20:.1f} MiB of encoded samples",
+        f"{sum(source.num_samples for source in sources)} training samples, {data.loader_workers} loader worker(s) per "
+        f"rank; a rank holds about {held / 2**20:.1f} MiB of encoded samples",
         *advice(data.global_batch, **shape),
     ]
 

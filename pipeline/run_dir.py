@@ -33,7 +33,7 @@ from pipeline.config import Document
 from pipeline.errors import ConfigError, StorageError
 
 FREE_TO_CHANGE = (
-    "data.workers",
+    "data.loader_workers",
     "data.evaluate_batch",
     "data.takedown",
     "data.cache",

@@ -46,10 +46,12 @@ class CacheConfig(Config):
 class DataConfig(Config):
     """What is read, and how."""
 
+    renamed = {"workers": "loader_workers"}
+
     train: TrainingSets  # folder of a data set: a path or s3:// URL; or several with their weights
     evaluate: dict[str, str] = {}  # name -> folder; evaluations see the names
     global_batch: int = Field(gt=0)
-    workers: int = Field(default=1, ge=0)  # loader processes per rank; 0 reads in the training process
+    loader_workers: int = Field(default=1, ge=0)  # loader processes per rank; 0 reads in the training process
     block: int = Field(default=256, gt=0)  # neighbouring samples read as one range
     lanes: int = Field(default=16, gt=0)  # streams a global batch is taken from; divides global_batch
     window: int = Field(default=1024, gt=0)  # samples shuffled among each other within a lane

@@ -74,7 +74,7 @@ class RunData(NamedTuple):
             rank=here.rank,
             world_size=here.size,
             micro_batch=micro_batch,
-            workers=data.workers,
+            workers=data.loader_workers,
             block=data.block,
             lanes=data.lanes,
             window=data.window,
@@ -125,13 +125,15 @@ def read_data(config: DataConfig, world_size: int, stage: str, use: LabelUse | N
         check_batch(
             config.global_batch,
             world_size=world_size,
-            workers=config.workers,
+            workers=config.loader_workers,
             lanes=config.lanes,
             copies=config.crops_per_image,
         )
         train = read_sources(config.sources, stage, use)
         check_data(train, config.global_batch, config.crops_per_image)
-        for line in advice(config.global_batch, world_size=world_size, workers=config.workers, lanes=config.lanes):
+        for line in advice(
+            config.global_batch, world_size=world_size, workers=config.loader_workers, lanes=config.lanes
+        ):
             log.warning("%s", line)
         sets = {name: read_manifest(url) for name, url in config.evaluate.items()}
         check_evaluation_sets(train, sets, stage, use)

@@ -65,7 +65,7 @@ class Measurement:
 
     def sweep(self, name: str) -> Iterator[Batch]:
         """Once over the named set, this rank's share; see `pipeline.evaluate.base.Sweep`."""
-        return iter(self._sweep(name, self._config.data.evaluate_batch, self._config.data.workers))
+        return iter(self._sweep(name, self._config.data.evaluate_batch, self._config.data.loader_workers))
 
     def _sweep(self, name: str, batch: int, workers: int) -> Iterable[Batch]:
         transform = self._stage.transform(train=False)

@@ -58,7 +58,7 @@ def mae_config(num_steps: int, **settings: Any) -> dict[str, Any]:
             "evaluate": {"heldout": "@pairs/heldout"},
             "global_batch": 16,
             "lanes": 2,
-            "workers": 0,
+            "loader_workers": 0,
             "evaluate_batch": 16,
         },
         "length_samples": 16 * num_steps,

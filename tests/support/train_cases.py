@@ -37,7 +37,7 @@ def document(folder: Path, name: str, **changes: Any) -> dict[str, Any]:
             "train": str(folder / "train"),
             "evaluate": {"heldout": str(folder / "heldout")},
             "global_batch": 16,
-            "workers": 0,
+            "loader_workers": 0,
             "block": 8,
             "lanes": 4,
             "window": 16,

@@ -38,10 +38,10 @@ def check_batch(global_batch: int, *, world_size: int, workers: int, lanes: int,
     if workers > share // copies:
         each = f" of {copies} crops each" if copies > 1 else ""
         raise ConfigError(
-            f"{world_size} ranks x {workers} workers need {world_size * workers} images a step, a global batch has "
-            f"{global_batch // copies}{each}",
-            where="data.workers",
-            fix=f"set data.workers={share // copies}, or data.global_batch={world_size * workers * copies}",
+            f"{world_size} ranks x {workers} loader workers need {world_size * workers} images a step, a global batch "
+            f"has {global_batch // copies}{each}",
+            where="data.loader_workers",
+            fix=f"set data.loader_workers={share // copies}, or data.global_batch={world_size * workers * copies}",
         )
 
 

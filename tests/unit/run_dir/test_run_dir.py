@@ -10,7 +10,7 @@ import pytest
 from pipeline.errors import ConfigError
 from pipeline.run_dir import RunDir, command_line
 
-CONFIG: dict[str, Any] = {"name": "a", "optim": {"lr": 0.1, "betas": [0.9, 0.95]}, "data": {"workers": 1}}
+CONFIG: dict[str, Any] = {"name": "a", "optim": {"lr": 0.1, "betas": [0.9, 0.95]}, "data": {"loader_workers": 1}}
 
 
 @pytest.fixture
@@ -46,7 +46,7 @@ def test_a_run_that_never_began_may_be_corrected(run: RunDir) -> None:
 def test_changed_keys_are_named_and_free_ones_are_not(run: RunDir) -> None:
     run.prepare(CONFIG)
     run.write_status(attempt=1)
-    changed = {"name": "a", "optim": {"lr": 0.2, "betas": (0.9, 0.95)}, "data": {"workers": 4}, "seed": 1}
+    changed = {"name": "a", "optim": {"lr": 0.2, "betas": (0.9, 0.95)}, "data": {"loader_workers": 4}, "seed": 1}
     with pytest.raises(ConfigError) as caught:
         run.prepare(changed)
     message = str(caught.value)
@@ -55,7 +55,7 @@ def test_changed_keys_are_named_and_free_ones_are_not(run: RunDir) -> None:
     assert "betas" not in message
     assert "workers" not in message
     assert run.config() == CONFIG, "nothing was written"
-    run.prepare({**CONFIG, "data": {"workers": 4}})
+    run.prepare({**CONFIG, "data": {"loader_workers": 4}})
 
 
 @pytest.mark.parametrize("key", ["block", "lanes", "window", "global_batch", "crops_per_image", "train"])

@@ -146,12 +146,12 @@ def test_changed_settings_are_refused_by_key_and_nothing_is_written(
     folder: Path, straight: RunDir, two: ProcessGroup
 ) -> None:
     before = {path: path.read_bytes() for path in Path(straight.url).rglob("*") if path.is_file()}
-    changes: dict[str, Any] = {"optim.lr": 2e-3, "options.mask_ratio": 0.75, "data.workers": 1}
+    changes: dict[str, Any] = {"optim.lr": 2e-3, "options.mask_ratio": 0.75, "data.loader_workers": 1}
     kind, message, fix = two.run(run_cases.run, train_cases.document(folder, "straight", **changes))[0]
     assert kind == "ConfigError"
     assert "optim.lr: 0.001 -> 0.002" in message
     assert "options.mask_ratio: 0.5 -> 0.75" in message
-    assert "data.workers" not in message
+    assert "loader_workers" not in message
     assert "name" in fix
     assert before == {path: path.read_bytes() for path in Path(straight.url).rglob("*") if path.is_file()}
 

@@ -102,7 +102,10 @@ def test_a_takedown_list_may_come_in_the_middle_of_a_run(folder: Path, one: Proc
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"data.workers": 20}, "1 ranks x 20 workers need 20 images a step, a global batch has 8 of 2 crops each"),
+        (
+            {"data.loader_workers": 20},
+            "1 ranks x 20 loader workers need 20 images a step, a global batch has 8 of 2 crops each",
+        ),
         ({"data.crops_per_image": 3}, "3 crops of each image don't divide"),
         ({"data.takedown": "/nowhere.txt"}, "no such takedown list"),
     ],

@@ -98,9 +98,12 @@ def test_a_sweep_over_a_subset_sees_its_samples(ninety: Manifest, forty: Manifes
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"workers": 9}, r"2 ranks x 9 workers need 18 images a step, a global batch has 12.*set data.workers=6"),
+        (
+            {"workers": 9},
+            r"2 ranks x 9 loader workers need 18 images a step, a global batch has 12.*set data.loader_workers=6",
+        ),
         ({"copies": 4}, r"4 crops of each image don't divide the 6 samples.*set data.crops_per_image to 1, 2, 3, 6"),
-        ({"copies": 3, "workers": 3}, r"has 4 of 3 crops each.*set data.workers=2, or data.global_batch=18"),
+        ({"copies": 3, "workers": 3}, r"has 4 of 3 crops each.*set data.loader_workers=2, or data.global_batch=18"),
     ],
 )
 def test_numbers_that_cant_be_served_are_refused(changes: dict, message: str) -> None:
