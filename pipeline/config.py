@@ -17,7 +17,7 @@ import re
 import typing
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
 import pydantic
 import yaml
@@ -25,6 +25,7 @@ import yaml
 from pipeline.errors import ConfigError
 
 ConfigT = TypeVar("ConfigT", bound="Config")
+ValueT = TypeVar("ValueT")
 Document = dict[str, Any]
 
 
@@ -51,6 +52,32 @@ class Config(pydantic.BaseModel):
             else:
                 raise ValueError(f"{former!r} is called {today!r} now: give that one alone")
         return current
+
+
+class _ChangesOnResume:
+    """What `ChangesOnResume` puts into a field's metadata."""
+
+
+ChangesOnResume = Annotated[ValueT, _ChangesOnResume()]
+"""Type of a field whose value may change when a run is resumed, since what is learned doesn't depend on it:
+`keep_last: ChangesOnResume[int] = 2`. All other fields must stay as they were when the run began.
+"""
+
+
+def keys_that_change(cls: type[Config], prefix: str = "") -> list[str]:
+    """Dotted keys of the fields marked `ChangesOnResume`, also in nested options; a section's key stands for all of it.
+
+    Args:
+        prefix: put before each key ("options.").
+    """
+    keys = []
+    for name, field in cls.model_fields.items():
+        if any(isinstance(item, _ChangesOnResume) for item in field.metadata):
+            keys.append(prefix + name)
+        else:
+            for nested in _classes_in(field.annotation):
+                keys += keys_that_change(nested, f"{prefix}{name}.")
+    return keys
 
 
 class _Yaml(yaml.SafeLoader):

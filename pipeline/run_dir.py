@@ -22,7 +22,7 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,30 +30,7 @@ import yaml
 
 from pipeline import storage
 from pipeline.config import Document
-from pipeline.errors import ConfigError, StorageError
-
-FREE_TO_CHANGE = (
-    "data.loader_workers",
-    "data.evaluate_batch",
-    "data.takedown",
-    "data.cache",
-    "data.max_unreadable",
-    "checkpoint.every_samples",
-    "checkpoint.keep_last",
-    "checkpoint.keep_every_samples",
-    "ema.evaluate",
-    "engine.zero_stage",
-    "engine.micro_batch",
-    "evaluate_every_samples",
-    "log_every_samples",
-    "max_fruitless_attempts",
-    "nonfinite.max_consecutive",
-    "nonfinite.max_rollbacks",
-    "watchdog",
-    "time_limit_s",
-    "runs",
-)
-"""Keys that a resumed run may change: they don't change what is learned, and checkpoints are portable."""
+from pipeline.errors import StorageError
 
 PACKAGES = ("vitrail", "torch", "torchvision", "deepspeed", "ray", "open_clip_torch", "timm", "safetensors")
 TYPED_COMMAND = "VITRAIL_COMMAND"  # environment variable in which the `vitrail` command tells what the person typed
@@ -80,48 +57,14 @@ class RunDir:
         """Where checkpoints lie when the configuration says nothing else."""
         return self.at("checkpoints")
 
-    def prepare(
-        self,
-        config: Document,
-        resolved: Mapping[str, Any] | None = None,
-        command: Sequence[str] = (),
-        *,
-        complete: Callable[[Document], Document] | None = None,
-    ) -> None:
-        """Make the directory ready for an attempt at the run `config` describes.
-
-        Raises:
-            ConfigError: a run of this name exists and its configuration differs in a key that changes what is
-                learned; nothing was written then.
-        """
-        self.check(config, complete)
+    def prepare(self, config: Document, resolved: Mapping[str, Any] | None = None, command: Sequence[str] = ()) -> None:
+        """Make the directory ready for an attempt at the run `config` describes."""
         storage.write(self.at("config.yaml"), yaml.safe_dump(config, sort_keys=False, allow_unicode=True).encode())
         if resolved is not None:
             storage.write(self.at("resolved.yaml"), yaml.safe_dump(dict(resolved), sort_keys=False).encode())
         if command:
             storage.write(self.at("command.txt"), (shlex.join(command) + "\n").encode())
         storage.write(self.at("environment.json"), _json(environment()))
-
-    def check(self, config: Document, complete: Callable[[Document], Document] | None = None) -> None:
-        """Compare `config` with that of the run in this directory, once it has begun; see `prepare`.
-
-        `complete` fills in what the earlier configuration leaves open, for keys that came with a newer version.
-        """
-        earlier = self.config()
-        if earlier is None or not self.status().get("attempt"):  # refused before its first attempt: nothing to protect
-            return
-        earlier = complete(earlier) if complete is not None else earlier
-        changed = [
-            f"{key}: {_show(old)} -> {_show(new)}"
-            for key, old, new in _differences(earlier, config)
-            if not any(key == free or key.startswith(f"{free}.") for free in FREE_TO_CHANGE)
-        ]
-        if changed:
-            raise ConfigError(
-                "the run exists with another configuration (" + "; ".join(changed) + ")",
-                where=self.url,
-                fix="give the new run a name of its own (name=...), or undo the change to resume this one",
-            )
 
     def config(self) -> Document | None:
         """The configuration of the run here; None when there is none."""
@@ -286,25 +229,6 @@ def environment() -> dict[str, Any]:
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "git": _git_revision(),
     }
-
-
-def _differences(old: Any, new: Any, prefix: str = "") -> list[tuple[str, Any, Any]]:
-    """(dotted key, old value, new value) of every leaf that differs."""
-    if isinstance(old, Mapping) and isinstance(new, Mapping):
-        found = []
-        for key in [*old, *(key for key in new if key not in old)]:
-            found += _differences(old.get(key), new.get(key), f"{prefix}.{key}" if prefix else str(key))
-        return found
-    old, new = _listed(old), _listed(new)
-    return [] if old == new else [(prefix, old, new)]
-
-
-def _listed(value: Any) -> Any:
-    return [_listed(item) for item in value] if isinstance(value, (list, tuple)) else value
-
-
-def _show(value: Any) -> str:
-    return "unset" if value is None else json.dumps(value, ensure_ascii=False, default=str)
 
 
 def _processor() -> str:

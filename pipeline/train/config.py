@@ -2,6 +2,9 @@
 
 Lengths are counted in samples, never in steps, so that a recipe means the same at any batch size. The stage's own
 options (with the model's) stand under `options`, checked by the stage's options class.
+
+A run that has begun keeps its settings, but for those of a type `ChangesOnResume[...]`: what is learned doesn't depend
+on them.
 """
 
 from __future__ import annotations
@@ -10,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from pipeline.config import Config
+from pipeline.config import ChangesOnResume, Config
 
 
 class SourceConfig(Config):
@@ -51,15 +54,15 @@ class DataConfig(Config):
     train: TrainingSets  # folder of a data set: a path or s3:// URL; or several with their weights
     evaluate: dict[str, str] = {}  # name -> folder; evaluations see the names
     global_batch: int = Field(gt=0)
-    loader_workers: int = Field(default=1, ge=0)  # loader processes per rank; 0 reads in the training process
+    loader_workers: ChangesOnResume[int] = Field(default=1, ge=0)  # processes per rank; 0 reads in the training process
     block: int = Field(default=256, gt=0)  # neighbouring samples read as one range
     lanes: int = Field(default=16, gt=0)  # streams a global batch is taken from; divides global_batch
     window: int = Field(default=1024, gt=0)  # samples shuffled among each other within a lane
-    evaluate_batch: int = Field(default=256, gt=0)  # samples per rank and prediction
-    max_unreadable: float = Field(default=0.01, ge=0, le=1)  # share of unreadable samples that stops the run
+    evaluate_batch: ChangesOnResume[int] = Field(default=256, gt=0)  # samples per rank and prediction
+    max_unreadable: ChangesOnResume[float] = Field(default=0.01, ge=0, le=1)  # share of samples that stops the run
     crops_per_image: int = Field(default=1, gt=0)  # repeated augmentation: how often an image, decoded once, is used
-    takedown: str | None = None  # a text file of keys, a line each, whose samples count nothing
-    cache: CacheConfig | None = None  # for data sets on S3
+    takedown: ChangesOnResume[str | None] = None  # a text file of keys, a line each, whose samples count nothing
+    cache: ChangesOnResume[CacheConfig | None] = None  # for data sets on S3
 
     @property
     def sources(self) -> tuple[SourceConfig, ...]:
@@ -110,18 +113,20 @@ class OptimConfig(Config):
 class EngineConfig(Config):
     """How DeepSpeed runs the model."""
 
-    zero_stage: Literal[0, 1, 2, 3] = 2
+    zero_stage: ChangesOnResume[Literal[0, 1, 2, 3]] = 2
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 where the hardware multiplies it, else fp32
-    micro_batch: int | None = Field(default=None, gt=0)  # most samples per rank and forward; None: the whole share
+    micro_batch: ChangesOnResume[int | None] = Field(
+        default=None, gt=0
+    )  # most samples per forward; None: a rank's whole share
 
 
 class CheckpointConfig(Config):
     """When and where state is saved."""
 
     url: str | None = None  # None: checkpoints/ under the run directory
-    every_samples: int | None = Field(default=None, gt=0)  # None: only at the end and when stopped
-    keep_last: int = Field(default=2, gt=0)
-    keep_every_samples: int | None = Field(default=None, gt=0)
+    every_samples: ChangesOnResume[int | None] = Field(default=None, gt=0)  # None: only at the end and when stopped
+    keep_last: ChangesOnResume[int] = Field(default=2, gt=0)
+    keep_every_samples: ChangesOnResume[int | None] = Field(default=None, gt=0)
 
 
 class EmaConfig(Config):
@@ -129,14 +134,14 @@ class EmaConfig(Config):
 
     half_life_samples: int = Field(gt=0)  # after so many samples, half of the average is newer
     rampup_ratio: float | None = Field(default=None, gt=0)  # half-life at most this share of the samples seen
-    evaluate: Literal["ema", "raw", "both"] = "ema"  # weights that are measured; both: the raw ones as NAME_raw
+    evaluate: ChangesOnResume[Literal["ema", "raw", "both"]] = "ema"  # weights measured; both: raw ones as NAME_raw
 
 
 class NonFiniteConfig(Config):
     """What happens when a loss or gradient isn't finite: the step is left out on all ranks."""
 
-    max_consecutive: int = Field(default=5, gt=0)  # so many in a row, and the run goes back to an older checkpoint
-    max_rollbacks: int = Field(default=2, ge=0)  # after so many of these it stops
+    max_consecutive: ChangesOnResume[int] = Field(default=5, gt=0)  # so many in a row: back to an older checkpoint
+    max_rollbacks: ChangesOnResume[int] = Field(default=2, ge=0)  # after so many of these it stops
 
 
 class SpikeConfig(Config):
@@ -173,17 +178,17 @@ class TrainConfig(Config):
     ema: EmaConfig | None = None  # None: no moving average
     nonfinite: NonFiniteConfig = NonFiniteConfig()
     spikes: SpikeConfig | None = None  # None: any finite loss is trained on
-    watchdog: WatchdogConfig = WatchdogConfig()
-    max_fruitless_attempts: int = Field(default=3, gt=0)  # in a row without progress; then the job gives up
+    watchdog: ChangesOnResume[WatchdogConfig] = WatchdogConfig()
+    max_fruitless_attempts: ChangesOnResume[int] = Field(default=3, gt=0)  # in a row without progress end the job
     seed: int = Field(default=0, ge=0)
     resume_from: str | None = None  # whole state to go on from, of another run; once there is an own one it isn't read
     init_from: str | None = None  # weights to start from: a run directory or a checkpoint folder, any stage's
     init_prefixes: tuple[str, ...] = ("trunk.",)  # parameters taken from there; the rest may be new
     init_weights: Literal["auto", "ema", "raw"] = "auto"  # of a run that kept both; auto: its moving average
-    log_every_samples: int | None = Field(default=None, gt=0)  # None: every step
-    evaluate_every_samples: int | None = Field(default=None, gt=0)  # None: only at the end
-    time_limit_s: float | None = Field(default=None, gt=0)  # save and stop with 75 before it is over
-    runs: str = "runs"  # folder (or s3:// URL) of run directories
+    log_every_samples: ChangesOnResume[int | None] = Field(default=None, gt=0)  # None: every step
+    evaluate_every_samples: ChangesOnResume[int | None] = Field(default=None, gt=0)  # None: only at the end
+    time_limit_s: ChangesOnResume[float | None] = Field(default=None, gt=0)  # save and stop with 75 before it is over
+    runs: ChangesOnResume[str] = "runs"  # folder (or s3:// URL) of run directories
 
     @property
     def run_url(self) -> str:

@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 from pipeline import config as configs
 from pipeline import ranks
 from pipeline.config import Config
-from pipeline.errors import UserError
 from pipeline.run_dir import RunDir, command_line
 from pipeline.stages import stage_class
 from pipeline.stages.base import DataFacts, Stage, seeded_init
+from pipeline.train.changes import check_unchanged
 from pipeline.train.classes import learnt_classes
 from pipeline.train.config import TrainConfig
 from pipeline.train.data import RunData, describe, read_data
@@ -70,15 +70,15 @@ def prepare_run(config: TrainConfig) -> RunSetup:
     """
     run_dir = RunDir(config.run_url)
     document = config.model_dump(mode="json")
-    ranks.from_first(lambda: run_dir.check(document, complete=_complete))
-    resolved = resolve(config, ranks.world(), ranks.device())
     cls = stage_class(config.stage)
+    ranks.from_first(lambda: check_unchanged(run_dir, document, cls.options_class))
+    resolved = resolve(config, ranks.world(), ranks.device())
     options = configs.validate(cls.options_class, config.options, where=config.name, prefix="options")
     data = read_data(config.data, ranks.world().size, config.stage, cls.label_use(options))
     if ranks.world().rank == 0:
         for line in [*resolved.lines(), *describe(data)]:
             log.info("%s", line)
-    ranks.from_first(lambda: run_dir.prepare(document, resolved.document(), command_line(), complete=_complete))
+    ranks.from_first(lambda: run_dir.prepare(document, resolved.document(), command_line()))
     return RunSetup(config, run_dir, resolved, options, data)
 
 
@@ -86,11 +86,3 @@ def text_options(stage: Stage) -> dict[str, Any]:
     """Of a stage with a text tower; {} for others."""
     options = stage.text_options
     return {} if options is None else dict(options.model_dump(mode="json"))
-
-
-def _complete(document: configs.Document) -> configs.Document:
-    """An earlier attempt's configuration under today's keys, with the defaults of those that didn't exist then."""
-    try:
-        return configs.validate(TrainConfig, document, where="config.yaml").model_dump(mode="json")
-    except UserError:
-        return document

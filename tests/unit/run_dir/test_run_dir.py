@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 
-from pipeline.errors import ConfigError
 from pipeline.run_dir import RunDir, command_line
 
 CONFIG: dict[str, Any] = {"name": "a", "optim": {"lr": 0.1, "betas": [0.9, 0.95]}, "data": {"loader_workers": 1}}
@@ -34,36 +33,6 @@ def test_environment_tells_no_secrets(run: RunDir, monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hush-hush")
     run.prepare(CONFIG)
     assert "hush" not in "".join(path.read_text() for path in Path(run.url).iterdir())
-
-
-def test_a_run_that_never_began_may_be_corrected(run: RunDir) -> None:
-    run.prepare(CONFIG)
-    run.write_status(state="failed")
-    run.prepare({**CONFIG, "seed": 1})
-    assert run.config() == {**CONFIG, "seed": 1}
-
-
-def test_changed_keys_are_named_and_free_ones_are_not(run: RunDir) -> None:
-    run.prepare(CONFIG)
-    run.write_status(attempt=1)
-    changed = {"name": "a", "optim": {"lr": 0.2, "betas": (0.9, 0.95)}, "data": {"loader_workers": 4}, "seed": 1}
-    with pytest.raises(ConfigError) as caught:
-        run.prepare(changed)
-    message = str(caught.value)
-    assert "optim.lr: 0.1 -> 0.2" in message
-    assert "seed: unset -> 1" in message
-    assert "betas" not in message
-    assert "workers" not in message
-    assert run.config() == CONFIG, "nothing was written"
-    run.prepare({**CONFIG, "data": {"loader_workers": 4}})
-
-
-@pytest.mark.parametrize("key", ["block", "lanes", "window", "global_batch", "crops_per_image", "train"])
-def test_what_fixes_the_order_of_samples_stays(run: RunDir, key: str) -> None:
-    run.prepare({"name": "a", "data": {key: 1}})
-    run.write_status(attempt=1)
-    with pytest.raises(ConfigError, match=f"data.{key}: 1 -> 2"):
-        run.prepare({"name": "a", "data": {key: 2}})
 
 
 def test_status_merges(run: RunDir) -> None:
@@ -109,12 +78,3 @@ def test_the_command_is_the_one_that_was_typed(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.delenv("VITRAIL_COMMAND")
     monkeypatch.setattr("sys.argv", ["/somewhere/worker.py", "a.yaml"])
     assert command_line() == ["worker.py", "a.yaml"]
-
-
-def test_a_key_that_came_with_a_newer_version_is_no_change(tmp_path: Path) -> None:
-    run = RunDir(str(tmp_path))
-    run.prepare(CONFIG)
-    run.write_status(attempt=1)
-    with pytest.raises(ConfigError, match="newer: unset -> 3"):
-        run.prepare({**CONFIG, "newer": 3})
-    run.prepare({**CONFIG, "newer": 3}, complete=lambda earlier: {"newer": 3, **earlier})
