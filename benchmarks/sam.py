@@ -97,11 +97,11 @@ def automatic(models: Models, image: np.ndarray[Any, np.dtype[np.uint8]], pairs:
     from segment_anything import SamAutomaticMaskGenerator
 
     from pipeline.models.sam.automatic import AutomaticSettings, automatic_masks, point_grid
-    from pipeline.models.sam.predictor import Ask
+    from pipeline.models.sam.predictor import ImagePrompts
 
     predictor = models.stage.predictor()
     points = point_grid(POINTS_PER_SIDE) * torch.tensor([image.shape[1], image.shape[0]])
-    asked = predictor.predict(predictor.embed([image]), [Ask(points.unsqueeze(1)[::8])], multimask=True)[0]
+    asked = predictor.predict(predictor.embed([image]), [ImagePrompts(points.unsqueeze(1)[::8])], multimask=True)[0]
     threshold = float(asked.iou.quantile(1 - SHARE_PASSING))
     settings = AutomaticSettings(points_per_side=POINTS_PER_SIDE, min_iou=max(threshold, 1e-6), min_stability=0, nms=1)
     generator = SamAutomaticMaskGenerator(
@@ -139,7 +139,7 @@ def prompts(models: Models, image: np.ndarray[Any, np.dtype[np.uint8]], pairs: i
     """Boxes in an image that is embedded already."""
     from segment_anything import SamPredictor
 
-    from pipeline.models.sam.predictor import Ask
+    from pipeline.models.sam.predictor import ImagePrompts
 
     corner = torch.rand(NUM_PROMPTS, 2, generator=torch.Generator().manual_seed(1)) * 300
     boxes = torch.cat([corner, corner + 120], dim=1)
@@ -150,7 +150,7 @@ def prompts(models: Models, image: np.ndarray[Any, np.dtype[np.uint8]], pairs: i
     return compare(
         "sam-prompts",
         f"{NUM_PROMPTS} boxes in one embedded image, three masks each at its size",
-        Contender("vitrail", lambda: predictor.predict(embedded, [Ask(boxes=boxes)])[0].logits),
+        Contender("vitrail", lambda: predictor.predict(embedded, [ImagePrompts(boxes=boxes)])[0].logits),
         Contender("segment-anything", lambda: theirs.predict_torch(None, None, moved, return_logits=True)[0]),
         check=close,
         pairs=pairs,
@@ -250,7 +250,7 @@ def our_masks(stage: Any, pixels: Tensor, boxes: Tensor) -> Tensor:
     from pipeline.models.sam.prompts import join_prompts, prompts_of
 
     asked = join_prompts([prompts_of(boxes=own, image=i) for i, own in enumerate(boxes)])
-    logits: Tensor = stage.model.answer(stage.model.embed(pixels), asked).logits
+    logits: Tensor = stage.model.decode(stage.model.embed(pixels), asked).logits
     return logits
 
 

@@ -87,7 +87,7 @@ class OnnxDecoder(nn.Module):
         labels = point_labels.long().clamp(min=ABSENT + 1)
         prompts = Prompts(torch.zeros_like(labels[:, 0]), point_coords, labels, mask_input, has_mask_input > 0)
         model = SegmentAnything(*self.parts)
-        low, iou = model.answer(Embedded(image_embeddings, self.size), prompts)
+        low, iou = model.decode(Embedded(image_embeddings, self.size), prompts)
         return self.stored(low, orig_im_size), iou, low
 
     def stored(self, low: Float[Tensor, "m k y x"], size: Float[Tensor, " 2"]) -> Float[Tensor, "m k H W"]:

@@ -21,10 +21,11 @@ _PLACES = (0, 2, 3)
 class BatchNorm(nn.Module):
     """Batch norm that computes, and keeps its running averages, in fp32 or better: in bf16 they would stop moving.
 
-    In training each channel is standardised over the micro batches that all ranks are at, forwards and backwards. So
-    outputs and gradients don't depend on how samples are shared out, as long as together they are the same ones; with
-    gradient accumulation they are a part of the global batch. torch's SyncBatchNorm does the same on GPUs only. Ranks
-    may hold unequal numbers of rows, or none. Collective in training: every rank calls it equally often.
+    In training each channel is standardised over the current micro batches of all ranks, forwards and backwards. So
+    outputs and gradients don't depend on how samples are divided among ranks, as long as the ranks together hold the
+    same samples; with gradient accumulation those are a part of the global batch. torch's SyncBatchNorm does the same,
+    but on GPUs only. Ranks may hold different numbers of rows, or none. Collective in training: every rank must call it
+    the same number of times.
     """
 
     running_mean: Tensor
@@ -40,7 +41,7 @@ class BatchNorm(nn.Module):
         self.register_buffer("running_var", torch.ones(channels))
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
-        """Standardise each channel, by the statistics at hand in training and by the running ones otherwise."""
+        """Standardise each channel, by the batch's statistics in training and by the running averages otherwise."""
         dtype = self.running_mean.dtype
         weight, bias, wide = self.weight.to(dtype), self.bias.to(dtype), x.to(dtype)
         alone = world().size == 1 and x[:, 0].numel() > 1
@@ -54,13 +55,13 @@ class BatchNorm(nn.Module):
 
     @torch.no_grad()
     def _statistics(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Mean, variance and number of all ranks' values of a channel; the running averages take them in."""
-        own = x[:, 0].numel()
+        """Mean, variance and number of all ranks' values of each channel; also updates the running averages."""
+        local_count = x[:, 0].numel()
         moments = x.new_zeros(2, x.shape[1], dtype=torch.float64)
-        if own:
+        if local_count:
             variance, mean = torch.var_mean(x, _PLACES, correction=0)
-            moments = torch.stack([mean.double(), variance.double() + mean.double().square()]) * own
-        sums = sum_over_ranks(torch.cat([moments.flatten(), moments.new_full((1,), own)]))
+            moments = torch.stack([mean.double(), variance.double() + mean.double().square()]) * local_count
+        sums = sum_over_ranks(torch.cat([moments.flatten(), moments.new_full((1,), local_count)]))
         count = sums[-1]
         mean, square = (sums[:-1] / count.clamp_min(1)).chunk(2)
         variance = (square - mean.square()).clamp_min(0)
@@ -70,17 +71,17 @@ class BatchNorm(nn.Module):
         return mean.to(x.dtype), variance.to(x.dtype), count.to(x.dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        """Move, but don't round the averages."""
-        kept = {name: getattr(self, name) for name in ("running_mean", "running_var")}
+        """Move the averages, but don't round them."""
+        averages = {name: getattr(self, name) for name in ("running_mean", "running_var")}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, value in kept.items():
+        for name, value in averages.items():
             if getattr(self, name).dtype.itemsize < value.dtype.itemsize:
                 setattr(self, name, value.to(getattr(self, name).device))
         return self
 
 
 class _Standardise(torch.autograd.Function):
-    """(x - mean) / deviation * weight + bias, where mean and deviation are those of all ranks' x."""
+    """(x - mean) / deviation * weight + bias, with the mean and deviation of all ranks' x."""
 
     @staticmethod
     def forward(
@@ -95,7 +96,7 @@ class _Standardise(torch.autograd.Function):
         normed, weight, inverse, count = ctx.saved_tensors
         gradient = gradients[0]
         to_bias, to_weight = gradient.sum(_PLACES), (gradient * normed).sum(_PLACES)
-        # What a value does to the common mean and deviation comes back from every rank's values.
+        # Each value moves the shared mean and deviation, so gradients reach it from every rank's outputs.
         sums = sum_over_ranks(torch.cat([to_bias, to_weight]).double()) / count.clamp_min(1)
         along_mean, along_normed = sums.to(gradient.dtype).chunk(2)
         to_x = (gradient - _wide(along_mean) - normed * _wide(along_normed)) * _wide(weight * inverse)
@@ -103,5 +104,5 @@ class _Standardise(torch.autograd.Function):
 
 
 def _wide(x: Tensor) -> Tensor:
-    """One value a channel, for [B,C,H,W]."""
+    """One value per channel, shaped to broadcast over [B,C,H,W]."""
     return x.view(1, -1, 1, 1)

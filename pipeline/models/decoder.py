@@ -1,7 +1,9 @@
-"""Decoders: from the kept patches' tokens to the pixels of the masked ones.
+"""Decoders: from the tokens of visible patches to the pixels of masked ones.
 
-Legend: B samples, N patches, K kept, M masked, R prefix tokens, W decoder width, D encoder width, P pixel values of a
-patch, S = R + K tokens of the trunk. Parameters are named as in the official MAE and CrossMAE.
+Legend: B samples, N patches, K visible, M masked, R prefix tokens, W decoder width, D encoder width, P pixel values of
+a patch, S = R + K tokens of the trunk.
+
+Parameters are named as in the official MAE and CrossMAE.
 """
 
 from __future__ import annotations
@@ -23,10 +25,10 @@ from pipeline.models.trunk.vit import Tokens
 
 
 class DecoderConfig(Config):
-    """Kind and shape of the decoder; MAE's own by default."""
+    """Kind and shape of the decoder; the defaults are MAE's."""
 
     attention: Literal["self", "cross"] = "self"  # cross: CrossMAE's
-    feature_maps: bool = False  # cross: each block reads its own mixture of all the trunk's blocks, not the last alone
+    feature_maps: bool = False  # cross only: each block reads a learned mixture of all the trunk's blocks, not the last
     width: int = Field(default=512, gt=0)
     depth: int = Field(default=8, gt=0)
     heads: int = Field(default=16, gt=0)
@@ -36,17 +38,17 @@ class DecoderConfig(Config):
         if self.width % self.heads or self.width % 4:
             raise ValueError(f"width ({self.width}) must be a multiple of heads ({self.heads}) and of 4")
         if self.feature_maps and self.attention != "cross":
-            raise ValueError("feature_maps are for attention cross")
+            raise ValueError("feature_maps needs attention: cross")
         return self
 
 
 def decoder(config: DecoderConfig, model: ModelConfig) -> MaeDecoder | CrossDecoder:
-    """The configured kind; its forward takes (tokens, masking)."""
+    """The configured kind of decoder; its forward takes (tokens, masking)."""
     return CrossDecoder(config, model) if config.attention == "cross" else MaeDecoder(config, model)
 
 
 class MaeDecoder(nn.Module):
-    """Self-attention over kept tokens and mask tokens (He et al. 2022, section 3)."""
+    """Self-attention over visible tokens and mask tokens (He et al. 2022, section 3)."""
 
     def __init__(self, config: DecoderConfig, model: ModelConfig) -> None:
         super().__init__()
@@ -63,24 +65,24 @@ class MaeDecoder(nn.Module):
         nn.init.normal_(self.mask_token, std=0.02)
 
     def forward(self, tokens: Tokens, masking: Masking) -> Float[Tensor, "b m P"]:
-        """Predict the masked patches, in the order of `masking.masked`; the tokens are in `masking.keep`'s."""
-        kept = self.decoder_embed(tokens.patches)
-        b, num_kept, width = kept.shape
-        num_patches = num_kept + masking.masked.shape[1]
+        """Predict the masked patches, in the order of `masking.masked`; tokens come in the order of `masking.keep`."""
+        visible = self.decoder_embed(tokens.patches)
+        b, num_visible, width = visible.shape
+        num_patches = num_visible + masking.masked.shape[1]
         index = masking.keep.unsqueeze(-1).expand(-1, -1, width)
-        patches = self.mask_token.to(kept.dtype).expand(b, num_patches, -1).scatter(1, index, kept)
-        x = torch.cat([self.decoder_embed(tokens.prefix), patches + self.fixed(tokens.grid, kept)], dim=1)
+        patches = self.mask_token.to(visible.dtype).expand(b, num_patches, -1).scatter(1, index, visible)
+        x = torch.cat([self.decoder_embed(tokens.prefix), patches + self.fixed(tokens.grid, visible)], dim=1)
         for block in self.decoder_blocks:
             x = block(x)
-        masked = take(x[:, tokens.prefix.shape[1] :], masking.masked)  # only their prediction is ever used
+        masked = take(x[:, tokens.prefix.shape[1] :], masking.masked)  # only their predictions are used
         out: Tensor = self.decoder_pred(self.decoder_norm(masked))
         return out
 
 
 class CrossDecoder(nn.Module):
-    """Mask tokens ask the trunk's tokens and not each other (CrossMAE, Fu et al. 2024, arXiv 2401.14391).
+    """Mask tokens attend to the trunk's tokens and not to each other (CrossMAE, Fu et al. 2024, arXiv 2401.14391).
 
-    So any part of the masked patches can be predicted alone, with the same result for each.
+    So any subset of the masked patches can be predicted by itself, with the same result for each patch.
     """
 
     def __init__(self, config: DecoderConfig, model: ModelConfig) -> None:
@@ -102,7 +104,7 @@ class CrossDecoder(nn.Module):
             self.wfm.reset()
 
     def forward(self, tokens: Tokens, masking: Masking) -> Float[Tensor, "b m P"]:
-        """Predict the patches at `masking.masked`, in its order. With feature maps, `tokens.taps` holds the first
+        """Predict the patches at `masking.masked`, in its order. With feature maps, `tokens.taps` must hold the first
         block's input and all blocks' outputs.
         """
         positions = self.fixed(tokens.grid, tokens.patches).expand(len(tokens.patches), -1, -1)
@@ -127,11 +129,11 @@ class FeatureMixer(nn.Module):
         self.linear = nn.Linear(num_maps, depth, bias=False)
 
     def reset(self) -> None:
-        """Initialise."""
+        """Initialise the weights."""
         nn.init.normal_(self.linear.weight, std=self.linear.in_features**-0.5)
 
     def forward(self, maps: tuple[Float[Tensor, "b t d"], ...]) -> Float[Tensor, "b t d depth"]:
-        """All blocks' mixtures."""
+        """The mixtures for all decoder blocks."""
         out: Tensor = self.linear(torch.stack(maps, dim=-1))
         return out
 
@@ -147,7 +149,7 @@ class CrossBlock(nn.Module):
         self.mlp = Mlp(config.width, 4 * config.width, gelu)
 
     def forward(self, x: Float[Tensor, "b m w"], source: Float[Tensor, "b s d"]) -> Float[Tensor, "b m w"]:
-        """Each of x asks the source."""
+        """Attend from each token of x to the source, then apply the MLP."""
         x = x + self.cross_attn(self.norm1(x), source)
         out: Tensor = x + self.mlp(self.norm2(x))
         return out
@@ -164,7 +166,7 @@ class CrossAttention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def forward(self, x: Float[Tensor, "b m w"], source: Float[Tensor, "b s d"]) -> Float[Tensor, "b m w"]:
-        """Each of x attends to all of the source."""
+        """Attend from each token of x to all of the source."""
         b, m, width = x.shape
         shape = (self.heads, width // self.heads)
         q = self.q(x).view(b, m, *shape).transpose(1, 2)
@@ -174,6 +176,6 @@ class CrossAttention(nn.Module):
 
 
 def _positions(config: DecoderConfig, model: ModelConfig) -> FixedPositions:
-    """The decoder's own table, of the trunk's convention where that is fixed."""
+    """The decoder's position table; it follows the trunk's convention where that is sincos."""
     kind: Position = model.position if model.position.startswith("sincos") else "sincos2d"
     return FixedPositions(model.grid, config.width, kind, model.interpolation)

@@ -1,4 +1,4 @@
-"""Standardised features, the same on any number of ranks."""
+"""Standardised features, identical for any number of ranks."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from pipeline.ranks import sum_over_ranks
 class FeatureNorm(nn.Module):
     """BatchNorm1d(affine=False) for features that need no gradient, with statistics over all ranks' present samples.
 
-    MAE's linear probe puts it before its head. In training each feature gets mean 0 and variance 1 over the micro
-    batches that all ranks are at, so the layout doesn't matter as long as together they are the same samples; with
-    gradient accumulation they are not the whole global batch. Otherwise running averages are used, kept in fp32
-    whatever precision the module is cast to; the first updates are plain means, so that short runs don't remember the
-    start.
+    MAE's linear probe puts it before its head. In training each feature gets mean 0 and variance 1 over the current
+    micro batches of all ranks, so the layout doesn't matter as long as the ranks together hold the same samples; with
+    gradient accumulation those are not the whole global batch. In evaluation running averages are used, kept in fp32
+    whatever precision the module is cast to; the first updates are plain means, so that the initial values don't
+    affect short runs.
     """
 
     running_mean: Tensor
@@ -36,7 +36,7 @@ class FeatureNorm(nn.Module):
 
     @torch.no_grad()
     def forward(self, x: Float[Tensor, "b d"], weight: Float[Tensor, " b"]) -> Float[Tensor, "b d"]:
-        """Standardise rows; those of weight 0 don't count. Collective in training."""
+        """Standardise rows; those of weight 0 are left out of the statistics. Collective in training."""
         x = x.float()
         mean, variance = self._update(x, weight) if self.training else (self.running_mean, self.running_var)
         return (x - mean) * torch.rsqrt(variance + self.eps)
@@ -56,9 +56,9 @@ class FeatureNorm(nn.Module):
         return mean.float(), variance.float()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        """Move, but don't round: averages in bf16 would stop moving."""
-        kept = {name: getattr(self, name) for name in ("running_mean", "running_var")}
+        """Move the averages, but don't round them: in bf16 they would stop changing."""
+        averages = {name: getattr(self, name) for name in ("running_mean", "running_var")}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, value in kept.items():
+        for name, value in averages.items():
             setattr(self, name, value.to(getattr(self, name).device))
         return self

@@ -1,7 +1,7 @@
 """MixUp (Zhang et al. 2018) and CutMix (Yun et al. 2019) between neighbouring samples.
 
-Samples 2i and 2i + 1 of a batch exchange a share. Ranks and micro batches take even slices of the global batch, so the
-pairs, and what is drawn for them from the first one's seed, are the same for any number of ranks.
+Samples 2i and 2i + 1 of a batch are mixed with each other. Ranks and micro batches take even slices of the global
+batch, so the pairs, and what is drawn for them from the first sample's seed, are the same for any number of ranks.
 
 Legend: B samples, Q = B / 2 pairs, C classes.
 """
@@ -19,9 +19,9 @@ from pipeline.models.noise import uniform
 
 
 class Mixing(NamedTuple):
-    """What each pair does."""
+    """How each pair is mixed."""
 
-    share: Float[Tensor, " q"]  # of its own that each sample keeps
+    share: Float[Tensor, " q"]  # of itself that each sample keeps
     boxes: Int[Tensor, "q 4"]  # top, bottom, left, right of what is cut and exchanged
     cut: Bool[Tensor, " q"]  # CutMix rather than MixUp
 
@@ -36,17 +36,17 @@ def draw_mixing(
 ) -> Mixing:
     """Draw as timm's `Mixup` does at switch probability one half: Beta(a, a) shares, boxes around uniform points.
 
-    A pair with an absent sample (weight 0) is left alone.
+    A pair with an absent sample (weight 0) is left unmixed.
 
     Args:
         seeds: the samples' seeds.
         weight: the samples' weights.
         size: height and width of the images.
-        mixup: a of MixUp; 0 for none.
-        cutmix: a of CutMix; 0 for none.
+        mixup: MixUp's a; 0 turns it off.
+        cutmix: CutMix's a; 0 turns it off.
 
     Raises:
-        ConfigError: the batch is odd.
+        ConfigError: the batch has an odd number of samples.
     """
     if len(seeds) % 2:
         raise ConfigError(
@@ -73,7 +73,7 @@ def draw_mixing(
 
 
 def mix_images(images: Float[Tensor, "b 3 h w"], mixing: Mixing) -> Float[Tensor, "b 3 h w"]:
-    """The images after the exchange."""
+    """The mixed images."""
     height, width = images.shape[2:]
     other = _partners(images)
     share, cut = (_for_both(part).view(-1, 1, 1, 1) for part in (mixing.share, mixing.cut))
@@ -86,10 +86,10 @@ def mix_images(images: Float[Tensor, "b 3 h w"], mixing: Mixing) -> Float[Tensor
 
 
 def mix_labels(labels: Int[Tensor, " b"], mixing: Mixing, num_classes: int) -> Float[Tensor, "b c"]:
-    """Each sample's probabilities of the classes."""
-    own = torch.nn.functional.one_hot(labels, num_classes).float()
+    """Each sample's class probabilities after mixing."""
+    onehot = torch.nn.functional.one_hot(labels, num_classes).float()
     share = _for_both(mixing.share).unsqueeze(1)
-    return share * own + (1 - share) * _partners(own)
+    return share * onehot + (1 - share) * _partners(onehot)
 
 
 def _for_both(of_pairs: Tensor) -> Tensor:
@@ -97,12 +97,12 @@ def _for_both(of_pairs: Tensor) -> Tensor:
 
 
 def _partners(samples: Tensor) -> Tensor:
-    """For each sample the other one of its pair."""
+    """For each sample, the other one of its pair."""
     return samples.view(-1, 2, *samples.shape[1:]).flip(1).flatten(0, 1)
 
 
 def _beta(quantile: Tensor, a: float) -> Tensor:
-    """Beta(a, a) at the given quantiles: equal on any device, and one draw per number."""
+    """Beta(a, a) at the given quantiles: equal on any device, and one draw per value."""
     if a <= 0:
         return torch.ones_like(quantile)
     from scipy.special import betaincinv  # type: ignore[import-untyped]

@@ -1,4 +1,4 @@
-"""Random numbers that belong to samples: a counter-based hash, so that a batch's draws need no generator objects.
+"""Random numbers that depend on the sample alone: a counter-based hash, which needs no generator objects.
 
 The same (seed, purpose, index) gives the same number on any device, in any batch and on any rank.
 """
@@ -29,7 +29,7 @@ def uniform(seeds: Int[Tensor, " b"], purpose: str, num: int) -> Float64[Tensor,
 
 
 def _mix(x: Tensor) -> Tensor:
-    """Finalizer of splitmix64; int64 products wrap around as unsigned ones do."""
+    """The finalizer of splitmix64; int64 products wrap around as unsigned ones do."""
     x = (x ^ _shift(x, 30)) * _MIX_1
     x = (x ^ _shift(x, 27)) * _MIX_2
     return x ^ _shift(x, 31)

@@ -1,4 +1,4 @@
-"""From uint8 images to what networks see, and back.
+"""From uint8 images to normalised pixels and patches, and back.
 
 Legend: B images, N patches (row by row), P = p * p * 3 values of a patch of p x p pixels.
 """

@@ -1,4 +1,4 @@
-"""Heads that name every place of an image: linear, and UPerNet on four taps.
+"""Heads for semantic segmentation: linear, and UPerNet on four taps.
 
 Legend: B images, R x C grid of patches, D width of the trunk, F channels of the head, K classes.
 """
@@ -37,7 +37,7 @@ class LinearSegmenter(nn.Module):
 
 
 class UPerNet(nn.Module):
-    """Pyramid pooling over the coarsest map, a top-down path, and all levels fused (Xiao et al. 2018, arXiv
+    """Pyramid pooling over the coarsest map, a top-down path, and fusion of all levels (Xiao et al. 2018, arXiv
     1807.10221), on taps rescaled as in MAE's and BEiT's segmentation.
     """
 
@@ -56,7 +56,7 @@ class UPerNet(nn.Module):
         nn.init.zeros_(self.head.bias)
 
     def forward(self, maps: tuple[Float[Tensor, "b d r c"], ...]) -> Float[Tensor, "b k _ _"]:
-        """Logits at a quarter of a patch."""
+        """Logits at a stride of a quarter of a patch."""
         *fine, last = self.rescale(maps)
         size = (last.shape[2], last.shape[3])
         pooled = [

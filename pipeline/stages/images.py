@@ -17,7 +17,7 @@ from pipeline.data.images.decode import UnreadableSample
 from pipeline.data.images.transforms import EvalImage, ImageExample, ImageTransform, Tokenize, TrainImage
 from pipeline.errors import ConfigError, DataError
 from pipeline.models.pixels import PixelStatistics, normalize
-from pipeline.models.trunk.attention_maps import attention_weights, global_blocks, looks, rollout
+from pipeline.models.trunk.attention_maps import attention_map, attention_weights, global_blocks, rollout
 from pipeline.models.trunk.config import ModelConfig
 from pipeline.models.trunk.vit import ViT
 from pipeline.stages.base import Answer, DataFacts, Picture
@@ -204,11 +204,11 @@ def attention_pictures(
     everywhere = list(range(len(trunk.blocks)))
     whole = global_blocks(trunk) == everywhere
     *before, asked = attention_weights(trunk, pixels, [*(everywhere if whole else []), block])
-    found = looks(trunk, asked, grid)
+    found = attention_map(trunk, asked, grid)
     asking = "cls" if found.from_cls else "patches"
     maps = {f"{asking}, mean of heads": found.heads.mean(1)}
     if before:
-        maps["through all blocks"] = looks(trunk, rollout(before).unsqueeze(1), grid).heads[:, 0]
+        maps["through all blocks"] = attention_map(trunk, rollout(before).unsqueeze(1), grid).heads[:, 0]
     maps |= {f"head {head}": found.heads[:, head] for head in range(found.heads.shape[1])}
     number = block % len(trunk.blocks)
     return [

@@ -27,9 +27,9 @@ from pipeline.evaluate.promptable import PromptableEvaluation, packed_masks
 from pipeline.losses.masks import focal_and_dice, mask_iou
 from pipeline.models.noise import uniform
 from pipeline.models.sam.automatic import AutomaticSettings, automatic_masks
-from pipeline.models.sam.decoder import MASKS_MORE_PROMPTS, MASKS_ONE_PROMPT, Answers, MaskDecoder
+from pipeline.models.sam.decoder import MASKS_MORE_PROMPTS, MASKS_ONE_PROMPT, DecodedMasks, MaskDecoder
 from pipeline.models.sam.model import Embedded, SamConfig, SegmentAnything, neck
-from pipeline.models.sam.predictor import Ask, EmbeddedImages, Predictor
+from pipeline.models.sam.predictor import EmbeddedImages, ImagePrompts, Predictor
 from pipeline.models.sam.prompts import PromptEncoder, Prompts
 from pipeline.models.sam.sampling import correction, first_prompts, noisy_boxes, pauses, pixel_of
 from pipeline.models.trunk.vit import ViT
@@ -103,7 +103,7 @@ class SamQuestion(Question):
             raise ValueError("a point is [x, y], or [x, y, label] with label 1 on the object and 0 beside it")
         return self
 
-    def ask(self) -> Ask:
+    def ask(self) -> ImagePrompts:
         """As prompts."""
         points = labels = boxes = None
         if self.points:
@@ -111,7 +111,7 @@ class SamQuestion(Question):
             labels = torch.tensor([[int(point[2]) if len(point) == 3 else 1 for point in self.points]])
         if self.boxes:
             boxes = torch.tensor(self.boxes, dtype=torch.float64)
-        return Ask(points, labels, boxes)
+        return ImagePrompts(points, labels, boxes)
 
 
 class Objects(NamedTuple):
@@ -206,11 +206,11 @@ class SamStage(Stage[SamOptions]):
         """One round: masks, their losses, and what the next round starts from."""
         which = MASKS_ONE_PROMPT if first else MASKS_MORE_PROMPTS
         if self.options.model.activation_checkpointing and torch.is_grad_enabled():
-            answers: Answers = checkpoint(
-                self.model.answer, embedded, prompts, which, use_reentrant=False, preserve_rng_state=False
+            answers: DecodedMasks = checkpoint(
+                self.model.decode, embedded, prompts, which, use_reentrant=False, preserve_rng_state=False
             )
         else:
-            answers = self.model.answer(embedded, prompts, which)
+            answers = self.model.decode(embedded, prompts, which)
         low, guess = answers
         logits = F.interpolate(low, embedded.size, mode="bilinear", align_corners=False)
         rows = torch.arange(len(low), device=low.device)

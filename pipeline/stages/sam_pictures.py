@@ -22,7 +22,7 @@ from pipeline.evaluate.base import Predictions
 from pipeline.evaluate.promptable import NUM_CLICKS
 from pipeline.models.detection.masks import encode_masks
 from pipeline.models.sam.automatic import AutomaticMask
-from pipeline.models.sam.predictor import Ask, Found
+from pipeline.models.sam.predictor import ImagePrompts, PredictedMasks
 from pipeline.stages.base import Answer, Picture
 from pipeline.stages.overlays import PALETTE
 from pipeline.stages.sam_trials import SHOWN
@@ -32,7 +32,7 @@ SMALLEST_SIDE = 192  # pixels; smaller pictures are enlarged
 BLUE, GREEN, RED = (40, 120, 255), (40, 200, 80), (235, 60, 60)
 
 
-def answer_of(image: UInt8[Tensor, "3 _ _"], view: View, ask: Ask, found: Found) -> Answer:
+def answer_of(image: UInt8[Tensor, "3 _ _"], view: View, ask: ImagePrompts, found: PredictedMasks) -> Answer:
     """Each prompt's masks, best first, as facts; and over the image."""
     objects, pictures = [], []
     h, w = view.size
@@ -80,7 +80,7 @@ def mask_facts(mask: Bool[Tensor, "H W"], predicted_iou: float) -> dict[str, Any
     }
 
 
-def prompted(image: UInt8[Tensor, "3 h w"], view: View, ask: Ask, number: int) -> UInt8[Tensor, "3 h w"]:
+def prompted(image: UInt8[Tensor, "3 h w"], view: View, ask: ImagePrompts, number: int) -> UInt8[Tensor, "3 h w"]:
     """The image with one object's points and box."""
     out = image
     if ask.boxes is not None:

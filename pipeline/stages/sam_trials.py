@@ -125,7 +125,7 @@ def _asked(
     found = []
     for call in range(calls):
         some = prompts[call * at_once : (call + 1) * at_once] or [nobody]
-        found.append(model.answer(embedded, join_prompts(some).to(device), which))
+        found.append(model.decode(embedded, join_prompts(some).to(device), which))
     return torch.cat([answers.logits for answers in found]), torch.cat([answers.iou for answers in found])
 
 

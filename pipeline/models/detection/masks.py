@@ -1,4 +1,4 @@
-"""The mask head of Mask R-CNN (He et al. 2017), its targets, and pasting, as detectron2 does them.
+"""The mask head of Mask R-CNN (He et al. 2017), its targets, and pasting of masks, all as in detectron2.
 
 Legend: B images, P regions of all images, N objects of an image, K classes, F channels, M side of a predicted mask.
 
@@ -53,26 +53,31 @@ class MaskHead(nn.Module):
 def mask_losses(
     logits: Float[Tensor, "p k m m"], objects: Sequence[Sampled], masks: Sequence[Bool[Tensor, "_ h w"]]
 ) -> Float[Tensor, " b"]:
-    """Binary cross-entropy of each image's regions, of their own class's mask, averaged over the image's pixels."""
+    """Binary cross-entropy of each image's regions, on the mask of their true class, averaged over the image's pixels.
+
+    Args:
+        objects: each image's regions that show objects.
+        masks: each image's object masks, at the images' size.
+    """
     losses = []
-    for found, one, truth in zip(by_image(logits, [o.boxes for o in objects]), objects, masks, strict=True):
-        own = found[torch.arange(len(found), device=found.device), one.classes]
-        wanted = mask_targets(truth, one.boxes, one.matched, logits.shape[-1])
-        total = F.binary_cross_entropy_with_logits(own, wanted.to(own.dtype), reduction="sum")
-        losses.append(total / max(own.numel(), 1))
+    for image_logits, regions, truth in zip(by_image(logits, [o.boxes for o in objects]), objects, masks, strict=True):
+        class_logits = image_logits[torch.arange(len(image_logits), device=image_logits.device), regions.classes]
+        target = mask_targets(truth, regions.boxes, regions.matched, logits.shape[-1])
+        total = F.binary_cross_entropy_with_logits(class_logits, target.to(class_logits.dtype), reduction="sum")
+        losses.append(total / max(class_logits.numel(), 1))
     return torch.stack(losses)
 
 
 def mask_targets(
     masks: Bool[Tensor, "n h w"], boxes: Float[Tensor, "p 4"], matched: Int[Tensor, " p"], side: int
 ) -> Bool[Tensor, "p m m"]:
-    """Each region's part of its object's mask: RoIAlign of the pixels, at least half covered.
+    """Each region's part of its object's mask: RoIAlign of the pixels, thresholded at one half.
 
     detectron2's `BitMasks.crop_and_resize`. Its ViTDet recipe rasterises polygons instead; our shards hold pixels.
     """
     if len(boxes) == 0:
         return torch.zeros(0, side, side, dtype=torch.bool, device=boxes.device)
-    # Each object's pixels are looked at once; regions name their object as RoIAlign's image.
+    # RoIAlign's "image" of a region is its object's mask, so masks needn't be repeated.
     regions = torch.cat([matched.to(boxes.dtype).unsqueeze(1), boxes], dim=1)
     covered: Tensor = roi_align(masks.unsqueeze(1).float(), regions, side, 1.0, 0, True)[:, 0]
     return covered >= 0.5
@@ -81,9 +86,9 @@ def mask_targets(
 def paste_masks(
     masks: Float[Tensor, "d m m"], boxes: Float[Tensor, "d 4"], size: tuple[int, int], threshold: float = 0.5
 ) -> Bool[Tensor, "d h w"]:
-    """Predicted masks at their boxes in an image of `size`, sub-pixel (detectron2's `paste_masks_in_image`).
+    """Predicted masks, pasted at their boxes into an image of `size` (detectron2's `paste_masks_in_image`).
 
-    Every pixel's centre is looked up bilinearly; pixels outside a box are not of the object.
+    Masks are sampled bilinearly at every pixel's centre; pixels outside the box don't belong to the object.
     """
     height, width = size
     out = torch.zeros(len(masks), height, width, dtype=torch.bool, device=masks.device)
@@ -104,8 +109,8 @@ def paste_masks(
 
 
 def encode_masks(masks: Bool[Tensor, "d h w"]) -> list[dict[str, object]]:
-    """Pixels as COCO's compressed run lengths."""
+    """COCO's compressed run lengths of each mask."""
     from pycocotools import mask as coco_mask
 
     pixels = np.asfortranarray(masks.cpu().numpy().astype(np.uint8).transpose(1, 2, 0))
-    return [dict(one) for one in coco_mask.encode(pixels)]
+    return [dict(encoded) for encoded in coco_mask.encode(pixels)]

@@ -1,11 +1,11 @@
-"""Region proposals on torchvision's parts, with detectron2's behaviour (Ren et al. 2015).
+"""Region proposals from torchvision's parts, with detectron2's behaviour (Ren et al. 2015).
 
-Legend: B images, L levels of the pyramid, A anchors over all levels, N objects of an image, P proposals of one.
+Legend: B images, L levels of the pyramid, A anchors over all levels, N objects of an image, P proposals of an image.
 
-Where torchvision differs from detectron2, detectron2's way is taken: anchors aren't rounded, regression is plain L1,
-losses are divided by the number of anchors that are to be sampled (not that were), NMS ranks logits. Losses are
-those of each image by itself, so that a batch's gradient is the same however it is shared out over ranks; detectron2
-does the same when a GPU holds one image.
+Where torchvision differs from detectron2, this follows detectron2: anchors aren't rounded, regression is plain L1,
+losses are divided by the number of anchors that should be sampled (not by how many were), NMS ranks by logits. Losses
+are computed for each image by itself, so that a batch's gradient is the same however images are divided among ranks;
+detectron2 does the same when each GPU holds one image.
 
 Boxes are x0 y0 x1 y1 in pixels, fp32.
 """
@@ -57,14 +57,14 @@ class DetectorConfig(Config):
 
 
 class Targets(NamedTuple):
-    """What an image shows, on the features' device; crowd regions are left out, as detectron2 trains."""
+    """An image's objects, on the features' device; crowd regions are left out, as in detectron2's training."""
 
     boxes: Float[Tensor, "n 4"]
     classes: Int[Tensor, " n"]
 
 
-class Proposed(NamedTuple):
-    """What the network says of every anchor."""
+class AnchorPredictions(NamedTuple):
+    """Scores and box deltas of every anchor."""
 
     logits: Float[Tensor, "b a"]
     deltas: Float[Tensor, "b a 4"]
@@ -75,7 +75,8 @@ class Proposed(NamedTuple):
 def anchors_of(
     grid: tuple[int, int], stride: float, side: float, ratios: Sequence[float], device: torch.device
 ) -> Float[Tensor, "a 4"]:
-    """Anchors of one level, row by row: at every place one of each ratio, of area side^2, centred on its corner.
+    """Anchors of one level, row by row: at every location one of each ratio, of area side^2, centred on the location's
+    upper left corner.
 
     detectron2's `DefaultAnchorGenerator` with offset 0.
     """
@@ -90,7 +91,7 @@ def anchors_of(
 
 
 class ProposalNetwork(nn.Module):
-    """Two 3x3 convolutions and a score and a box for each anchor, shared by all levels."""
+    """Two 3x3 convolutions, then a score and box deltas for each anchor; shared by all levels."""
 
     def __init__(self, config: DetectorConfig, strides: Sequence[float]) -> None:
         super().__init__()
@@ -100,7 +101,7 @@ class ProposalNetwork(nn.Module):
         self.matcher = Matcher(0.7, 0.3, allow_low_quality_matches=True)
         self.coder = BoxCoder((1.0, 1.0, 1.0, 1.0), LARGEST_GROWTH)
 
-    def forward(self, levels: Sequence[Float[Tensor, "b f _ _"]]) -> Proposed:
+    def forward(self, levels: Sequence[Float[Tensor, "b f _ _"]]) -> AnchorPredictions:
         """Score and regress every anchor."""
         logits, deltas = self.head(list(levels))
         b = levels[0].shape[0]
@@ -113,20 +114,20 @@ class ProposalNetwork(nn.Module):
             )
             for x, stride in zip(levels, self.strides, strict=True)
         ]  # fmt: skip
-        return Proposed(
+        return AnchorPredictions(
             torch.cat(flat, dim=1), torch.cat(moves, dim=1), torch.cat(anchors), tuple(len(a) for a in anchors)
         )
 
-    def propose(self, found: Proposed, sizes: Sequence[tuple[int, int]]) -> list[Float[Tensor, "_ 4"]]:
-        """The best boxes of each image, after NMS within levels; without gradients.
+    def propose(self, predicted: AnchorPredictions, sizes: Sequence[tuple[int, int]]) -> list[Float[Tensor, "_ 4"]]:
+        """The best boxes of each image after NMS within levels, without gradients.
 
         Args:
             sizes: height and width of each image's content, to which boxes are clipped.
         """
         before, after = self.config.train_proposals if self.training else self.config.test_proposals
-        logits = found.logits.detach()
+        logits = predicted.logits.detach()
         best, levels, start = [], [], 0
-        for level, count in enumerate(found.per_level):
+        for level, count in enumerate(predicted.per_level):
             top = logits[:, start : start + count].topk(min(before, count), dim=1).indices + start
             best.append(top)
             levels.append(torch.full_like(top[0], level))
@@ -134,42 +135,42 @@ class ProposalNetwork(nn.Module):
         chosen, level_of = torch.cat(best, dim=1), torch.cat(levels)
         proposals = []
         for i, size in enumerate(sizes):
-            deltas, anchors = found.deltas.detach()[i, chosen[i]], found.anchors[chosen[i]]
+            deltas, anchors = predicted.deltas.detach()[i, chosen[i]], predicted.anchors[chosen[i]]
             boxes = clip_boxes_to_image(self.coder.decode_single(deltas, anchors), list(size))
             scores = logits[i, chosen[i]]
             usable = torch.isfinite(boxes).all(1) & torch.isfinite(scores) & has_area(boxes)
             boxes, scores = boxes[usable], scores[usable]
-            kept = batched_nms(boxes, scores, level_of[usable], self.config.rpn_nms)[:after]
-            proposals.append(boxes[kept])
+            best_boxes = batched_nms(boxes, scores, level_of[usable], self.config.rpn_nms)[:after]
+            proposals.append(boxes[best_boxes])
         return proposals
 
     def losses(
-        self, found: Proposed, targets: Sequence[Targets], seeds: Int[Tensor, " b"]
+        self, predicted: AnchorPredictions, targets: Sequence[Targets], seeds: Int[Tensor, " b"]
     ) -> tuple[Float[Tensor, " b"], Float[Tensor, " b"]]:
         """Objectness and box loss of each image, over sampled anchors.
 
         Args:
             seeds: the images' seeds, from which anchors are sampled.
         """
-        draws = uniform(seeds, "rpn", len(found.anchors))
+        draws = uniform(seeds, "rpn", len(predicted.anchors))
         objectness, regression = [], []
         for i, target in enumerate(targets):
-            matches = match(self.matcher, target.boxes, found.anchors)
+            matches = match(self.matcher, target.boxes, predicted.anchors)
             positive, negative = sample(matches >= 0, matches == -1, self.config.rpn_samples, 0.5, draws[i])
-            truth = torch.cat([torch.ones_like(positive), torch.zeros_like(negative)]).to(found.logits.dtype)
-            logits = found.logits[i, torch.cat([positive, negative])]
+            truth = torch.cat([torch.ones_like(positive), torch.zeros_like(negative)]).to(predicted.logits.dtype)
+            logits = predicted.logits[i, torch.cat([positive, negative])]
             objectness.append(F.binary_cross_entropy_with_logits(logits, truth, reduction="sum"))
-            wanted = self.coder.encode_single(target.boxes[matches[positive]], found.anchors[positive])
-            regression.append((found.deltas[i, positive] - wanted).abs().sum())
+            target_deltas = self.coder.encode_single(target.boxes[matches[positive]], predicted.anchors[positive])
+            regression.append((predicted.deltas[i, positive] - target_deltas).abs().sum())
         return torch.stack(objectness) / self.config.rpn_samples, torch.stack(regression) / self.config.rpn_samples
 
 
 def match(matcher: Matcher, truth: Float[Tensor, "n 4"], boxes: Float[Tensor, "p 4"]) -> Int[Tensor, " p"]:
-    """Number of the object each box is matched with; -1 for background, -2 for neither."""
+    """Index of the object each box is matched with; -1 for background, -2 for boxes that are neither."""
     if len(truth) == 0 or len(boxes) == 0:
         return torch.full((len(boxes),), -1, dtype=torch.int64, device=boxes.device)
-    found: Tensor = matcher(box_iou(truth, boxes))
-    return found
+    numbers: Tensor = matcher(box_iou(truth, boxes))
+    return numbers
 
 
 def sample(
@@ -179,9 +180,9 @@ def sample(
     share: float,
     draws: Float[Tensor, " p"],
 ) -> tuple[Int[Tensor, " s"], Int[Tensor, " t"]]:
-    """Places of up to `num` boxes, at most `share` of them positive, those with the smallest draws."""
-    first = _smallest(positive, int(num * share), draws)
-    return first, _smallest(negative, num - len(first), draws)
+    """Indices of up to `num` boxes, at most `share` of them positive: those with the smallest draws."""
+    positives = _smallest(positive, int(num * share), draws)
+    return positives, _smallest(negative, num - len(positives), draws)
 
 
 def _smallest(among: Tensor, num: int, draws: Tensor) -> Tensor:
@@ -192,5 +193,5 @@ def _smallest(among: Tensor, num: int, draws: Tensor) -> Tensor:
 
 
 def has_area(boxes: Float[Tensor, "p 4"]) -> Bool[Tensor, " p"]:
-    """Whether each box is wider and higher than nothing."""
+    """Whether each box has a positive width and height."""
     return (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])

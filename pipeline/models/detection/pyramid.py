@@ -30,7 +30,8 @@ HeadNorm = Literal["layer", "batch", "none"]
 class ChannelNorm(nn.Module):
     """LayerNorm over the channels of [B,C,H,W], as detectron2's `LayerNorm`.
 
-    No `nn.LayerNorm`: by class, detectron2 decays its weights, and ours must be told apart alike.
+    It isn't an `nn.LayerNorm`: detectron2 decides on weight decay by class and decays this one's weights, so the two
+    must remain distinguishable.
     """
 
     def __init__(self, channels: int, eps: float = 1e-6) -> None:
@@ -40,13 +41,13 @@ class ChannelNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
-        """Standardise each place."""
+        """Standardise the channels at each location."""
         normed = F.layer_norm(x.permute(0, 2, 3, 1), self.weight.shape, self.weight, self.bias, self.eps)
         return normed.permute(0, 3, 1, 2)
 
 
 def norm_layer(kind: HeadNorm) -> Callable[[int], nn.Module] | None:
-    """What makes the norm of a number of channels; None for none.
+    """A function from a number of channels to a norm; None for no norm.
 
     `batch` takes its statistics from the micro batches of all ranks.
     """
@@ -54,20 +55,22 @@ def norm_layer(kind: HeadNorm) -> Callable[[int], nn.Module] | None:
 
 
 class NormedConv(nn.Conv2d):
-    """A convolution without bias, and a norm under it, as detectron2's `Conv2d` names them."""
+    """A convolution without bias, followed by a norm that is its child `norm`, as in detectron2's `Conv2d`."""
 
     def __init__(self, before: int, after: int, kernel: int) -> None:
         super().__init__(before, after, kernel, padding=kernel // 2, bias=False)
         self.norm = ChannelNorm(after)
 
     def forward(self, input: Float[Tensor, "b c h w"]) -> Float[Tensor, "b f h w"]:
-        """Convolve, then standardise."""
+        """Convolve, then normalise."""
         out: Tensor = self.norm(super().forward(input))
         return out
 
 
 class SimplePyramid(nn.Module):
-    """ViTDet's: every level from the trunk's last map alone (Li et al. 2022, arXiv 2203.16527, section 3)."""
+    """ViTDet's pyramid: every level is made from the trunk's last map alone (Li et al. 2022, arXiv 2203.16527,
+    section 3).
+    """
 
     def __init__(self, width: int, channels: int) -> None:
         super().__init__()
@@ -112,8 +115,8 @@ class RescaledTaps(nn.Module):
 class TappedPyramid(nn.Module):
     """FPN over four taps of the trunk, one after each quarter of its blocks (Li et al. 2021, arXiv 2111.11429).
 
-    Above the rescaled taps comes the usual top-down pyramid, torchvision's, with a norm after its convolutions where
-    the paper has BatchNorm.
+    The rescaled taps go through torchvision's top-down pyramid, with a norm after its convolutions where the paper has
+    BatchNorm.
     """
 
     def __init__(self, width: int, channels: int, norm: HeadNorm) -> None:
@@ -129,15 +132,15 @@ class TappedPyramid(nn.Module):
 
 
 def quarter_taps(depth: int) -> tuple[int, ...]:
-    """Numbers of the last blocks of each quarter of a trunk."""
+    """Numbers of the last block of each quarter of a trunk."""
     return tuple(max(0, -(-depth * quarter // 4) - 1) for quarter in (1, 2, 3, 4))
 
 
 def as_map(tokens: Float[Tensor, "b t d"], grid: tuple[int, int]) -> Float[Tensor, "b d r c"]:
-    """Tokens in image order as an image of features."""
+    """Tokens in image order, rearranged as a feature map."""
     return tokens.transpose(1, 2).reshape(len(tokens), -1, *grid)
 
 
 def _coarser(x: Tensor) -> Tensor:
-    """Every other place, which detectron2 calls a max-pool of kernel 1 (`LastLevelMaxPool`)."""
+    """Every other row and column, which detectron2 writes as a max-pool with kernel 1 (`LastLevelMaxPool`)."""
     return x[:, :, ::2, ::2]

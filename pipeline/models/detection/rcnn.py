@@ -1,10 +1,10 @@
-"""Box heads of Faster and Cascade R-CNN on torchvision's parts, with detectron2's behaviour.
+"""Box heads of Faster and Cascade R-CNN from torchvision's parts, with detectron2's behaviour.
 
 Legend: B images, P proposals of all images, N objects of an image, K classes, F channels, S side of a pooled region.
 
-Where torchvision differs from detectron2, detectron2's way is taken: RoIAlign is aligned and samples as densely as
-the region asks, a region's level has its epsilon inside the logarithm, the background is the last class, box
-regression is plain L1. Losses are those of each image by itself (see `proposals`).
+Where torchvision differs from detectron2, this follows detectron2: RoIAlign is aligned and adapts its sampling density
+to the region, a region's level has its epsilon inside the logarithm, the background is the last class, box regression
+is plain L1. Losses are computed for each image by itself (see `proposals`).
 
 Boxes are x0 y0 x1 y1 in pixels, fp32.
 """
@@ -35,7 +35,7 @@ CASCADE_WEIGHTS = ((10.0, 10.0, 5.0, 5.0), (20.0, 20.0, 10.0, 10.0), (30.0, 30.0
 
 
 class Detections(NamedTuple):
-    """What is found in one image, best first."""
+    """Detections of one image, best first."""
 
     boxes: Float[Tensor, "d 4"]
     scores: Float[Tensor, " d"]
@@ -43,15 +43,15 @@ class Detections(NamedTuple):
 
 
 class Sampled(NamedTuple):
-    """Proposals of one image that losses are taken over, and what they should say."""
+    """Proposals of one image that the losses are computed over, and their targets."""
 
     boxes: Float[Tensor, "p 4"]
     classes: Int[Tensor, " p"]  # K for background
-    matched: Int[Tensor, " p"]  # number of the object; of no meaning for background
+    matched: Int[Tensor, " p"]  # index of the object; meaningless for background
 
 
 class BoxLosses(NamedTuple):
-    """Losses of each image, and the regions that show objects."""
+    """Losses of each image, and the sampled regions that show objects."""
 
     classes: Float[Tensor, " b"]
     boxes: Float[Tensor, " b"]
@@ -64,9 +64,9 @@ def pool(
     strides: Sequence[float],
     side: int,
 ) -> Float[Tensor, "p f s s"]:
-    """Regions of all images, each from the level that its size asks for (Lin et al. 2017, FPN, equation 1).
+    """Regions of all images, each pooled from the level that suits its size (Lin et al. 2017, FPN, equation 1).
 
-    In fp32, which torchvision's kernels (and detectron2 in mixed precision) need.
+    In fp32, as torchvision's kernels require and as detectron2 does in mixed precision.
 
     Args:
         levels: without the coarsest, which only proposals use.
@@ -80,10 +80,10 @@ def pool(
     level_of = (2 + torch.log2(sides / middle + 1e-8)).floor().clamp(0, len(levels) - 1)
     places, pooled = [], []
     for number_of_level, (level, stride) in enumerate(zip(levels, strides, strict=True)):
-        here = (level_of == number_of_level).nonzero().flatten()
-        places.append(here)
-        # Also where nothing lies in a level: every rank then goes the same way backwards.
-        pooled.append(roi_align(level.float(), regions[here], side, 1 / stride, sampling_ratio=0, aligned=True))
+        rows = (level_of == number_of_level).nonzero().flatten()
+        places.append(rows)
+        # Also for a level without regions, so that every rank runs the same operations in backward.
+        pooled.append(roi_align(level.float(), regions[rows], side, 1 / stride, sampling_ratio=0, aligned=True))
     return torch.cat(pooled)[torch.cat(places).argsort()]
 
 
@@ -109,7 +109,7 @@ class BoxHead(nn.Module):
         self.coder = BoxCoder(weights, LARGEST_GROWTH)
 
     def forward(self, regions: Float[Tensor, "p f s s"]) -> tuple[Float[Tensor, "p _"], Float[Tensor, "p _ 4"]]:
-        """Logits of classes and background, and box deltas for each class (or for all: one)."""
+        """Logits of classes and background, and box deltas for each class (in a cascade: for all classes together)."""
         x = self.head(regions.to(self.cls_score.weight.dtype))
         return self.cls_score(x).float(), self.bbox_pred(x).float().view(len(x), -1, 4)
 
@@ -118,15 +118,15 @@ class BoxHead(nn.Module):
     ) -> tuple[Float[Tensor, " b"], Float[Tensor, " b"]]:
         """Class and box loss of each image, both divided by the image's number of regions."""
         class_losses, box_losses = [], []
-        boxes = [one.boxes for one in sampled]
+        boxes = [regions.boxes for regions in sampled]
         per_image = zip(by_image(logits, boxes), by_image(deltas, boxes), sampled, targets, strict=True)
-        for scores, moves, one, target in per_image:
-            num = max(len(one.boxes), 1)
-            class_losses.append(F.cross_entropy(scores, one.classes, reduction="sum") / num)
-            front = (one.classes < self.num_classes).nonzero().flatten()
-            wanted = self.coder.encode_single(target.boxes[one.matched[front]], one.boxes[front])
-            which = one.classes[front] if self.per_class else torch.zeros_like(front)
-            box_losses.append((moves[front, which] - wanted).abs().sum() / num)
+        for scores, moves, regions, target in per_image:
+            num = max(len(regions.boxes), 1)
+            class_losses.append(F.cross_entropy(scores, regions.classes, reduction="sum") / num)
+            front = (regions.classes < self.num_classes).nonzero().flatten()
+            target_deltas = self.coder.encode_single(target.boxes[regions.matched[front]], regions.boxes[front])
+            which = regions.classes[front] if self.per_class else torch.zeros_like(front)
+            box_losses.append((moves[front, which] - target_deltas).abs().sum() / num)
         return torch.stack(class_losses), torch.stack(box_losses)
 
 
@@ -151,19 +151,19 @@ class BoxHeads(nn.Module):
         seeds: Int[Tensor, " b"],
     ) -> BoxLosses:
         """Losses of each image over sampled proposals, summed over the heads."""
-        # The objects themselves are proposals too, or an untrained network would see none.
+        # The annotated boxes are proposals too, or an untrained network would never see an object.
         boxes = [torch.cat([p, t.boxes]) for p, t in zip(proposals, targets, strict=True)]
         draws = uniform(seeds, "boxes", max(len(b) for b in boxes))
         sampled = [self._sample(b, t, d) for b, t, d in zip(boxes, targets, draws, strict=True)]
-        objects = [self._objects(one) for one in sampled]
+        objects = [self._objects(regions) for regions in sampled]
         class_losses, box_losses = [], []
         for number, head in enumerate(self._all()):
-            logits, deltas = self._apply_head(head, levels, [one.boxes for one in sampled])
+            logits, deltas = self._apply_head(head, levels, [regions.boxes for regions in sampled])
             classes, moves = head.losses(logits, deltas, sampled, targets)
             class_losses.append(classes)
             box_losses.append(moves)
             if number + 1 < len(self.heads):
-                moved = self._moved(head, deltas.detach(), [one.boxes for one in sampled], sizes)
+                moved = self._moved(head, deltas.detach(), [regions.boxes for regions in sampled], sizes)
                 matcher = self.matchers[number + 1]
                 sampled = [self._labelled(b[has_area(b)], t, matcher) for b, t in zip(moved, targets, strict=True)]
         return BoxLosses(torch.stack(class_losses).sum(0), torch.stack(box_losses).sum(0), objects)
@@ -174,7 +174,7 @@ class BoxHeads(nn.Module):
         proposals: Sequence[Float[Tensor, "_ 4"]],
         sizes: Sequence[tuple[int, int]],
     ) -> list[Detections]:
-        """Detections of each image; in a cascade scores are averaged over the heads and boxes are the last's."""
+        """Detections of each image; in a cascade, scores are averaged over the heads and boxes are the last head's."""
         boxes = list(proposals)
         scores: list[Tensor] = []
         for number, head in enumerate(self._all()):
@@ -203,8 +203,8 @@ class BoxHeads(nn.Module):
         labelled = self._labelled(boxes, target, self.matchers[0])
         is_object = labelled.classes < self.num_classes
         num, share = self.config.box_samples, self.config.box_positives
-        kept = torch.cat(sample(is_object, ~is_object, num, share, draws[: len(boxes)]))
-        return Sampled(*(part[kept] for part in labelled))
+        chosen = torch.cat(sample(is_object, ~is_object, num, share, draws[: len(boxes)]))
+        return Sampled(*(part[chosen] for part in labelled))
 
     def _labelled(self, boxes: Tensor, target: Targets, matcher: Matcher) -> Sampled:
         matched = match(matcher, target.boxes, boxes)
@@ -213,32 +213,32 @@ class BoxHeads(nn.Module):
         classes[front] = target.classes[matched[front]]
         return Sampled(boxes, classes, matched.clamp(min=0))
 
-    def _objects(self, one: Sampled) -> Sampled:
-        front = one.classes < self.num_classes
-        return Sampled(one.boxes[front], one.classes[front], one.matched[front])
+    def _objects(self, regions: Sampled) -> Sampled:
+        front = regions.classes < self.num_classes
+        return Sampled(regions.boxes[front], regions.classes[front], regions.matched[front])
 
     def _moved(
         self, head: BoxHead, deltas: Tensor, boxes: Sequence[Tensor], sizes: Sequence[tuple[int, int]]
     ) -> list[Tensor]:
-        """Boxes after a class-agnostic regression, clipped."""
+        """Boxes after class-agnostic regression, clipped to the images."""
         moved = _decode(head.coder, deltas, torch.cat(list(boxes)))[:, 0]
         parts = zip(by_image(moved, boxes), sizes, strict=True)
         return [clip_boxes_to_image(part, list(size)) for part, size in parts]
 
     def _best(self, boxes: Float[Tensor, "p c 4"], scores: Float[Tensor, "p _"], size: tuple[int, int]) -> Detections:
-        """Every class of every region is a candidate; NMS within classes."""
+        """The best detections; every class of every region is a candidate, and NMS works within classes."""
         finite = torch.isfinite(boxes).flatten(1).all(1) & torch.isfinite(scores).all(1)
         boxes, scores = boxes[finite], scores[finite, :-1]
         boxes = clip_boxes_to_image(boxes, list(size))
         region, label = (scores > self.config.score_threshold).nonzero(as_tuple=True)
         score = scores[region, label]
         box = boxes[region, label if boxes.shape[1] > 1 else torch.zeros_like(label)]
-        kept = batched_nms(box, score, label, self.config.nms)[: self.config.detections]
-        return Detections(box[kept], score[kept], label[kept])
+        best = batched_nms(box, score, label, self.config.nms)[: self.config.detections]
+        return Detections(box[best], score[best], label[best])
 
 
 def by_image(x: Float[Tensor, "p *_"], boxes: Sequence[Float[Tensor, "_ 4"]]) -> tuple[Tensor, ...]:
-    """The rows of each image, where x has a row for each of its boxes."""
+    """The rows of x that belong to each image; x has one row for each box."""
     parts: tuple[Tensor, ...] = x.split([len(b) for b in boxes])  # type: ignore[no-untyped-call]
     return parts
 
@@ -249,7 +249,7 @@ def _decode(coder: BoxCoder, deltas: Float[Tensor, "p c 4"], boxes: Float[Tensor
 
 
 class _ScaledGradient(torch.autograd.Function):
-    """The identity, through which gradients come back scaled."""
+    """The identity, which scales gradients in backward."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, factor: float) -> Tensor:

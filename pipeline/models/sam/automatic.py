@@ -1,10 +1,10 @@
-"""Masks of everything in an image: a grid of points, filters, and what is left of the duplicates.
+"""Automatic masks of everything in an image: prompts from a grid of points, filters, and removal of duplicates.
 
-Legend: H W pixels of the image, P points asked at a time, M masks that are left, K = 3 masks of a point, h w of a crop,
-y x of a mask as the decoder gives it.
+Legend: H W pixels of the image, P points decoded at a time, M masks that remain, K = 3 masks of a point, h w of a crop,
+y x of a mask at the decoder's resolution.
 
-Follows segment-anything's `SamAutomaticMaskGenerator`, whose masks it equals, but looks at predicted IoUs before any
-mask is drawn, and draws, enlarges and encodes those alone that pass.
+Gives the same masks as segment-anything's `SamAutomaticMaskGenerator`, but filters by predicted IoU first, and draws,
+enlarges and encodes only the masks that pass.
 """
 
 from __future__ import annotations
@@ -27,35 +27,35 @@ from pipeline.config import Config
 from pipeline.errors import ConfigError
 from pipeline.models.detection.masks import encode_masks
 from pipeline.models.sam.decoder import MASKS_ONE_PROMPT
-from pipeline.models.sam.predictor import Ask, EmbeddedImages, Predictor, model_prompts, stored_logits
+from pipeline.models.sam.predictor import EmbeddedImages, ImagePrompts, Predictor, model_prompts, stored_logits
 
-EDGE = 20.0  # pixels; a mask that ends so near to a crop's edge was probably cut there
+EDGE = 20.0  # pixels; a mask that ends this close to a crop's edge was probably cut off by it
 _PIXELS_AT_ONCE = 2**25  # of logits enlarged at a time: 128 MB in fp32
 
 
 class AutomaticSettings(Config):
-    """How masks are made and which are kept. The defaults are segment-anything's."""
+    """How masks are made and filtered. The defaults are segment-anything's."""
 
     points_per_side: int = Field(default=32, gt=0)
     points_per_batch: int = Field(default=64, gt=0)
-    min_iou: float = Field(default=0.88, ge=0, lt=1)  # predicted, has to be above
+    min_iou: float = Field(default=0.88, ge=0, lt=1)  # masks need a predicted IoU above this
     min_stability: float = Field(default=0.95, ge=0, le=1)  # IoU of the mask at a lower and a higher threshold
     stability_offset: float = Field(default=1.0, ge=0)  # of these thresholds, in logits
-    nms: float = Field(default=0.7, gt=0, le=1)  # IoU of boxes above which the worse one goes
-    crop_layers: int = Field(default=0, ge=0)  # layer i looks at 4 ** i crops of the image
-    crop_nms: float = Field(default=0.7, gt=0, le=1)  # between crops, the smaller one's masks first
+    nms: float = Field(default=0.7, gt=0, le=1)  # IoU of boxes above which the worse mask is dropped
+    crop_layers: int = Field(default=0, ge=0)  # layer i cuts the image into 4 ** i crops
+    crop_nms: float = Field(default=0.7, gt=0, le=1)  # the same between crops, where smaller crops' masks win
     crop_overlap: float = Field(default=512 / 1500, ge=0, lt=1)  # of crops, as a share of the image's shorter side
-    crop_point_divisor: int = Field(default=1, gt=0)  # points_per_side shrinks by it with every layer
+    crop_point_divisor: int = Field(default=1, gt=0)  # each layer divides points_per_side by it once more
     min_region_area: int = Field(default=0, ge=0)  # pixels; smaller holes are filled and islands removed
-    max_area: float = Field(default=1.0, gt=0, le=1)  # masks of a greater share of the image are dropped
+    max_area: float = Field(default=1.0, gt=0, le=1)  # masks that cover a larger share of the image are dropped
 
 
 class AutomaticMask(NamedTuple):
-    """One mask, as SA-1B's annotations have it."""
+    """One mask, with the fields of SA-1B's annotations."""
 
     segmentation: dict[str, object]  # COCO's compressed run lengths
     area: int  # pixels
-    bbox: tuple[int, int, int, int]  # x, y of the first pixel; how far the last one is from it
+    bbox: tuple[int, int, int, int]  # x, y of the first pixel; distance to the last one in x and y
     predicted_iou: float
     point_coords: tuple[float, float]
     stability_score: float
@@ -63,7 +63,7 @@ class AutomaticMask(NamedTuple):
 
 
 class _Masks(NamedTuple):
-    """Masks on their way, in pixels of the whole image."""
+    """Candidate masks, in pixels of the whole image."""
 
     boxes: Int[Tensor, "m 4"]  # first and last pixel
     iou: Float[Tensor, " m"]
@@ -73,7 +73,7 @@ class _Masks(NamedTuple):
     encoded: list[dict[str, object]]
 
     def only(self, rows: Tensor) -> _Masks:
-        """Some of them, in this order."""
+        """The masks at `rows`, in this order; or those where `rows` is True."""
         if rows.dtype == torch.bool:
             rows = rows.nonzero().flatten()
         encoded = [self.encoded[i] for i in rows.tolist()]
@@ -90,39 +90,41 @@ def automatic_masks(
 ) -> list[AutomaticMask]:
     """Masks of everything in an image, in the order of segment-anything's generator.
 
-    An empty mask is never returned; its stability counts as 0, where the original has NaN.
+    An empty mask is never returned: its stability is 0, where the original computes NaN.
 
     Args:
-        image: pixels, or one image that was embedded already, of which no crops can be made.
+        image: pixels, or one image that was embedded already and can't be cropped.
 
     Raises:
-        ConfigError: crops are wanted of an embedded image.
+        ConfigError: the settings ask for crops of an embedded image.
     """
     settings = settings or AutomaticSettings()
     if isinstance(image, EmbeddedImages):
         if settings.crop_layers:
-            raise ConfigError("crops need the image's own pixels", where="crop_layers", fix="call it on an array")
+            raise ConfigError(
+                "an embedded image can't be cropped", where="crop_layers", fix="set it to 0, or pass the pixels"
+            )
         size = image.views[0].source
     else:
         size = (image.shape[0], image.shape[1])
-    found = [
+    crops = [
         _crop_masks(predictor, image, size, crop, points, settings)
         for crop, points in _crops_with_points(size, settings)
     ]
-    masks = _joined(found)
-    if len(found) > 1:
+    masks = _joined(crops)
+    if len(crops) > 1:
         sides = masks.crops[:, 2:] - masks.crops[:, :2]
         masks = masks.only(nms(masks.boxes.float(), 1 / sides.prod(1).float(), settings.crop_nms))
     if settings.min_region_area > 0:
         masks = _cleaned(masks, settings)
     if settings.max_area < 1:
-        areas = torch.tensor([_area(one) for one in masks.encoded])
+        areas = torch.tensor([_area(encoded) for encoded in masks.encoded])
         masks = masks.only(areas <= settings.max_area * size[0] * size[1])
     return _records(masks)
 
 
 def crop_boxes(size: tuple[int, int], layers: int, overlap: float) -> Iterator[tuple[int, tuple[int, int, int, int]]]:
-    """(layer, (x0, y0, x1, y1)) of the whole image and of every crop, column by column."""
+    """(layer, (x0, y0, x1, y1)) of the whole image, then of every crop, column by column."""
     height, width = size
     yield 0, (0, 0, width, height)
     for layer in range(1, layers + 1):
@@ -135,7 +137,7 @@ def crop_boxes(size: tuple[int, int], layers: int, overlap: float) -> Iterator[t
 
 
 def point_grid(per_side: int) -> Float[Tensor, "n 2"]:
-    """Centres of the squares of a grid over the unit square, row by row."""
+    """Centres of the cells of a grid over the unit square, row by row."""
     side = torch.from_numpy(np.linspace(1 / (2 * per_side), 1 - 1 / (2 * per_side), per_side))
     return torch.stack([side.repeat(per_side), side.repeat_interleave(per_side)], dim=1)
 
@@ -143,7 +145,7 @@ def point_grid(per_side: int) -> Float[Tensor, "n 2"]:
 def _crops_with_points(
     size: tuple[int, int], settings: AutomaticSettings
 ) -> Iterator[tuple[tuple[int, int, int, int], Float[Tensor, "n 2"]]]:
-    """Each crop with its points, in pixels of the crop. A crop without area has none."""
+    """Each crop with its points, in pixels of the crop. Crops without area are left out."""
     for layer, box in crop_boxes(size, settings.crop_layers, settings.crop_overlap):
         w, h = box[2] - box[0], box[3] - box[1]
         if w > 0 and h > 0:
@@ -159,36 +161,36 @@ def _crop_masks(
     points: Float[Tensor, "n 2"],
     settings: AutomaticSettings,
 ) -> _Masks:
-    """What one crop yields, without duplicates."""
+    """The masks of one crop, without duplicates."""
     x0, y0, x1, y1 = crop
     if isinstance(image, EmbeddedImages):
         embedded = image
     else:
         embedded = predictor.embed([np.ascontiguousarray(image[y0:y1, x0:x1])])
     view = embedded.views[0]
-    found = []
+    parts = []
     at_once = max(1, _PIXELS_AT_ONCE // max(view.shape[0] * view.shape[1], view.source[0] * view.source[1]))
     for first in range(0, len(points), settings.points_per_batch):
-        some = points[first : first + settings.points_per_batch]
-        prompts = model_prompts(Ask(some.unsqueeze(1)), view).to(predictor.model.device)
+        chunk = points[first : first + settings.points_per_batch]
+        prompts = model_prompts(ImagePrompts(chunk.unsqueeze(1)), view).to(predictor.model.device)
         attended = predictor.model.attend(embedded.embedded, prompts)
         guess = attended.iou[:, MASKS_ONE_PROMPT].float()
         good = guess > settings.min_iou if settings.min_iou > 0 else torch.ones_like(guess, dtype=torch.bool)
         rows = good.any(1).nonzero().flatten()
-        if not len(rows):  # ranks of ZeRO-3 must call the same parts equally often
+        if not len(rows):  # with ZeRO-3, all ranks must call the same modules the same number of times
             rows = torch.zeros(1, dtype=torch.int64, device=good.device)
-        worth = type(attended)(*(part[rows] for part in attended))
-        low = predictor.model.draw(embedded.embedded, worth, MASKS_ONE_PROMPT)[good[rows]]
-        iou, origin = guess[good], some.repeat_interleave(good.sum(1).cpu(), dim=0)
+        promising = type(attended)(*(part[rows] for part in attended))
+        low = predictor.model.draw(embedded.embedded, promising, MASKS_ONE_PROMPT)[good[rows]]
+        iou, origin = guess[good], chunk.repeat_interleave(good.sum(1).cpu(), dim=0)
         for start in range(0, len(low), at_once):
             part = slice(start, start + at_once)
             logits = stored_logits(low[part].unsqueeze(0), view)[0]
-            found.append(_kept(logits, iou[part], origin[part], crop, size, settings))
-    masks = _joined(found)
+            parts.append(_filtered(logits, iou[part], origin[part], crop, size, settings))
+    masks = _joined(parts)
     return masks.only(nms(masks.boxes.float(), masks.iou, settings.nms))
 
 
-def _kept(
+def _filtered(
     logits: Float[Tensor, "m h w"],
     iou: Float[Tensor, " m"],
     points: Float[Tensor, "m 2"],
@@ -196,7 +198,7 @@ def _kept(
     size: tuple[int, int],
     settings: AutomaticSettings,
 ) -> _Masks:
-    """Masks that are stable, not empty and not cut by the crop's edge, put into the whole image."""
+    """The masks that are stable, not empty and not cut by the crop's edge, placed in the whole image."""
     stability = stability_scores(logits, settings.stability_offset)
     masks = logits > 0
     good = (stability >= settings.min_stability) & masks.flatten(1).any(1)
@@ -227,7 +229,7 @@ def stability_scores(logits: Float[Tensor, "m h w"], offset: float) -> Float[Ten
 
 
 def mask_boxes(masks: Bool[Tensor, "m h w"]) -> Int[Tensor, "m 4"]:
-    """x, y of the first and of the last column and row of each mask, which isn't empty."""
+    """x, y of the first and of the last column and row of each mask; masks must not be empty."""
     columns, rows = masks.any(1).to(torch.uint8), masks.any(2).to(torch.uint8)
     if not len(masks):
         return torch.zeros(0, 4, dtype=torch.int64, device=masks.device)
@@ -242,7 +244,7 @@ def without_small_regions(
 ) -> tuple[Bool[np.ndarray, "H W"], bool]:
     """The mask with small holes filled, or without small islands (the largest stays), and whether anything changed.
 
-    Places that touch at a corner are connected, in holes as in islands.
+    Pixels that touch at a corner are connected, in holes as in islands.
     """
     regions, count = label(~mask if holes else mask, structure=np.ones((3, 3)))
     sizes = np.bincount(regions.ravel(), minlength=count + 1)[1:]
@@ -256,12 +258,12 @@ def without_small_regions(
 
 
 def _cleaned(masks: _Masks, settings: AutomaticSettings) -> _Masks:
-    """Without small holes and islands, and without the duplicates that this makes; untouched masks come first."""
+    """The masks without small holes and islands, and without the duplicates this makes; unchanged masks win."""
     from pycocotools import mask as coco_mask
 
     pixels, untouched = [], []
-    for one in masks.encoded:
-        mask = coco_mask.decode(one).astype(bool)
+    for encoded_mask in masks.encoded:
+        mask = coco_mask.decode(encoded_mask).astype(bool)
         mask, filled = without_small_regions(mask, settings.min_region_area, holes=True)
         mask, removed = without_small_regions(mask, settings.min_region_area, holes=False)
         pixels.append(torch.from_numpy(np.ascontiguousarray(mask)))
@@ -305,11 +307,11 @@ def _records(masks: _Masks) -> list[AutomaticMask]:
         x0, y0, x1, y1 = masks.boxes[i].tolist()
         left, top, right, bottom = masks.crops[i].tolist()
         counts = encoded["counts"]
-        told = {"size": encoded["size"], "counts": counts.decode() if isinstance(counts, bytes) else counts}
+        segmentation = {"size": encoded["size"], "counts": counts.decode() if isinstance(counts, bytes) else counts}
         x, y = masks.points[i].tolist()
         records.append(
             AutomaticMask(
-                told,
+                segmentation,
                 _area(encoded),
                 (x0, y0, x1 - x0, y1 - y0),
                 float(masks.iou[i]),

@@ -1,11 +1,11 @@
 """The mask decoder of Segment Anything (Kirillov et al. 2023, appendix A).
 
 Legend: I images, M prompts of all images, T tokens (1 for the predicted IoU, K for masks, the prompt's), C channels,
-N = h * w places of an image's embedding, y x = 4h 4w of a mask, K = 4 masks: number 0 for prompts of several parts,
-1 to 3 for a single one.
+N = h * w places of an image's embedding, y x = 4h 4w of a mask, K = 4 masks: number 0 for prompts of several points
+or boxes, 1 to 3 for a single point or box.
 
-Parameters are named as in the package segment-anything. What is asked about one image shares its keys and values for
-as long as they are the same for all prompts, which is through most of the first layer.
+Parameters are named as in the package segment-anything. All prompts of an image share its keys and values for as long
+as these are the same for all prompts, which is through most of the first layer.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ MASKS_ONE_PROMPT = slice(1, NUM_MASKS)
 MASKS_MORE_PROMPTS = slice(0, 1)
 
 
-class Answers(NamedTuple):
-    """What the decoder says to each prompt."""
+class DecodedMasks(NamedTuple):
+    """The decoder's masks for each prompt."""
 
     logits: Float[Tensor, "m k y x"]
     iou: Float[Tensor, "m k"]  # predicted intersection over union of each mask with the object
@@ -42,7 +42,7 @@ class Attended(NamedTuple):
 
 
 class TwoWayAttention(nn.Module):
-    """Multi-head attention between two kinds of tokens, at a width of its own."""
+    """Multi-head attention between two sets of tokens, at a width that may differ from theirs."""
 
     def __init__(self, channels: int, heads: int, width: int) -> None:
         super().__init__()
@@ -65,9 +65,9 @@ class TwoWayAttention(nn.Module):
         """Attend.
 
         Args:
-            q_image, k_image: where queries, or keys and values, are images' instead of prompts': each prompt's image.
-                They are projected once for each image then.
-            mask: added to the scores: -inf for keys that don't count; None: all do.
+            q_image, k_image: each prompt's image, where queries, or keys and values, have one entry per image instead
+                of one per prompt. They are then projected only once for each image.
+            mask: added to the scores, -inf for keys to ignore; None: all keys are used.
         """
         queries, keys = self._by_head(self.q_proj(q)), self._by_head(self.k_proj(k))
         values = self._by_head(self.v_proj(v))
@@ -84,7 +84,7 @@ class TwoWayAttention(nn.Module):
 
 
 def of_prompts(x: Float[Tensor, "i *rest"], image: Int[Tensor, " m"]) -> Float[Tensor, "m *rest"]:
-    """Each prompt's image's part; without a copy where there is one image."""
+    """The entry of each prompt's image; not copied where there is only one image."""
     return x.expand(image.shape[0], *x.shape[1:]) if x.shape[0] == 1 else x[image]
 
 
@@ -103,11 +103,11 @@ class TwoWayMlp(nn.Module):
 
 
 class TwoWayBlock(nn.Module):
-    """Tokens among themselves, tokens to image, MLP, image to tokens; norms follow the sums."""
+    """Self-attention of tokens, attention from tokens to image, MLP, attention from image to tokens; post-norm."""
 
     def __init__(self, channels: int, heads: int, mlp_width: int, eps: float, *, first: bool) -> None:
         super().__init__()
-        self.first = first  # the tokens have nothing to add to yet, and are their own positions
+        self.first = first  # here the tokens are their own positions, and self-attention has no residual
         self.self_attn = TwoWayAttention(channels, heads, channels)
         self.norm1 = nn.LayerNorm(channels, eps=eps)
         self.cross_attn_token_to_image = TwoWayAttention(channels, heads, channels // 2)
@@ -130,25 +130,25 @@ class TwoWayBlock(nn.Module):
 
         Args:
             initial: the tokens before the first block, which serve as their positions.
-            image: each prompt's image, where `places` are images' instead of prompts'.
+            image: each prompt's image, where `places` has one entry per image instead of one per prompt.
         """
         if self.first:
             tokens = self.self_attn(tokens, tokens, tokens, mask=mask)
         else:
-            asking = tokens + initial
-            tokens = tokens + self.self_attn(asking, asking, tokens, mask=mask)
+            queries = tokens + initial
+            tokens = tokens + self.self_attn(queries, queries, tokens, mask=mask)
         tokens = self.norm1(tokens)
         placed = places + positions
         tokens = self.norm2(tokens + self.cross_attn_token_to_image(tokens + initial, placed, places, k_image=image))
         tokens = self.norm3(tokens + self.mlp(tokens))
-        told = self.cross_attn_image_to_token(placed, tokens + initial, tokens, q_image=image, mask=mask)
+        update = self.cross_attn_image_to_token(placed, tokens + initial, tokens, q_image=image, mask=mask)
         if image is not None:
             places = of_prompts(places, image)
-        return tokens, self.norm4(places + told)
+        return tokens, self.norm4(places + update)
 
 
 class TwoWayTransformer(nn.Module):
-    """Blocks, then a last attention from tokens to image."""
+    """Two-way blocks, then a final attention from tokens to image."""
 
     def __init__(self, channels: int, heads: int, depth: int, mlp_width: int, eps: float) -> None:
         super().__init__()
@@ -166,26 +166,26 @@ class TwoWayTransformer(nn.Module):
         image: Int[Tensor, " m"] | None,
         mask: Float[Tensor, "m 1 1 t"] | None,
     ) -> tuple[Float[Tensor, "m t c"], Float[Tensor, "m n c"]]:
-        """Tokens and places, changed by one another; see `TwoWayBlock`."""
+        """Tokens and places after all blocks; see `TwoWayBlock`."""
         tokens = initial
         for block in self.layers:
             tokens, places = block(tokens, places, initial, positions, image, mask)
             image = None
-        found = self.final_attn_token_to_image(tokens + initial, places + positions, places, k_image=image)
-        return self.norm_final_attn(tokens + found), places
+        update = self.final_attn_token_to_image(tokens + initial, places + positions, places, k_image=image)
+        return self.norm_final_attn(tokens + update), places
 
 
 class Upscale(nn.ConvTranspose2d):
-    """A transposed convolution with stride = kernel = 2, of channels-last input, as one matrix product.
+    """A transposed convolution with stride = kernel = 2 on channels-last input, as one matrix product.
 
-    The four new places of each place stay in a dimension of their own, row by row.
+    The four output places of each input place stay in a separate dimension, row by row.
     """
 
     def __init__(self, before: int, after: int) -> None:
         super().__init__(before, after, 2, stride=2)
 
     def forward(self, x: Float[Tensor, "*n before"]) -> Float[Tensor, "*n 4 after"]:  # type: ignore[override]
-        """Four places for each."""
+        """Four output places for each input place."""
         weight = self.weight.permute(2, 3, 1, 0).reshape(-1, self.in_channels)
         assert self.bias is not None
         return F.linear(x, weight, self.bias.repeat(4)).view(*x.shape[:-1], 4, self.out_channels)
@@ -232,7 +232,7 @@ class MaskDecoder(nn.Module):
         positions: Float[Tensor, "n c"],
         encoded: Encoded,
         image: Int[Tensor, " m"],
-    ) -> Answers:
+    ) -> DecodedMasks:
         """All four masks of each prompt, as logits at four times the embedding's size, and their predicted IoU.
 
         Args:
@@ -241,28 +241,28 @@ class MaskDecoder(nn.Module):
             image: each prompt's image.
         """
         attended = self.attend(features, positions, encoded, image)
-        return Answers(self.draw(attended, (features.shape[2], features.shape[3])), attended.iou)
+        return DecodedMasks(self.draw(attended, (features.shape[2], features.shape[3])), attended.iou)
 
     def attend(
         self, features: Float[Tensor, "i c h w"], positions: Float[Tensor, "n c"], encoded: Encoded, image: Tensor
     ) -> Attended:
-        """All but the drawing of masks: `Attended.iou` tells which are worth it."""
-        own = self._own_tokens(image.device)
-        tokens = torch.cat([own.expand(image.shape[0], -1, -1), encoded.sparse], dim=1)
+        """Everything except drawing the masks, so that masks with a low `Attended.iou` need not be drawn."""
+        output_tokens = self._output_tokens(image.device)
+        tokens = torch.cat([output_tokens.expand(image.shape[0], -1, -1), encoded.sparse], dim=1)
         mask: Tensor | None = None
         if encoded.present is not None:
             mask = torch.zeros_like(encoded.sparse[..., 0]).masked_fill(~encoded.present, float("-inf"))
-            mask = F.pad(mask, (own.shape[0], 0))[:, None, None]
+            mask = F.pad(mask, (output_tokens.shape[0], 0))[:, None, None]
         places = features.flatten(2).transpose(1, 2)
         dense = encoded.dense.flatten(2).transpose(1, 2)
         owner: Tensor | None = image
-        if dense.shape[1] > 1 or dense.shape[0] > 1:  # somebody has a mask: nothing is shared
+        if dense.shape[1] > 1 or dense.shape[0] > 1:  # some prompt has a mask: prompts share nothing
             places, owner = of_prompts(places, image), None
         tokens, places = self.transformer(tokens, places + dense, positions.to(places.dtype), owner, mask)
         return Attended(tokens[:, 1 : 1 + NUM_MASKS], places, self.iou_prediction_head(tokens[:, 0]))
 
     def draw(self, attended: Attended, size: tuple[int, int], which: slice = slice(None)) -> Float[Tensor, "m k y x"]:
-        """Logits of masks, by default of all four."""
+        """Logits of the masks, by default of all four."""
         numbers = range(NUM_MASKS)[which]
         mixes = torch.stack([self.output_hypernetworks_mlps[i](attended.tokens[:, i]) for i in numbers], dim=1)
         upscaled = self.output_upscaling(attended.places).flatten(1, 3)  # [M, N*4*4, C/8]
@@ -270,6 +270,6 @@ class MaskDecoder(nn.Module):
         # rows: place, first doubling, second; columns alike
         return masks.permute(0, 1, 2, 4, 6, 3, 5, 7).reshape(masks.shape[0], len(numbers), 4 * size[0], 4 * size[1])
 
-    def _own_tokens(self, device: torch.device) -> Float[Tensor, "t c"]:
+    def _output_tokens(self, device: torch.device) -> Float[Tensor, "t c"]:
         zero = torch.zeros(1, dtype=torch.int64, device=device)
         return torch.cat([self.iou_token(zero), self.mask_tokens(torch.arange(NUM_MASKS, device=device))])

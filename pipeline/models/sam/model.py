@@ -1,4 +1,4 @@
-"""Segment Anything (Kirillov et al. 2023, arXiv 2304.02643): masks of whatever points, boxes and masks ask for.
+"""Segment Anything (Kirillov et al. 2023, arXiv 2304.02643): masks from prompts, which are points, boxes and masks.
 
 Legend: I images, M prompts of all images, C channels, H W pixels of the model's input, h w places of its embedding.
 """
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from pipeline.config import Config
 from pipeline.models.detection.pyramid import ChannelNorm
-from pipeline.models.sam.decoder import Answers, Attended, MaskDecoder
+from pipeline.models.sam.decoder import Attended, DecodedMasks, MaskDecoder
 from pipeline.models.sam.prompts import PromptEncoder, Prompts
 from pipeline.models.trunk.vit import ViT
 
@@ -22,7 +22,7 @@ MASK_THRESHOLD = 0.0  # logits above it belong to the object
 
 
 class SamConfig(Config):
-    """What stands on the trunk. The defaults are the paper's, for every size of trunk."""
+    """The parts on top of the trunk. The defaults are the paper's, for every size of trunk."""
 
     channels: int = Field(default=256, gt=0)  # of embeddings and tokens
     heads: int = Field(default=8, gt=0)  # of the mask decoder
@@ -42,7 +42,7 @@ class SamConfig(Config):
 
 
 class Embedded(NamedTuple):
-    """What the encoder makes of images, once for any number of prompts."""
+    """Images as the encoder embeds them, once for any number of prompts."""
 
     features: Float[Tensor, "i c h w"]
     size: tuple[int, int]  # H, W of the input, padding included
@@ -59,7 +59,7 @@ def neck(width: int, channels: int) -> nn.Sequential:
 
 
 class SegmentAnything:
-    """The parts of a model at work together. It holds no parameters of its own: a stage owns the parts."""
+    """A whole model. It holds no parameters itself: they belong to the stage that passes in the parts."""
 
     def __init__(self, trunk: ViT, neck: nn.Module, prompt_encoder: PromptEncoder, mask_decoder: MaskDecoder) -> None:
         self.trunk = trunk
@@ -69,31 +69,31 @@ class SegmentAnything:
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
+        """The model's device."""
         return self.prompt_encoder.pe_layer.positional_encoding_gaussian_matrix.device
 
     def embed(self, pixels: Float[Tensor, "i 3 h w"], seeds: Tensor | None = None) -> Embedded:
         """Encode normalised images of any size that is a multiple of the patch size.
 
-        Images are resized to fit the input and padded with zeros below and at the right, after normalising.
+        The caller resizes images to fit the input, normalises, then pads with zeros below and at the right.
         """
         tokens = self.trunk(pixels, seeds=seeds)
         maps = tokens.patches.transpose(1, 2).unflatten(2, tokens.grid)
         return Embedded(self.neck(maps), (pixels.shape[2], pixels.shape[3]))
 
-    def answer(self, embedded: Embedded, prompts: Prompts, which: slice = slice(None)) -> Answers:
-        """Masks of each prompt, in fp32, by default all four; see `MaskDecoder` for which is meant for what."""
+    def decode(self, embedded: Embedded, prompts: Prompts, which: slice = slice(None)) -> DecodedMasks:
+        """Masks of each prompt, in fp32, by default all four; see `masks_for` for which to use."""
         attended = self.attend(embedded, prompts)
-        return Answers(self.draw(embedded, attended, which), attended.iou[:, which].float())
+        return DecodedMasks(self.draw(embedded, attended, which), attended.iou[:, which].float())
 
     def attend(self, embedded: Embedded, prompts: Prompts) -> Attended:
-        """What `answer` does before masks are drawn."""
+        """The part of `decode` before masks are drawn."""
         features = embedded.features
         encoded = self.prompt_encoder(prompts, embedded.size)
         positions = self.prompt_encoder.pe_layer.grid((features.shape[2], features.shape[3]))
         return self.mask_decoder.attend(features, positions, encoded, prompts.image)
 
     def draw(self, embedded: Embedded, attended: Attended, which: slice = slice(None)) -> Tensor:
-        """Logits of masks of prompts that were attended to."""
+        """Logits of the masks, in fp32, from `attend`'s result."""
         size = (embedded.features.shape[2], embedded.features.shape[3])
         return self.mask_decoder.draw(attended, size, which).float()

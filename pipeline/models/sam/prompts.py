@@ -1,6 +1,6 @@
 """Prompts of Segment Anything and their encoder (Kirillov et al. 2023, appendix A).
 
-Legend: I images, M prompts of all images, T points of a prompt (corners of boxes among them), C channels, H W pixels of
+Legend: I images, M prompts of all images, T points of a prompt (including corners of boxes), C channels, H W pixels of
 the model's input, h w places of an image's embedding, y x = 4h 4w of the masks that go in and come out.
 
 Parameters are named as in the package segment-anything: `pe_layer.positional_encoding_gaussian_matrix`,
@@ -20,8 +20,8 @@ from torch.nn import functional as F
 
 from pipeline.models.detection.pyramid import ChannelNorm
 
-ABSENT = -2  # fills up the shorter prompts of a batch: no token attends to it
-NOT_A_POINT = -1  # a token of its own, which stands beside points that come without a box
+ABSENT = -2  # pads the shorter prompts of a batch: no token attends to it
+NOT_A_POINT = -1  # a token that accompanies points without a box
 BACKGROUND, FOREGROUND, UPPER_LEFT, LOWER_RIGHT = 0, 1, 2, 3
 
 
@@ -31,20 +31,20 @@ class Prompts(NamedTuple):
     image: Int[Tensor, " m"]  # number of the image each prompt is about
     points: Float[Tensor, "m t 2"]  # x, y in pixels of the model's input; a pixel's centre is a whole number
     labels: Int[Tensor, "m t"]  # what each point is: see the constants above
-    masks: Float[Tensor, "m 1 y x"] | None = None  # logits of an earlier answer; None: nobody has any
-    has_mask: Bool[Tensor, " m"] | None = None  # with `masks`: who has one; None: everyone
+    masks: Float[Tensor, "m 1 y x"] | None = None  # logits of an earlier prediction; None: no prompt has a mask
+    has_mask: Bool[Tensor, " m"] | None = None  # with `masks`: which prompts have one; None: all
 
     @property
     def num(self) -> int:
-        """How many prompts these are."""
+        """Number of prompts."""
         return int(self.labels.shape[0])
 
     def rows(self, start: int, stop: int) -> Prompts:
-        """Some of the prompts."""
+        """The prompts from `start` up to `stop`."""
         return Prompts(*(None if part is None else part[start:stop] for part in self))  # type: ignore[arg-type]
 
     def to(self, device: torch.device | str) -> Prompts:
-        """The same on another device."""
+        """The same prompts on another device."""
         return Prompts(*(None if part is None else part.to(device) for part in self))  # type: ignore[arg-type]
 
 
@@ -60,22 +60,22 @@ def prompts_of(
 
     Args:
         points: x, y.
-        labels: FOREGROUND or BACKGROUND; NOT_A_POINT for a further token that stands for no point, ABSENT for none.
+        labels: FOREGROUND or BACKGROUND; NOT_A_POINT for a token that stands for no point, ABSENT for no token at all.
         boxes: x0 y0 x1 y1.
         masks: logits, a quarter of the input's size.
         image: the image's number.
 
     Raises:
-        ValueError: nothing is given, points come without labels, or the numbers of prompts differ.
+        ValueError: there are no prompts, points come without labels, or the numbers of prompts differ.
     """
-    given = [part for part in (points, boxes, masks) if part is not None]
-    if not given:
+    parts = [part for part in (points, boxes, masks) if part is not None]
+    if not parts:
         raise ValueError("give points, boxes or masks")
     if (points is None) != (labels is None):
-        raise ValueError("points need labels, one each, and labels points")
-    num, device = len(given[0]), given[0].device
-    if any(len(part) != num for part in given):
-        raise ValueError(f"unequal numbers of prompts: {[len(part) for part in given]}")
+        raise ValueError("points need labels, one each, and labels need points")
+    num, device = len(parts[0]), parts[0].device
+    if any(len(part) != num for part in parts):
+        raise ValueError(f"unequal numbers of prompts: {[len(part) for part in parts]}")
     places: list[Tensor] = []
     kinds: list[Tensor] = []
     if points is not None and labels is not None:
@@ -96,7 +96,7 @@ def prompts_of(
 
 
 def join_prompts(parts: Sequence[Prompts]) -> Prompts:
-    """Prompts of several images, or of different kinds, as one batch: any mixture and any number of each."""
+    """Prompts of several images or of different kinds as one batch."""
     longest = max(part.labels.shape[1] for part in parts)
     masked = [part.masks for part in parts if part.masks is not None]
     masks = has_mask = None
@@ -125,7 +125,7 @@ class Encoded(NamedTuple):
     """Prompts as the mask decoder takes them."""
 
     sparse: Float[Tensor, "m t c"]
-    present: Bool[Tensor, "m t"] | None  # which of them may be attended to; None: all
+    present: Bool[Tensor, "m t"] | None  # which tokens may be attended to; None: all
     dense: Float[Tensor, "m_or_1 c h w"]  # added to the image's embedding
 
 
@@ -133,7 +133,7 @@ class FourierPositions(nn.Module):
     """Sines and cosines of random projections of places in the unit square (Tancik et al. 2020).
 
     The projection is a constant of the model. It stays in fp32 or better whatever the precision of the weights, and so
-    does the computation: in bf16 neighbouring places would become one.
+    does the computation: in bf16 neighbouring places would coincide.
     """
 
     positional_encoding_gaussian_matrix: Tensor
@@ -143,29 +143,29 @@ class FourierPositions(nn.Module):
         self.register_buffer("positional_encoding_gaussian_matrix", torch.randn(2, channels // 2))
 
     def forward(self, places: Float[Tensor, "*n 2"]) -> Float[Tensor, "*n c"]:
-        """Of x, y in [0, 1]."""
+        """Embed x, y in [0, 1]."""
         matrix = self.positional_encoding_gaussian_matrix
         turns = 2 * math.pi * ((2 * places - 1).to(matrix.dtype) @ matrix)
         return torch.cat([turns.sin(), turns.cos()], dim=-1)
 
     def grid(self, size: tuple[int, int]) -> Float[Tensor, "n c"]:
-        """Of the centres of a grid's places, row by row."""
+        """Embed the centres of a grid's cells, row by row."""
         like = self.positional_encoding_gaussian_matrix
         y, x = ((torch.arange(side, device=like.device, dtype=like.dtype) + 0.5) / side for side in size)
-        found: Tensor = self(torch.stack([x.repeat(size[0]), y.repeat_interleave(size[1])], dim=-1))
-        return found
+        encoded: Tensor = self(torch.stack([x.repeat(size[0]), y.repeat_interleave(size[1])], dim=-1))
+        return encoded
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        """Move, but don't round."""
-        kept = self.positional_encoding_gaussian_matrix
+        """Move the projection, but don't round it."""
+        matrix = self.positional_encoding_gaussian_matrix
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if self.positional_encoding_gaussian_matrix.dtype.itemsize < kept.dtype.itemsize:
-            self.positional_encoding_gaussian_matrix = kept.to(self.positional_encoding_gaussian_matrix.device)
+        if self.positional_encoding_gaussian_matrix.dtype.itemsize < matrix.dtype.itemsize:
+            self.positional_encoding_gaussian_matrix = matrix.to(self.positional_encoding_gaussian_matrix.device)
         return self
 
 
 class PromptEncoder(nn.Module):
-    """Points and box corners to tokens, masks to something that is added to the image's embedding."""
+    """Encodes points and box corners as tokens, and masks as maps that are added to the image's embedding."""
 
     def __init__(self, channels: int, mask_channels: int) -> None:
         super().__init__()
@@ -184,9 +184,9 @@ class PromptEncoder(nn.Module):
         )
 
     def forward(self, prompts: Prompts, size: tuple[int, int]) -> Encoded:
-        """Encode.
+        """Encode prompts.
 
-        Embeddings of all kinds of points take part in every call, those that nobody uses with a gradient of zero.
+        All point embeddings take part in every call, unused ones with a gradient of zero.
 
         Args:
             size: (H, W) of the model's input.

@@ -2,7 +2,7 @@
 
 Legend: M objects of a micro batch, y x pixels of the model's input.
 
-Everything random comes as numbers in [0, 1), which the stage draws from the samples' seeds.
+Functions take random numbers in [0, 1), which the stage draws from the samples' seeds.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pipeline.models.sam.prompts import ABSENT, BACKGROUND, FOREGROUND, LOWER_RI
 
 
 def pixel_of(region: Bool[Tensor, "m y x"], draw: Float[Tensor, " m"]) -> Float[Tensor, "m 2"]:
-    """A pixel (x, y) of each region, all alike likely; the last pixel of all where a region is empty."""
+    """A uniformly drawn pixel (x, y) of each region; the image's last pixel where a region is empty."""
     flat = region.flatten(1)
     counted = flat.cumsum(1, dtype=torch.int32)
     number = (draw * counted[:, -1]).floor().to(torch.int32) + 1
@@ -34,11 +34,11 @@ def noisy_boxes(
     most: float,
     size: tuple[int, int],
 ) -> Float[Tensor, "m 4"]:
-    """Boxes with normal noise on each coordinate, within the image.
+    """Boxes with Gaussian noise on each coordinate, clipped to the image.
 
     Args:
         share: standard deviation as a share of the box's side.
-        most: pixels that a coordinate moves at most.
+        most: the most pixels that a coordinate moves.
         size: (height, width) of the image.
     """
     sides = (boxes[:, 2:] - boxes[:, :2]).repeat(1, 2)
@@ -52,7 +52,7 @@ def noisy_boxes(
 def first_prompts(
     points: Float[Tensor, "m 2"], boxes: Float[Tensor, "m 4"], by_point: Bool[Tensor, " m"]
 ) -> tuple[Float[Tensor, "m 2 2"], Int[Tensor, "m 2"]]:
-    """Points and labels of prompts (see `Prompts`) that are a point for some and a box for the others."""
+    """Points and labels (see `Prompts`) of first prompts: a point for some objects, a box for the others."""
     kinds = torch.tensor([[UPPER_LEFT, LOWER_RIGHT], [FOREGROUND, NOT_A_POINT]], device=points.device)
     as_points = torch.stack([points, torch.zeros_like(points)], dim=1)
     chosen = torch.where(by_point[:, None, None], as_points, boxes.view(-1, 2, 2))
@@ -64,14 +64,14 @@ def pauses(draws: Float[Tensor, "m s"], num_pauses: int) -> Bool[Tensor, "m s_pl
 
     Args:
         draws: one number for each step but the last.
-        num_pauses: steps without a point, the last among them; 0 for none at all.
+        num_pauses: steps without a point, including the last; 0 for none.
     """
-    found = torch.zeros(len(draws), draws.shape[1] + 1, dtype=torch.bool, device=draws.device)
+    paused = torch.zeros(len(draws), draws.shape[1] + 1, dtype=torch.bool, device=draws.device)
     if num_pauses > 0:
-        found[:, -1] = True
+        paused[:, -1] = True
         others = draws.argsort(1)[:, : num_pauses - 1]
-        found.scatter_(1, others, torch.ones_like(others, dtype=torch.bool))
-    return found
+        paused.scatter_(1, others, torch.ones_like(others, dtype=torch.bool))
+    return paused
 
 
 def correction(
@@ -83,7 +83,7 @@ def correction(
 ) -> tuple[Float[Tensor, "m 2"], Int[Tensor, " m"]]:
     """A point where the prediction is wrong, and its label: FOREGROUND where the object was missed.
 
-    Where nothing is wrong any pixel of the image serves, with its own label. Objects that pause get ABSENT.
+    Where nothing is wrong, any pixel of the image is drawn, with its true label. Objects that pause get ABSENT.
     """
     wrong = (predicted ^ truth) & valid
     wrong = torch.where(wrong.flatten(1).any(1)[:, None, None], wrong, valid)

@@ -1,4 +1,4 @@
-"""One file of the open_clip package without the package, whose import costs seconds."""
+"""Import of a single file of the open_clip package, since importing the whole package takes seconds."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from types import ModuleType
 
 
 def open_clip_file(name: str) -> ModuleType:
-    """Module `open_clip.<name>`, loaded by itself where the package isn't imported anyway."""
+    """Module `open_clip.<name>`, loaded by itself unless the package is imported already."""
     if "open_clip" in sys.modules:
         return importlib.import_module(f"open_clip.{name}")
     package = importlib.util.find_spec("open_clip")

@@ -1,4 +1,4 @@
-"""From captions to token numbers: open_clip's byte pairs, or any vocabulary file.
+"""From captions to token numbers: open_clip's byte-pair encoding, or any vocabulary file.
 
 Legend: B texts, L tokens.
 """
@@ -19,13 +19,13 @@ from pipeline.models.text.open_clip_file import open_clip_file
 
 BYTE_PAIRS = "clip"
 VOCAB_SIZE = 49408  # of CLIP's byte-pair encoding: 512 bytes, 48,894 merges, start and end
-SMALLEST_VOCAB = 514  # the bytes, start and end: every text can still be written
+SMALLEST_VOCAB = 514  # 512 byte tokens, start and end: every text can still be encoded
 
 log = logging.getLogger("vitrail")
 
 
 class Vocabulary(NamedTuple):
-    """What a text tower must know of its tokens."""
+    """What a text tower needs to know about its tokens."""
 
     size: int
     end: int | None  # the token that ends a text, where there is one
@@ -34,12 +34,12 @@ class Vocabulary(NamedTuple):
 
 @runtime_checkable  # tests check annotations at run time
 class _Encoder(Protocol):
-    """One way to cut a text."""
+    """One kind of tokenizer."""
 
     vocabulary: Vocabulary
 
     def encode(self, text: str) -> list[int]:
-        """All tokens of the text, those that begin and end it among them."""
+        """All tokens of the text, including those that begin and end it."""
         ...
 
     def decode(self, tokens: list[int]) -> str: ...
@@ -50,10 +50,10 @@ class CaptionTokenizer:
 
     Args:
         name: `clip`, open_clip's tokenizer; or a file, local or s3://: `vocab.txt`, BERT's WordPiece as the official
-            FLIP uses it (lower case, nothing put before or after); `tokenizer.json`, as Hugging Face's tokenizers are
-            saved, with the special tokens it adds.
-        context_length: tokens; a longer caption keeps its beginning and the token that ends a text.
-        vocab_size: of `clip`, to use fewer merges than its 48,894; every text can still be written, in more tokens.
+            FLIP uses it (lower case, no special tokens); `tokenizer.json`, as Hugging Face's tokenizers are saved, with
+            the special tokens it adds.
+        context_length: tokens; of a longer caption the first tokens are kept, and the token that ends a text.
+        vocab_size: of `clip`, to use fewer merges than its 48,894; every text can still be encoded, in more tokens.
 
     Raises:
         ConfigError (when first used): no such file, or no such tokenizer.
@@ -67,19 +67,19 @@ class CaptionTokenizer:
         self.num_cut = 0
 
     def __call__(self, texts: list[str]) -> Int[Tensor, "b l"]:
-        """Token numbers; captions that are too long are counted, and warned of at 1, 10, 100 ... of them."""
+        """Token numbers; captions that are too long are counted, with a warning at the 1st, 10th, 100th and so on."""
         encoder = self._encoder
         _, end, padding = encoder.vocabulary
         tokens = torch.full((len(texts), self.context_length), padding, dtype=torch.long)
         for row, text in enumerate(texts):
-            found = encoder.encode(text)
+            numbers = encoder.encode(text)
             self.num_seen += 1
-            if len(found) > self.context_length:
-                self._tell_cut(len(found))
-                found = found[: self.context_length]
+            if len(numbers) > self.context_length:
+                self._count_cut(len(numbers))
+                numbers = numbers[: self.context_length]
                 if end is not None:
-                    found[-1] = end
-            tokens[row, : len(found)] = torch.tensor(found, dtype=torch.long)
+                    numbers[-1] = end
+            tokens[row, : len(numbers)] = torch.tensor(numbers, dtype=torch.long)
         return tokens
 
     def decode(self, tokens: Int[Tensor, " l"]) -> str:
@@ -95,7 +95,7 @@ class CaptionTokenizer:
     def _encoder(self) -> _Encoder:
         return _encoder(self.name, self.vocab_size)
 
-    def _tell_cut(self, length: int) -> None:
+    def _count_cut(self, length: int) -> None:
         self.num_cut += 1
         if str(self.num_cut).strip("0") == "1":
             log.warning(
@@ -113,7 +113,7 @@ def _encoder(name: str, vocab_size: int | None) -> _Encoder:
         return _BytePairs(vocab_size or VOCAB_SIZE)
     if not name.endswith((".txt", ".json")):
         raise ConfigError(
-            f"no tokenizer {name!r}",
+            f"no tokenizer is called {name!r}",
             where="options.text.tokenizer",
             fix="use clip, a vocab.txt (WordPiece), or a tokenizer.json",
         )
@@ -125,7 +125,7 @@ def _encoder(name: str, vocab_size: int | None) -> _Encoder:
 
 
 class _BytePairs:
-    """open_clip's tokenizer, with the first merges only where the vocabulary is to be smaller."""
+    """open_clip's tokenizer, restricted to its first merges where a smaller vocabulary is configured."""
 
     def __init__(self, size: int) -> None:
         self._inner = _open_clip_tokenizer()
@@ -161,7 +161,7 @@ class _File:
             numbers = {word: number for number, word in enumerate(words)}
             if "[UNK]" not in numbers:
                 raise ConfigError(
-                    "it has no [UNK], so it is no WordPiece vocabulary",
+                    "it has no [UNK] token, so it isn't a WordPiece vocabulary",
                     where=f"options.text.tokenizer: {name}",
                     fix="give BERT's vocab.txt, one word a line",
                 )
@@ -198,5 +198,5 @@ class _File:
 
 
 def _open_clip_tokenizer() -> Any:
-    """open_clip's tokenizer; its module needs nothing of the package around it."""
+    """open_clip's tokenizer; its module doesn't need the rest of the package."""
     return open_clip_file("tokenizer").SimpleTokenizer()

@@ -1,4 +1,4 @@
-"""The text tower: CLIP's, SigLIP's and FLIP's by their options.
+"""The text tower; options make it CLIP's, SigLIP's or FLIP's.
 
 Legend: B texts, L tokens of a context, T tokens that are encoded, W width, E width of an embedding.
 """
@@ -23,18 +23,18 @@ TextMasking = Literal["random", "padding_first"]
 
 
 class TextConfig(Config):
-    """Shape of the text tower; CLIP's for B/16 by default."""
+    """Shape of the text tower; the defaults are CLIP's for B/16."""
 
     tokenizer: str = BYTE_PAIRS  # or a vocab.txt or tokenizer.json; see CaptionTokenizer
     vocab_size: int | None = Field(default=None, gt=0)  # rows of the embedding; None: as many as the tokenizer has
-    context_length: int = Field(default=77, ge=3)  # tokens, start and end among them; longer captions are cut
+    context_length: int = Field(default=77, ge=3)  # tokens, including start and end; longer captions are cut
     width: int = Field(default=512, gt=0)
     heads: int = Field(default=8, gt=0)
     layers: int = Field(default=12, gt=0)
     mlp_width: int | None = Field(default=None, gt=0)  # None: 4 x width
-    causal: bool = True  # tokens see those before them only
+    causal: bool = True  # tokens attend only to those before them
     pooling: TextPooling = "eot"  # eot: the end token; first, last: of the context; cls: a learned token at the end
-    mask_padding: bool = False  # padding isn't looked at; always so with pooling cls
+    mask_padding: bool = False  # don't attend to padding; always so with pooling cls
     projection: Literal["linear", "linear_bias", "none"] = "linear"
     gelu: Gelu = "erf"
     norm_eps: float = Field(default=1e-5, gt=0)
@@ -48,7 +48,7 @@ class TextConfig(Config):
         if self.causal and self.pooling == "first":
             raise ValueError("with pooling first, causal must be false: the first token would see nothing else")
         if self.mask_padding and self.causal:
-            raise ValueError("mask_padding is for causal false: a causal tower's end token sees no padding")
+            raise ValueError("mask_padding needs causal: false (a causal tower's end token never attends to padding)")
         return self
 
     def build_tokenizer(self) -> CaptionTokenizer:
@@ -57,7 +57,7 @@ class TextConfig(Config):
 
 
 class TextTower(nn.Module):
-    """Transformer over tokens; the feature is one token's, after the final norm, projected.
+    """Transformer over tokens; the embedding is one token's output after the final norm, projected.
 
     Parameters: `token_embedding`, `pos_embed` [L(+1),W], `cls_token` [W] with pooling cls, `blocks.i` as the trunk's,
     `norm`, `projection`. Initialised as open_clip's.
@@ -68,7 +68,7 @@ class TextTower(nn.Module):
         vocabulary: of the tokenizer.
 
     Raises:
-        ValueError: the vocabulary has more tokens than the embedding rows, or no end token to be pooled.
+        ValueError: the vocabulary has more tokens than the embedding has rows, or no end token for pooling eot.
     """
 
     def __init__(self, config: TextConfig, embed_dim: int, vocabulary: Vocabulary) -> None:
@@ -77,9 +77,7 @@ class TextTower(nn.Module):
         self.vocabulary = vocabulary
         rows = config.vocab_size or vocabulary.size
         if rows < vocabulary.size:
-            raise ValueError(
-                f"the tokenizer has {vocabulary.size} tokens, but text.vocab_size is {rows}: it doesn't belong to them"
-            )
+            raise ValueError(f"the tokenizer has {vocabulary.size} tokens, but text.vocab_size is only {rows}")
         if config.pooling == "eot" and vocabulary.end is None:
             raise ValueError("pooling eot needs a tokenizer with an end token; this one has none: use first or last")
         width = config.width
@@ -102,8 +100,8 @@ class TextTower(nn.Module):
 
         Args:
             text: token numbers.
-            keep: encode only the tokens at these places, rising, each with the position it has in the text; the one
-                that is pooled must be among them (see `text_masking`).
+            keep: encode only the tokens at these places, in ascending order, each with the position it has in the text;
+                the pooled token must be among them (see `text_masking`).
         """
         text, place, keep = self._trimmed(text, keep)
         x = self.token_embedding(text)
@@ -121,7 +119,7 @@ class TextTower(nn.Module):
         return embedding
 
     def pooled_place(self, text: Int[Tensor, "b l"]) -> Int[Tensor, " b"]:
-        """Where in the text the pooled token stands; its length, one past the end, with pooling cls."""
+        """Place of the pooled token in the text; the text's length with pooling cls, whose token comes after it."""
         how = self.config.pooling
         if how == "eot":
             return text.eq(self.vocabulary.end or 0).to(torch.int8).argmax(1)
@@ -130,8 +128,8 @@ class TextTower(nn.Module):
     def text_masking(
         self, text: Int[Tensor, "b l"], seeds: Int[Tensor, " b"], ratio: float, how: TextMasking
     ) -> Int[Tensor, "b t"]:
-        """Places of the int(L (1 - ratio)) tokens that stay, rising (FLIP, section 4.1): random ones, or random ones
-        after all of the padding is dropped. The pooled token always stays.
+        """Places of the int(L (1 - ratio)) tokens that stay, ascending (FLIP, section 4.1): random ones, or with
+        `padding_first` random ones once all padding is masked. The pooled token always stays.
         """
         length = text.shape[1]
         noise = uniform(seeds, "text_mask", length).to(text.device)
@@ -139,8 +137,8 @@ class TextTower(nn.Module):
             noise = noise + (text == self.vocabulary.padding)
         if self.config.pooling != "cls":
             noise.scatter_(1, self.pooled_place(text).to(text.device).unsqueeze(1), -1.0)
-        kept = torch.argsort(noise, dim=1, stable=True)[:, : int(length * (1 - ratio))]
-        return torch.sort(kept, dim=1).values
+        places = torch.argsort(noise, dim=1, stable=True)[:, : int(length * (1 - ratio))]
+        return torch.sort(places, dim=1).values
 
     def _trimmed(self, text: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
         """The tokens that are encoded, where in them the pooled one stands, and their places.
@@ -161,7 +159,7 @@ class TextTower(nn.Module):
         return text, place, keep
 
     def _mask(self, x: Tensor, hidden: Tensor | None) -> Tensor | None:
-        """Added to the attention scores; None where all tokens see all."""
+        """The mask added to the attention scores; None where all tokens attend to all."""
         mask = None
         if self.config.causal:
             mask = x.new_full((x.shape[1], x.shape[1]), float("-inf")).triu_(1)

@@ -1,6 +1,6 @@
 """The transformer block.
 
-Legend: B samples, T tokens, C of them that are attended to, D width.
+Legend: B samples, T tokens, C tokens that are attended to, D width.
 
 Parameters are named as in timm and the official MAE: `norm1, attn.qkv, attn.proj, norm2, mlp.fc1, mlp.fc2`, and with
 LayerScale `ls1.gamma, ls2.gamma`.
@@ -81,14 +81,14 @@ class Block(nn.Module):
         Args:
             x: tokens.
             branch_scale: factors of the two residual branches of each sample: 0 or 1/(1-rate) with drop path.
-            context: indices of the only tokens that serve as keys and values; all tokens ask.
+            context: indices of the only tokens that serve as keys and values; all tokens are queries.
         """
         normed = self.norm1(x)
         x = x + self._branch(self.attn(normed, None if context is None else take(normed, context)), branch_scale, 0)
         return x + self._branch(self.mlp(self.norm2(x)), branch_scale, 1)
 
     def _branch(self, branch: Tensor, branch_scale: Tensor | None, i: int) -> Tensor:
-        """What is added to the residual stream."""
+        """The branch's output, scaled, as it is added to the residual stream."""
         scale = self.ls2 if i else self.ls1
         if scale is not None:
             branch = scale(branch)

@@ -1,4 +1,4 @@
-"""Sizes and options of the vision trunk, checked before anything is built."""
+"""Sizes and options of the vision trunk, validated before anything is built."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ Gelu = Literal["erf", "tanh", "quick"]
 
 
 class ModelConfig(Config):
-    """The vision trunk: a size by name, any part of it overridden, or width, depth and heads given."""
+    """The vision trunk: a named size, any part of which can be overridden, or explicit width, depth and heads."""
 
     size: str | None = None  # a name in SIZES
     width: int | None = Field(default=None, gt=0)
@@ -64,7 +64,7 @@ class ModelConfig(Config):
     patch_embed: PatchEmbedKind = "linear"
     stem_channels: tuple[int, ...] = ()  # of a conv_stem; empty: the size's, or doubling up to the width
     position: Position = "sincos2d"
-    position_image_size: int | tuple[int, int] | None = None  # whose grid the position table has; None: image_size
+    position_image_size: int | tuple[int, int] | None = None  # image size that the position table has; None: image_size
     position_trained: bool = False  # train a sincos table too, as MAE's fine-tuning does; "learned" always is
     interpolation: Interpolation = "bicubic"  # of the position table, for grids other than the native one
     norm_eps: float = Field(default=1e-6, gt=0)
@@ -76,10 +76,10 @@ class ModelConfig(Config):
     window: int | None = Field(default=None, gt=0)  # side of attention windows, in patches; None: all blocks global
     global_blocks: tuple[int, ...] = ()  # numbers of the blocks without windows
     conv_blocks: tuple[int, ...] = ()  # numbers of the blocks that a convolution follows
-    # For the grid of image_size or the window. True: decomposed, each block's own, as ViTDet's; shared: BEiT's, a table
-    # for all blocks with windows and one for all global ones, as the detectors of Li et al. 2021 have them.
+    # For the grid of image_size or the window. True: decomposed, one set per block, as ViTDet's; shared: BEiT's, one
+    # table for all blocks with windows and one for all global ones, as in the detectors of Li et al. 2021.
     relative_positions: bool | Literal["shared"] = False
-    activation_checkpointing: bool = False  # keep only the blocks' inputs, compute the rest again in backward
+    activation_checkpointing: bool = False  # store only the blocks' inputs and recompute the rest in backward
 
     @model_validator(mode="after")
     def _consistent(self) -> ModelConfig:
@@ -93,7 +93,7 @@ class ModelConfig(Config):
         if self.position.startswith("sincos") and shape.width % 4:
             raise ValueError(f"{self.position} positions need a width divisible by 4, not {shape.width}")
         if self.position_trained and self.position == "none":
-            raise ValueError("position none leaves nothing for position_trained")
+            raise ValueError("position_trained needs positions, and position is none")
         for name, (height, width) in (("image_size", self.image_hw), ("position_image_size", self.position_hw)):
             if min(height, width) < 1 or height % self.patch_size or width % self.patch_size:
                 raise ValueError(f"{name} {height}x{width} isn't a multiple of patch_size {self.patch_size}")
@@ -103,13 +103,13 @@ class ModelConfig(Config):
     def _stem_fits(self) -> ModelConfig:
         if self.patch_embed != "conv_stem":
             if self.stem_channels:
-                raise ValueError("stem_channels are for patch_embed conv_stem")
+                raise ValueError("stem_channels needs patch_embed: conv_stem")
             return self
         if self.pre_norm:
-            raise ValueError("pre_norm is for a linear patch_embed")
+            raise ValueError("pre_norm needs a linear patch_embed")
         if not self.stem or min(self.stem) < 1:
             raise ValueError(
-                f"no stem of patch_size {self.patch_size} and width {self.shape.width}; give stem_channels"
+                f"no default stem for patch_size {self.patch_size} and width {self.shape.width}; give stem_channels"
             )
         before, stride = 3, 1
         for after in self.stem:
@@ -124,16 +124,16 @@ class ModelConfig(Config):
         depth = self.shape.depth
         for name, blocks in (("global_blocks", self.global_blocks), ("conv_blocks", self.conv_blocks)):
             if any(not 0 <= block < depth for block in blocks):
-                raise ValueError(f"{name} {blocks} aren't all among the blocks 0 to {depth - 1}")
+                raise ValueError(f"{name} {blocks} must all be among the blocks 0 to {depth - 1}")
         if self.global_blocks and self.window is None:
-            raise ValueError("global_blocks are exceptions from windows; set window")
+            raise ValueError("global_blocks needs window: without it, all blocks are global")
         if self.spatial and (self.cls_token or self.registers):
             raise ValueError("windows, conv_blocks and relative_positions need cls_token false and no registers")
         return self
 
     @property
     def spatial(self) -> bool:
-        """Whether blocks must know where their tokens are."""
+        """Whether blocks depend on where their tokens are in the grid."""
         return self.window is not None or bool(self.conv_blocks) or bool(self.relative_positions)
 
     @property
@@ -148,7 +148,7 @@ class ModelConfig(Config):
 
     @property
     def position_hw(self) -> tuple[int, int]:
-        """Height and width of the images whose grid the position table has, in pixels."""
+        """Height and width of the images that the position table was made for, in pixels."""
         return self.image_hw if self.position_image_size is None else _height_width(self.position_image_size)
 
     @property
@@ -164,8 +164,8 @@ class ModelConfig(Config):
         width = self.width or (named.width if named else 0)
         depth = self.depth or (named.depth if named else 0)
         heads = self.heads or (named.heads if named else 0)
-        own_mlp = named.mlp_width if named and width == named.width else 4 * width
-        return Size(width, depth, self.mlp_width or own_mlp, heads)
+        default_mlp = named.mlp_width if named and width == named.width else 4 * width
+        return Size(width, depth, self.mlp_width or default_mlp, heads)
 
     @property
     def image_hw(self) -> tuple[int, int]:
@@ -180,12 +180,12 @@ class ModelConfig(Config):
 
     @property
     def num_patches(self) -> int:
-        """Patches of an image."""
+        """Number of patches of an image."""
         rows, columns = self.grid
         return rows * columns
 
     def num_kept(self, mask_ratio: float) -> int:
-        """Patches that stay when `mask_ratio` of them are masked: int(N (1 - r)), as the official MAE rounds."""
+        """Number of visible patches when `mask_ratio` of them are masked: int(N (1 - r)), as in the official MAE."""
         return int(self.num_patches * (1 - mask_ratio))
 
 

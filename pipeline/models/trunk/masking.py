@@ -15,8 +15,8 @@ from torch import Tensor
 from pipeline.models.noise import uniform
 
 NUM_BLOCKS = 64
-"""Rectangles drawn for a block mask. Where that many don't cover enough (rare beyond ratio .95), whole rows
-follow."""
+"""Rectangles drawn for a block mask. Where they don't cover enough patches (rare even beyond ratio .95), whole rows are
+added."""
 
 
 class Masking(NamedTuple):
@@ -27,16 +27,16 @@ class Masking(NamedTuple):
 
 
 def random_masking(seeds: Int[Tensor, " b"], num_patches: int, num_kept: int) -> Masking:
-    """Keep the `num_kept` patches with the least noise, for each sample its own (MAE, section 3)."""
+    """Keep a random set of `num_kept` patches of each sample (MAE, section 3)."""
     return masking_from_noise(uniform(seeds, "mask", num_patches), num_kept)
 
 
 def block_masking(seeds: Int[Tensor, " b"], grid: tuple[int, int], num_kept: int) -> Masking:
-    """Mask rectangles until exactly all but `num_kept` patches are covered, the last one cut short (BEiT's blockwise
-    masking, Bao et al. 2021, algorithm 1; MAE's "block").
+    """Mask rectangles until all but `num_kept` patches are covered, the last one cut short (BEiT's blockwise masking,
+    Bao et al. 2021, algorithm 1; MAE's "block").
 
-    Rectangles have at least BEiT's share of the image, 16 patches of 196, at most what is to be masked, and ratios of
-    height to width from 0.3 to 1/0.3, log-uniform.
+    Rectangles cover at least BEiT's share of the image, 16 patches of 196, and at most as much as is to be masked;
+    ratios of height to width are log-uniform from 0.3 to 1/0.3.
     """
     rows, columns = grid
     num_patches = rows * columns
@@ -56,14 +56,14 @@ def block_masking(seeds: Int[Tensor, " b"], grid: tuple[int, int], num_kept: int
     first = torch.where(covered.any(1), covered.to(torch.uint8).argmax(1), NUM_BLOCKS)
     place = torch.arange(num_patches, device=seeds.device)
     place = torch.where(upwards, place.flip(0), place)  # the last block loses its upper or its lower part
-    order = torch.argsort(first * num_patches + place, dim=1)  # a block after the other, row by row
+    order = torch.argsort(first * num_patches + place, dim=1)  # block after block, row by row
     mask = torch.zeros_like(first, dtype=torch.bool).scatter(1, order[:, : num_patches - num_kept], True)
     return _shuffled(mask, seeds, num_kept)
 
 
 def grid_masking(seeds: Int[Tensor, " b"], grid: tuple[int, int], side: int) -> Masking:
-    """Keep one patch of every `side` x `side` cell, at the same place in all cells (MAE's "grid"; the place is the
-    sample's own).
+    """Keep one patch of every `side` x `side` cell, at the same place in all cells of a sample; the place is random
+    (MAE's "grid").
 
     Raises:
         ValueError: `side` doesn't divide the grid.
@@ -78,29 +78,27 @@ def grid_masking(seeds: Int[Tensor, " b"], grid: tuple[int, int], side: int) -> 
 
 
 def masking_from_noise(noise: Float[Tensor, "b n"], num_kept: int) -> Masking:
-    """Masking from given noise, as the official MAE makes it from torch's: argsort, the first are kept."""
+    """Masking from noise, as in the official MAE: the `num_kept` patches with the least noise are kept."""
     order = torch.argsort(noise, dim=1, stable=True)
     return Masking(order[:, :num_kept], order[:, num_kept:])
 
 
 def masking_from_mask(mask: Bool[Tensor, "b n"]) -> Masking:
-    """Masking from a picture of it (True = masked), which must mask equally many patches in every sample.
+    """Masking from a mask in image order (True = masked).
 
     Raises:
-        ValueError: rows differ in the number of masked patches, or none or all are masked.
+        ValueError: samples differ in the number of masked patches, or none or all patches are masked.
     """
     counts = mask.sum(1)
     masked = int(counts[0]) if len(counts) else 0
     if bool((counts != masked).any()) or not 0 < masked < mask.shape[1]:
-        raise ValueError(
-            f"every row must mask the same number of patches, between 1 and N - 1; found {counts.tolist()}"
-        )
+        raise ValueError(f"every row must mask the same number of patches, between 1 and N - 1, not {counts.tolist()}")
     order = torch.argsort(mask.to(torch.uint8), dim=1, stable=True)
     return Masking(order[:, :-masked], order[:, -masked:])
 
 
 def _shuffled(mask: Bool[Tensor, "b n"], seeds: Int[Tensor, " b"], num_kept: int) -> Masking:
-    """Kept and masked patches in random order each, so that any part of them is a random part."""
+    """Kept and masked patches, each in random order, so that any slice of them is a random subset."""
     return masking_from_noise(uniform(seeds, "mask", mask.shape[1]) + mask, num_kept)
 
 

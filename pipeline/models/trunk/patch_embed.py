@@ -18,7 +18,7 @@ from pipeline.models.trunk.masking import take
 
 
 def patch_embedding(config: ModelConfig) -> PatchEmbed | NormedPatchEmbed | ConvStem:
-    """The configured kind; its forward takes (images, keep)."""
+    """The configured kind of patch embedding; its forward takes (images, keep)."""
     width = config.shape.width
     if config.patch_embed == "norm_linear":
         return NormedPatchEmbed(width, config.patch_size, config.norm_eps)
@@ -28,7 +28,7 @@ def patch_embedding(config: ModelConfig) -> PatchEmbed | NormedPatchEmbed | Conv
 
 
 class PatchEmbed(nn.Module):
-    """One linear projection of each patch. Its weight has the shape of the convolution it equals, [D,3,p,p]."""
+    """One linear projection of each patch. Its weight has the shape of the equivalent convolution, [D,3,p,p]."""
 
     def __init__(self, width: int, patch_size: int, *, bias: bool = True) -> None:
         super().__init__()
@@ -38,7 +38,7 @@ class PatchEmbed(nn.Module):
     def forward(
         self, images: Float[Tensor, "b 3 h w"], keep: Int[Tensor, "b k"] | None = None
     ) -> Float[Tensor, "b k d"]:
-        """Embed all patches, or those at `keep`: masked ones are not even projected."""
+        """Embed all patches, or only those at `keep`: masked ones aren't projected at all."""
         patches = patchify(images, self.patch_size)
         if keep is not None:
             patches = take(patches, keep)
@@ -47,10 +47,10 @@ class PatchEmbed(nn.Module):
 
 
 class PatchProjection(nn.Conv2d):
-    """A convolution with stride = kernel, applied to patches that are cut out already."""
+    """A convolution with stride = kernel, applied to patches that were cut out before."""
 
     def forward(self, patches: Float[Tensor, "b k P"]) -> Float[Tensor, "b k d"]:
-        """Patches hold their values in (row, column, channel) order."""
+        """Project patches whose values are in (row, column, channel) order."""
         weight = self.weight.permute(0, 2, 3, 1).reshape(self.out_channels, -1)
         return F.linear(patches.to(weight.dtype), weight, self.bias)
 
@@ -79,11 +79,11 @@ class NormedPatchEmbed(nn.Module):
 class ConvStem(nn.Module):
     """3x3 convolutions with batch norm and ReLU, then 1x1 to the width (Xiao et al. 2021, arXiv 2106.14881).
 
-    A convolution that changes the number of channels has stride 2, one that keeps it stride 1. Initialisation is
-    pycls's. Neighbouring patches see each other's pixels, so `keep` selects only after the stem.
+    A convolution that changes the number of channels has stride 2, one that doesn't has stride 1. Initialisation is
+    pycls's. Patches depend on their neighbours' pixels, so `keep` selects after the stem.
 
-    Batch norm's statistics are those of the micro batches of all ranks, absent samples among them (see `BatchNorm`):
-    the one part of the trunk in which samples of a batch meet.
+    Batch norm's statistics are those of the micro batches of all ranks, including absent samples (see `BatchNorm`): it
+    is the only part of the trunk in which samples of a batch affect each other.
     """
 
     def __init__(self, width: int, channels: tuple[int, ...]) -> None:

@@ -20,8 +20,8 @@ Pooling = Literal["cls", "avg", "avg_with_cls"]
 
 
 def pool(tokens: Tokens, how: Pooling) -> Float[Tensor, "b d"]:
-    """`cls`: the first prefix token. `avg`: mean over the patches, as MAE's fine-tuning. `avg_with_cls`: mean over
-    prefix and patches, as FLIP's code.
+    """`cls`: the first prefix token. `avg`: mean over the patches, as in MAE's fine-tuning. `avg_with_cls`: mean over
+    prefix and patches, as in FLIP's code.
     """
     if how == "cls":
         return tokens.prefix[:, 0]
@@ -48,7 +48,7 @@ class AttentionPool(nn.Module):
         nn.init.xavier_uniform_(self.latent.view(1, width))
 
     def forward(self, tokens: Tokens) -> Float[Tensor, "b d"]:
-        """Attend to prefix and patches."""
+        """Pool prefix and patches."""
         x = torch.cat([tokens.prefix, tokens.patches], dim=1)
         b, _, d = x.shape
         shape = (self.heads, d // self.heads)

@@ -43,7 +43,7 @@ def sincos1d(num: int, width: int) -> Float[Tensor, "n d"]:
 def interpolate(
     table: Float[Tensor, "n d"], native: tuple[int, int], grid: tuple[int, int], how: Interpolation
 ) -> Float[Tensor, "m d"]:
-    """The table of a `native` grid evaluated for another one.
+    """The table of a `native` grid, interpolated to another one.
 
     `bicubic` is MAE's and DINO's way (no antialiasing), `bicubic_antialias` timm's and open_clip's.
     """
@@ -56,24 +56,24 @@ def interpolate(
 
 
 class FixedPositions:
-    """A sincos table of one grid, evaluated for any other: a constant, so no part of a module's state.
+    """A sincos table of one grid, interpolated to any other: a constant, so not part of a module's state.
 
-    Kept in fp32 whatever the parameters' precision; the casts and interpolations asked for are remembered.
+    Kept in fp32 whatever the parameters' precision; casts and interpolations are cached.
     """
 
     def __init__(self, native: tuple[int, int], width: int, convention: Position, how: Interpolation) -> None:
         self.native = native
         self.how = how
-        one = convention == "sincos1d"
-        self.table = sincos1d(native[0] * native[1], width) if one else sincos2d(native, width, convention)
+        by_number = convention == "sincos1d"
+        self.table = sincos1d(native[0] * native[1], width) if by_number else sincos2d(native, width, convention)
         self._cast: dict[tuple[tuple[int, int], torch.device, torch.dtype], Tensor] = {}
 
     def __call__(self, grid: tuple[int, int], like: Tensor) -> Float[Tensor, "m d"]:
-        """Positions of a grid's patches, in the type and on the device of `like`."""
+        """Positions of a grid's patches, with the dtype and on the device of `like`."""
         key = (grid, like.device, like.dtype)
         if key in self._cast:
             return self._cast[key]
-        found = interpolate(self.table, self.native, grid, self.how).to(like.device, like.dtype)
-        if type(found) is Tensor:  # while a graph is traced it is a stand-in, which the model must not be left with
-            self._cast[key] = found
-        return found
+        table = interpolate(self.table, self.native, grid, self.how).to(like.device, like.dtype)
+        if type(table) is Tensor:  # not while a graph is traced: the model must not keep the tracer's stand-in
+            self._cast[key] = table
+        return table

@@ -33,11 +33,13 @@ class Tokens(NamedTuple):
     patches: Float[Tensor, "b k d"]  # in image order, or in keep's order
     prefix: Float[Tensor, "b r d"]  # cls, registers
     grid: tuple[int, int]  # rows and columns of the whole image
-    taps: tuple[Float[Tensor, "b t d"], ...] = ()  # all tokens after the blocks asked for, before the final norm
+    taps: tuple[
+        Float[Tensor, "b t d"], ...
+    ] = ()  # all tokens after each of `ViT.forward`'s taps, before the final norm
 
 
 class ViT(nn.Module):
-    """Vision transformer (Dosovitskiy et al. 2021) that can encode a part of its patches."""
+    """Vision transformer (Dosovitskiy et al. 2021) that can encode a subset of the patches."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -88,9 +90,9 @@ class ViT(nn.Module):
             images: normalised pixels; any size that is a multiple of the patch size.
             keep: encode only these patches, each with the position it has in the image; the output is in keep's order.
             context: only these of the encoded patches (numbered as in the output), and the prefix, serve as keys and
-                values, in every block; all tokens ask.
-            taps: numbers of blocks whose output is wanted too; -1 is the first block's input.
-            seeds: the samples' seeds, which drop path is drawn from; needed in training when it is on.
+                values, in every block; all tokens are queries.
+            taps: numbers of blocks whose output is returned too; -1 is the first block's input.
+            seeds: the samples' seeds, from which drop path is drawn; required in training when it is on.
 
         Raises:
             ValueError: windows, convolutions or relative positions are on, and `keep` or `context` is given.
@@ -134,7 +136,7 @@ class ViT(nn.Module):
     def _through_blocks(
         self, x: Tensor, scale: Tensor | None, sources: Tensor | None, grid: tuple[int, int], taps: Sequence[int]
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """The last block's output, and those asked for."""
+        """The last block's output, and the outputs at `taps`."""
         again = self.config.activation_checkpointing and self.training and torch.is_grad_enabled()
         tapped: dict[int, Tensor] = {-1: x}
         within, over = self._shared_biases(grid)
@@ -152,12 +154,12 @@ class ViT(nn.Module):
         return x, tuple(tapped[i] for i in taps)
 
     def _shared_biases(self, grid: tuple[int, int]) -> tuple[Tensor | None, Tensor | None]:
-        """What shared relative positions add to the scores within windows, and over the whole grid."""
+        """The biases that shared relative positions add to the scores, within windows and over the whole grid."""
         windows, whole = self.rel_pos_windows, self.rel_pos_global
         return None if windows is None else windows(windows.native), None if whole is None else whole(grid)
 
     def _sources(self, context: Tensor | None) -> Tensor | None:
-        """Numbers of the tokens that may be attended to: the prefix and the context's patches."""
+        """Numbers of the tokens that may be attended to: the prefix and the patches of `context`."""
         if context is None or self.num_prefix == 0:
             return context
         prefix = torch.arange(self.num_prefix, device=context.device).expand(len(context), -1)
@@ -178,7 +180,7 @@ class ViT(nn.Module):
         return (torch.cat(parts, dim=1) if parts else None), table
 
     def _branch_scales(self, seeds: Tensor | None) -> Tensor | None:
-        """Drop path's factors [B, depth, 2] in training, drawn from the seeds (Huang et al. 2016)."""
+        """Drop path's factors [B, depth, 2], drawn from the seeds (Huang et al. 2016); None outside of training."""
         if not self.training or self.config.drop_path == 0:
             return None
         if seeds is None:

@@ -1,4 +1,4 @@
-"""Blocks that know where their tokens are: windows, relative positions and convolutions (ViTDet, Li et al. 2022).
+"""Blocks over a grid of tokens: windows, relative positions and convolutions (ViTDet, Li et al. 2022).
 
 Legend: B samples, R x C grid of patches (T = R * C tokens, row by row), W side of a window, H heads, E width of a head,
 D = H * E width. Everything here is channels-last: [B,R,C,D].
@@ -20,9 +20,9 @@ from pipeline.models.trunk.config import ModelConfig
 
 
 def partition(x: Float[Tensor, "b r c d"], window: int) -> Float[Tensor, "bn window window d"]:
-    """Cut into windows, row by row, after padding the grid below and at the right with zeros to whole windows.
+    """Cut into windows, row by row, after padding the grid with zeros below and at the right to whole windows.
 
-    Padded places take part in attention as any other: official weights were trained that way.
+    Padded places take part in attention like any other: the official weights were trained that way.
     """
     b, rows, columns, d = x.shape
     x = F.pad(x, (0, 0, 0, -columns % window, 0, -rows % window))
@@ -31,7 +31,7 @@ def partition(x: Float[Tensor, "b r c d"], window: int) -> Float[Tensor, "bn win
 
 
 def join(windows: Float[Tensor, "bn window window d"], grid: tuple[int, int]) -> Float[Tensor, "b r c d"]:
-    """The inverse of `partition`: the grid again, without what was padded."""
+    """The inverse of `partition`: the grid again, without its padding."""
     window, d = windows.shape[1], windows.shape[-1]
     rows, columns = grid
     down, across = -(-rows // window), -(-columns // window)
@@ -55,29 +55,29 @@ def fold_relative(
     columns: Float[Tensor, "m e"],
     grid: tuple[int, int],
 ) -> tuple[Float[Tensor, "b h t f"], Float[Tensor, "b h t f"]]:
-    """Queries and keys whose plain product is what decomposed relative positions make of the scores: F = E + R + C.
+    """Queries and keys, F = E + R + C wide, whose plain product is the scores with decomposed relative positions.
 
-    The score of a query at (r, c) and a key at (i, j) is q.k E^-0.5 + q.down[r, i] + q.across[c, j], of the queries
-    before they are scaled. A query takes its R + C products with the tables along, a key says by ones in which row and
-    column it is. So no T x T bias exists, and any fused attention kernel applies.
+    The score of a query at (r, c) and a key at (i, j) is q.k E^-0.5 + q.down[r, i] + q.across[c, j], with q before
+    scaling. To each query we append its R + C products with the tables, and to each key a one-hot encoding of its row
+    and column. So no T x T bias is needed, and any fused attention kernel applies.
     """
     b, h, t, e = q.shape
     placed = q.view(b, h, *grid, e)
     down = torch.einsum("bhrce,rke->bhrck", placed, relative_table(rows, grid[0]))
     across = torch.einsum("bhrce,cke->bhrck", placed, relative_table(columns, grid[1]))
-    asking = torch.cat([placed * e**-0.5, down, across], dim=-1).view(b, h, t, -1)
+    queries = torch.cat([placed * e**-0.5, down, across], dim=-1).view(b, h, t, -1)
     place = torch.arange(t, device=q.device)
     row = F.one_hot(place // grid[1], grid[0])
     column = F.one_hot(place % grid[1], grid[1])
     where = torch.cat([row, column], dim=-1).to(k.dtype).expand(b, h, -1, -1)
-    return asking, torch.cat([k, where], dim=-1)
+    return queries, torch.cat([k, where], dim=-1)
 
 
 class SharedPositions(nn.Module):
-    """What a pair of places adds to each head's scores, by how they lie to each other; for several blocks at once.
+    """A bias on each head's scores for every pair of places, by their relative position; shared by several blocks.
 
-    BEiT's relative position bias without a cls token (Bao et al. 2021, arXiv 2106.08254). It depends on no query, so it
-    can't be folded into any: a [H,T,T] bias exists, once for all images and blocks.
+    BEiT's relative position bias without a cls token (Bao et al. 2021, arXiv 2106.08254). It doesn't depend on the
+    query, so it can't be folded into it: it is a [H,T,T] tensor, computed once for all images and blocks.
     """
 
     def __init__(self, native: tuple[int, int], heads: int) -> None:
@@ -86,7 +86,7 @@ class SharedPositions(nn.Module):
         self.table = nn.Parameter(torch.zeros((2 * native[0] - 1) * (2 * native[1] - 1), heads))
 
     def forward(self, grid: tuple[int, int]) -> Float[Tensor, "h t t"]:
-        """For a grid; the table of another one is interpolated bilinearly."""
+        """The bias for a grid; for a grid other than the native one the table is interpolated bilinearly."""
         rows, columns = grid
         table = self.table.T.reshape(-1, 2 * self.native[0] - 1, 2 * self.native[1] - 1)
         if grid != self.native:
@@ -103,7 +103,7 @@ class SharedPositions(nn.Module):
 
 
 class SpatialAttention(Attention):
-    """Self-attention within a grid, with decomposed relative positions of a native grid or none."""
+    """Self-attention within a grid, with decomposed relative positions (of a native grid) or none."""
 
     def __init__(self, width: int, heads: int, native: tuple[int, int] | None) -> None:
         super().__init__(width, heads)
@@ -115,7 +115,7 @@ class SpatialAttention(Attention):
     def forward(  # type: ignore[override]  # it has places
         self, x: Float[Tensor, "b r c d"], bias: Float[Tensor, "h t t"] | None = None
     ) -> Float[Tensor, "b r c d"]:
-        """Every place attends to every place of its grid; `bias` is added to the scores."""
+        """Attend from every place to every place of its grid; `bias` is added to the scores."""
         b, rows, columns, d = x.shape
         t = rows * columns
         q, k, v = self.qkv(x).view(b, t, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
@@ -130,7 +130,7 @@ class SpatialAttention(Attention):
     def weights(
         self, x: Float[Tensor, "b r c d"], bias: Float[Tensor, "h t t"] | None = None
     ) -> Float[Tensor, "b h t t"]:
-        """As `Attention.weights`, of the grid's places row by row."""
+        """As `Attention.weights`, for the grid's places row by row."""
         b, rows, columns, d = x.shape
         t = rows * columns
         q, k, _ = self.qkv(x).view(b, t, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
@@ -139,12 +139,12 @@ class SpatialAttention(Attention):
         else:
             q, k = fold_relative(q, k, self.rel_pos_h, self.rel_pos_w, (rows, columns))
         scores = q @ k.transpose(-2, -1)
-        found: Tensor = (scores if bias is None else scores + bias).softmax(-1)
-        return found
+        weights: Tensor = (scores if bias is None else scores + bias).softmax(-1)
+        return weights
 
 
 class ConvBottleneck(nn.Module):
-    """Residual 1x1, 3x3, 1x1 convolutions that carry information between windows; at first the identity."""
+    """Residual 1x1, 3x3, 1x1 convolutions that carry information between windows; initially the identity."""
 
     def __init__(self, width: int, eps: float = 1e-6) -> None:
         super().__init__()
@@ -164,7 +164,7 @@ class ConvBottleneck(nn.Module):
         nn.init.zeros_(self.norm3.weight)
 
     def forward(self, x: Float[Tensor, "b r c d"]) -> Float[Tensor, "b r c d"]:
-        """Add what the convolutions find."""
+        """Add the convolutions' output to x."""
         y = x.permute(0, 3, 1, 2)
         for conv, norm in ((self.conv1, self.norm1), (self.conv2, self.norm2)):
             y = F.gelu(norm(conv(y).permute(0, 2, 3, 1))).permute(0, 3, 1, 2)

@@ -272,7 +272,7 @@ def test_sam_segments_what_points_and_boxes_ask_for_in_pixels_of_each_image(imag
     assert len(told[0]["pictures"]) == 2
     with pytest.raises(ConfigError, match="outside of an image of 56x40"):
         predicted(stage, [str(images)], tmp_path, questions=["points=[[60, 30]]"])
-    with pytest.raises(ConfigError, match="crops need"):
+    with pytest.raises(ConfigError, match="can't be cropped"):
         predicted(stage, [str(images)], tmp_path, questions=["automatic={crop_layers: 1}"])
 
 

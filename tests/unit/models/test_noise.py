@@ -44,5 +44,5 @@ def test_draws_are_uniform_and_independent() -> None:
 
 
 def test_every_patch_is_masked_equally_often() -> None:
-    kept = uniform(torch.arange(4000), "mask", 16).argsort(1)[:, :4].flatten().bincount()
-    assert (kept - 1000).abs().max() < 110  # four standard deviations
+    frequencies = uniform(torch.arange(4000), "mask", 16).argsort(1)[:, :4].flatten().bincount()
+    assert (frequencies - 1000).abs().max() < 110  # four standard deviations

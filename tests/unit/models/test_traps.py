@@ -75,15 +75,15 @@ def test_the_three_gelus_are_three() -> None:
 
     torch.manual_seed(0)
     x = torch.randn(1, 5, 8) * 3
-    found = []
+    outputs = []
     for gelu, theirs in (("erf", "gelu"), ("tanh", "gelu_pytorch_tanh"), ("quick", "quick_gelu")):
         torch.manual_seed(1)
         mlp = Mlp(8, 16, gelu)
         expected = mlp.fc2(ACT2FN[theirs](mlp.fc1(x)))
         torch.testing.assert_close(mlp(x), expected)
-        found.append(expected)
-    assert (found[0] - found[1]).abs().max() > 1e-5
-    assert (found[0] - found[2]).abs().max() > 1e-3
+        outputs.append(expected)
+    assert (outputs[0] - outputs[1]).abs().max() > 1e-5
+    assert (outputs[0] - outputs[2]).abs().max() > 1e-3
 
 
 def test_every_norm_has_the_eps_asked_for() -> None:

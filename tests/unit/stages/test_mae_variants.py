@@ -137,7 +137,7 @@ def test_partial_prediction_is_a_part_of_the_full_one() -> None:
         ({"predict_ratio": 0.25}, "decoder.attention cross"),
         ({"decoder": CROSS, "predict_ratio": 0.8}, "can't exceed"),
         ({"decoder": CROSS, "predict_ratio": 0.001}, "leave a patch"),
-        ({"decoder": {"feature_maps": True}}, "attention cross"),
+        ({"decoder": {"feature_maps": True}}, "attention: cross"),
         ({"model": MODEL | {"cls_token": False, "window": 2}}, "whole images"),
     ],
 )

@@ -17,8 +17,8 @@ def test_the_simple_pyramid_equals_detectron2(name: str, shared: Path) -> None:
     if not path.exists():
         pytest.skip(f"no recorded outputs at {path}")
     recorded = {key: torch.from_numpy(value) for key, value in np.load(path).items() if value.size}
-    own = "sd.backbone."
-    state = {key.removeprefix(own): value for key, value in recorded.items() if key.startswith(own + "simfp")}
+    prefix = "sd.backbone."
+    state = {key.removeprefix(prefix): value for key, value in recorded.items() if key.startswith(prefix + "simfp")}
     pyramid = SimplePyramid(48, 32)
     pyramid.load_state_dict(state, strict=True)
     levels = pyramid((recorded["last_feat"],))

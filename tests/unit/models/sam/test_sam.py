@@ -26,9 +26,9 @@ def official() -> Sam:
 @pytest.fixture(scope="module")
 def stage(official: Sam, tmp_path_factory: pytest.TempPathFactory) -> SamStage:
     path = save_official(official, tmp_path_factory.mktemp("sam"))
-    found = convert.load(path, "segment_anything", decoder_heads=HEADS)
-    assert isinstance(found, SamStage)
-    return found
+    loaded = convert.load(path, "segment_anything", decoder_heads=HEADS)
+    assert isinstance(loaded, SamStage)
+    return loaded
 
 
 def images(num: int = 2, side: int = SIDE) -> Tensor:
@@ -60,7 +60,7 @@ def test_answers_are_those_of_segment_anything(official: Sam, stage: SamStage, k
     sparse, dense = official.prompt_encoder(points=points, boxes=ask["boxes"], masks=ask["masks"])
     masks, iou = official.mask_decoder.predict_masks(features, official.prompt_encoder.get_dense_pe(), sparse, dense)
     embedded = stage.model.embed(pixels)
-    answers = stage.model.answer(embedded, prompts_of(**ask))
+    answers = stage.model.decode(embedded, prompts_of(**ask))
     torch.testing.assert_close(embedded.features, features, rtol=0, atol=TOLERANCE)
     torch.testing.assert_close(answers.logits, masks, rtol=0, atol=TOLERANCE)
     torch.testing.assert_close(answers.iou, iou, rtol=0, atol=TOLERANCE)
@@ -91,7 +91,7 @@ def test_answers_are_those_of_transformers(tmp_path: Path, kind: str, eps: float
         input_masks=ask["masks"],
         multimask_output=True,
     )
-    answers = stage.model.answer(stage.model.embed(images(1)), prompts_of(**ask))
+    answers = stage.model.decode(stage.model.embed(images(1)), prompts_of(**ask))
     torch.testing.assert_close(answers.logits[:, 1:], wanted.pred_masks[0], rtol=0, atol=TOLERANCE)
     torch.testing.assert_close(answers.iou[:, 1:], wanted.iou_scores[0], rtol=0, atol=TOLERANCE)
 
@@ -99,18 +99,18 @@ def test_answers_are_those_of_transformers(tmp_path: Path, kind: str, eps: float
 @torch.no_grad()
 def test_a_mixed_batch_of_images_and_prompts_equals_one_by_one(stage: SamStage) -> None:
     """Any number of prompts for each image, of any kinds, padded: the original fails from two images on."""
-    own: list[Prompts] = [
+    kinds: list[Prompts] = [
         prompts_of(**given(kind, num), image=number % 3)
         for number, (kind, num) in enumerate(zip(KINDS, (1, 4, 2, 3, 1, 2, 3), strict=True))
     ]
     pixels = images(3)
-    together = stage.model.answer(stage.model.embed(pixels), join_prompts(own))
+    together = stage.model.decode(stage.model.embed(pixels), join_prompts(kinds))
     start = 0
-    for part in own:
+    for part in kinds:
         embedded = stage.model.embed(pixels[part.image[:1]])
         for row in range(part.num):
-            one = part.rows(row, row + 1)
-            alone = stage.model.answer(embedded, one._replace(image=torch.zeros_like(one.image)))
+            alone_prompts = part.rows(row, row + 1)
+            alone = stage.model.decode(embedded, alone_prompts._replace(image=torch.zeros_like(alone_prompts.image)))
             torch.testing.assert_close(together.logits[start + row], alone.logits[0], rtol=0, atol=TOLERANCE)
             torch.testing.assert_close(together.iou[start + row], alone.iou[0], rtol=0, atol=TOLERANCE)
         start += part.num
@@ -121,7 +121,7 @@ def test_a_mixed_batch_of_images_and_prompts_equals_one_by_one(stage: SamStage) 
 def test_any_input_size_that_patches_divide_is_taken(stage: SamStage, size: tuple[int, int]) -> None:
     pixels = torch.randn(1, 3, *size)
     embedded = stage.model.embed(pixels)
-    answers = stage.model.answer(embedded, prompts_of(torch.tensor([[[4.0, 4.0]]]), torch.tensor([[1]])))
+    answers = stage.model.decode(embedded, prompts_of(torch.tensor([[[4.0, 4.0]]]), torch.tensor([[1]])))
     assert answers.logits.shape == (1, 4, size[0] // PATCH * 4, size[1] // PATCH * 4)
     assert answers.logits.isfinite().all()
 
@@ -146,7 +146,7 @@ def test_another_input_size_equals_the_original_built_for_it(tmp_path: Path, off
     sparse, dense = larger.prompt_encoder(points=None, boxes=boxes, masks=None)
     features = larger.image_encoder(pixels)
     masks, _ = larger.mask_decoder.predict_masks(features, larger.prompt_encoder.get_dense_pe(), sparse, dense)
-    answers = stage.model.answer(Embedded(features, (2 * SIDE, 2 * SIDE)), prompts_of(boxes=boxes))
+    answers = stage.model.decode(Embedded(features, (2 * SIDE, 2 * SIDE)), prompts_of(boxes=boxes))
     torch.testing.assert_close(answers.logits, masks, rtol=0, atol=TOLERANCE)
 
 

@@ -87,8 +87,8 @@ masks all touch their edges, add none; `test_sam_trained.py` has a model that wa
 def matched(ours: list[AutomaticMask], theirs: list[dict[str, Any]]) -> None:
     """Equal in number, and 99 of 100 in pixels and in what is told of them; the order turns with IoUs' last bit."""
     assert len(ours) == len(theirs)
-    wanted = [one["segmentation"] for one in theirs]
-    both = coco_mask.iou([one.segmentation for one in ours], wanted, [0] * len(theirs))
+    wanted = [entry["segmentation"] for entry in theirs]
+    both = coco_mask.iou([entry.segmentation for entry in ours], wanted, [0] * len(theirs))
     pairs = both.argmax(1)
     assert (both.max(1) >= 0.99).mean() >= 0.99
     assert (both.max(0) >= 0.99).mean() >= 0.99
@@ -114,10 +114,10 @@ def test_masks_are_those_of_the_original(pair: tuple[Sam, Predictor], case: str,
     generator = SamAutomaticMaskGenerator(
         official, points_per_side=8, points_per_batch=10, output_mode="coco_rle", **theirs
     )
-    wanted = [one for one in generator.generate(image) if one["area"] > 0]
-    found = automatic_masks(predictor, image, AutomaticSettings(points_per_side=8, points_per_batch=10, **ours))
+    wanted = [entry for entry in generator.generate(image) if entry["area"] > 0]
+    predicted = automatic_masks(predictor, image, AutomaticSettings(points_per_side=8, points_per_batch=10, **ours))
     assert len(wanted) > 3, "a comparison of nothing"
-    matched(found, wanted)
+    matched(predicted, wanted)
 
 
 def test_small_regions_are_cleaned_as_by_the_original(pair: tuple[Sam, Predictor]) -> None:
@@ -184,8 +184,8 @@ def test_small_holes_are_filled_and_small_islands_removed() -> None:
 def test_of_islands_that_are_all_small_the_largest_stays() -> None:
     mask = np.zeros((5, 9), bool)
     mask[0, 0] = mask[2, 4:7] = True
-    kept, _ = without_small_regions(mask, 100, holes=False)
-    assert kept.sum() == 3
+    without_islands, _ = without_small_regions(mask, 100, holes=False)
+    assert without_islands.sum() == 3
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 40), (3, 2)])
@@ -200,5 +200,5 @@ def test_masks_of_nearly_everything_can_be_left_out(pair: tuple[Sam, Predictor],
     loose = {"points_per_side": 6, "min_iou": 0.0, "min_stability": 0.0, "nms": 1.0}
     every = automatic_masks(pair[1], image, AutomaticSettings(**loose))
     some = automatic_masks(pair[1], image, AutomaticSettings(**loose, max_area=0.6))
-    assert [one for one in every if one.area <= 960] == some
+    assert [entry for entry in every if entry.area <= 960] == some
     assert 0 < len(some) < len(every)

@@ -80,16 +80,16 @@ def test_who_pauses_gets_no_point() -> None:
 def test_of_all_rounds_exactly_so_many_bring_a_point_and_the_last_never_does(
     seed: int, repeats: int, clicks: int
 ) -> None:
-    found = pauses(numbers(seed, 6, clicks + repeats - 1), repeats)
-    assert found.shape == (6, clicks + repeats)
-    assert ((~found).sum(1) == clicks).all()
-    assert found[:, -1].all() == (repeats > 0)
+    paused = pauses(numbers(seed, 6, clicks + repeats - 1), repeats)
+    assert paused.shape == (6, clicks + repeats)
+    assert ((~paused).sum(1) == clicks).all()
+    assert paused[:, -1].all() == (repeats > 0)
 
 
 def test_the_round_without_a_point_may_be_any_but_the_last() -> None:
-    found = pauses(numbers(4, 400, 9), 2)
-    assert found.shape == (400, 10)
-    assert found[:, :-1].any(0).all()
+    paused = pauses(numbers(4, 400, 9), 2)
+    assert paused.shape == (400, 10)
+    assert paused[:, :-1].any(0).all()
 
 
 @cases

@@ -93,9 +93,9 @@ def test_of_at_least_twenty_masks_an_image_99_of_100_are_the_originals(tmp_path:
         theirs = generator.generate(image)
         assert len(ours) >= 20
         assert len(ours) == len(theirs)
-        wanted = [one["segmentation"] for one in theirs]
-        iou = coco_mask.iou([one.segmentation for one in ours], wanted, [0] * len(ours))
+        wanted = [entry["segmentation"] for entry in theirs]
+        iou = coco_mask.iou([entry.segmentation for entry in ours], wanted, [0] * len(ours))
         assert (iou.max(1) >= 0.99).mean() >= 0.99
         assert (iou.max(0) >= 0.99).mean() >= 0.99
-        found = coco_mask.iou([one.segmentation for one in ours], truth, [0] * 25).max(0)
-        assert (found > 0.5).mean() > 0.7, "and they are the tiles"
+        best_iou = coco_mask.iou([entry.segmentation for entry in ours], truth, [0] * 25).max(0)
+        assert (best_iou > 0.5).mean() > 0.7, "and they are the tiles"

@@ -19,11 +19,11 @@ def test_a_worker_tokenizes_as_open_clip_does_without_loading_it() -> None:
         "from pipeline.models.text.tokenizer import CaptionTokenizer;"
         f"print(CaptionTokenizer('clip', 24)([{CAPTION!r}])[0].tolist(), 'open_clip' in sys.modules)"
     )
-    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
     import open_clip
 
     expected = open_clip.tokenize([CAPTION], context_length=24)
-    assert told == f"{expected[0].tolist()} False"
+    assert output == f"{expected[0].tolist()} False"
     assert torch.equal(CaptionTokenizer("clip", 24)([CAPTION]), expected)
 
 

@@ -33,8 +33,8 @@ def as_open_clips(ours: TextTower) -> dict[str, Tensor]:
     names |= {"pos_embed": "positional_embedding", "cls_token": "cls_emb", "projection": "text_projection"}
     state = {}
     for name, value in ours.state_dict().items():
-        for one, other in names.items():
-            name = name.replace(one, other)
+        for part, official_part in names.items():
+            name = name.replace(part, official_part)
         state["ln_final." + name.removeprefix("norm.") if name.startswith("norm.") else name] = value
     if "text_projection.bias" not in state:
         state["text_projection"] = state.pop("text_projection.weight").T
@@ -149,9 +149,9 @@ def test_tokenizers_that_cannot_be_used_are_refused(tmp_path: Path) -> None:
     (tmp_path / "names.txt").write_text("cat\ndog\n")
     (tmp_path / "broken.json").write_text(json.dumps({"model": 1}))
     for name, message in (
-        ("bert", "no tokenizer 'bert'"),
+        ("bert", "no tokenizer is called 'bert'"),
         (str(tmp_path / "none.txt"), "no such file"),
-        (str(tmp_path / "names.txt"), "no WordPiece vocabulary"),
+        (str(tmp_path / "names.txt"), "isn.t a WordPiece vocabulary"),
         (str(tmp_path / "broken.json"), "can't be read"),
     ):
         with pytest.raises(ConfigError, match=message):
@@ -162,7 +162,7 @@ def test_towers_that_do_not_fit_their_tokenizer_are_refused(tmp_path: Path) -> N
     (tmp_path / "vocab.txt").write_text("[PAD]\n[UNK]\na\n")
     file = {"tokenizer": str(tmp_path / "vocab.txt"), "causal": False, "pooling": "first"}
     assert tower(**file, vocab_size=4).token_embedding.num_embeddings == 4
-    with pytest.raises(ValueError, match=r"has 3 tokens, but text\.vocab_size is 2"):
+    with pytest.raises(ValueError, match=r"has 3 tokens, but text\.vocab_size is only 2"):
         tower(**file, vocab_size=2)
     with pytest.raises(ValueError, match="needs a tokenizer with an end token"):
         tower(**file | {"pooling": "eot"})

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from pipeline import convert
 from pipeline.config import validate
-from pipeline.models.trunk.attention_maps import attention_weights, looks, rollout
+from pipeline.models.trunk.attention_maps import attention_map, attention_weights, rollout
 from pipeline.models.trunk.config import ModelConfig
 from pipeline.models.trunk.vit import ViT
 from pipeline.stages.images import heated
@@ -38,10 +38,10 @@ def test_weights_are_hugging_faces(tmp_path: object) -> None:
     theirs.save_pretrained(str(tmp_path))
     ours = convert.load(str(tmp_path), "hf_vit")
     expected = theirs(images(), output_attentions=True).attentions
-    found = attention_weights(ours.trunk, images(), (0, 1, -1))
-    for one, other in zip(found, expected, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
-        torch.testing.assert_close(one.sum(-1), torch.ones(one.shape[:-1]))
+    actual = attention_weights(ours.trunk, images(), (0, 1, -1))
+    for ours_weights, other in zip(actual, expected, strict=True):
+        torch.testing.assert_close(ours_weights, other, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(ours_weights.sum(-1), torch.ones(ours_weights.shape[:-1]))
 
 
 @pytest.mark.parametrize("kind", [True, "shared"])
@@ -50,10 +50,10 @@ def test_relative_positions_count(kind: object) -> None:
     trunk = trunk_of(cls_token=False, relative_positions=kind, window=2, global_blocks=(1,))
     (weights,) = attention_weights(trunk, images(), (1,))
     attention, seen = trunk.blocks[1].attn, []
-    attention.register_forward_hook(lambda _, given, out: seen.append((given[0], out)))
+    attention.register_forward_hook(lambda _, inputs, out: seen.append((inputs[0], out)))
     trunk(images())
-    given, out = seen[0]
-    values = attention.qkv(given).view(2, 16, 3, 2, 16).permute(2, 0, 3, 1, 4)[2]
+    inputs, out = seen[0]
+    values = attention.qkv(inputs).view(2, 16, 3, 2, 16).permute(2, 0, 3, 1, 4)[2]
     applied = attention.proj((weights @ values).transpose(1, 2).reshape(2, 4, 4, 32))
     torch.testing.assert_close(applied, out, rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match=r"within windows; the global ones are \[1\]"):
@@ -64,21 +64,21 @@ def test_a_cls_token_looks_at_patches_and_without_one_all_patches_do() -> None:
     size = (16, 40)
     trunk = trunk_of(image_size=size, registers=2)
     (weights,) = attention_weights(trunk, images(size), (0,))
-    found = looks(trunk, weights, (2, 5))
-    assert found.from_cls
-    assert torch.equal(found.heads.flatten(2), weights[:, :, 0, 3:])
+    actual = attention_map(trunk, weights, (2, 5))
+    assert actual.from_cls
+    assert torch.equal(actual.heads.flatten(2), weights[:, :, 0, 3:])
     bare = trunk_of(image_size=size, cls_token=False)
     (weights,) = attention_weights(bare, images(size), (0,))
-    assert torch.equal(looks(bare, weights, (2, 5)).heads.flatten(2), weights.mean(2))
+    assert torch.equal(attention_map(bare, weights, (2, 5)).heads.flatten(2), weights.mean(2))
 
 
 def test_rollout_follows_attention_through_the_blocks() -> None:
     """Of two blocks: half stays, half goes where attention points; rows keep summing to 1."""
     swap = torch.tensor([[[[0.0, 1.0], [1.0, 0.0]]]])
     first = torch.tensor([[[[1.0, 0.0], [1.0, 0.0]]]])
-    found = rollout((first, swap))
+    actual = rollout((first, swap))
     halves = torch.tensor([[0.5, 0.5], [0.5, 0.5]]) @ torch.tensor([[1.0, 0.0], [0.5, 0.5]])
-    torch.testing.assert_close(found[0], halves)
+    torch.testing.assert_close(actual[0], halves)
 
 
 def test_heat_is_brightest_where_the_weight_is() -> None:

@@ -71,8 +71,8 @@ def test_any_part_of_the_masked_patches_is_a_random_part() -> None:
 
 
 def test_grid_masks_keep_one_patch_of_every_cell() -> None:
-    kept = ~mask_picture(grid_masking(SEEDS, (6, 9), 3)).view(-1, 6, 9)
-    cells = kept.view(-1, 2, 3, 3, 3)
+    visible = ~mask_picture(grid_masking(SEEDS, (6, 9), 3)).view(-1, 6, 9)
+    cells = visible.view(-1, 2, 3, 3, 3)
     assert (cells.sum((2, 4)) == 1).all()
     assert (cells[:, 0, :, 0] == cells[:, 1, :, 2]).all(), "at the same place in all cells"
     with pytest.raises(ValueError, match="don't fit"):

@@ -50,8 +50,8 @@ def test_the_stem_is_convolutions_batch_norms_and_relus(training: bool) -> None:
     for ours, conv in zip([*stem.convs, stem.proj], [p for p in theirs if isinstance(p, nn.Conv2d)], strict=True):
         conv.load_state_dict(ours.state_dict())
     images = torch.randn(3, 3, 32, 48)
-    found = stem(images)
-    torch.testing.assert_close(found, theirs(images).flatten(2).transpose(1, 2), rtol=1e-4, atol=1e-5)
+    embedded = stem(images)
+    torch.testing.assert_close(embedded, theirs(images).flatten(2).transpose(1, 2), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(stem.norms[1].running_var, theirs[4].running_var)
     torch.testing.assert_close(stem.norms[1].running_mean, theirs[4].running_mean)
 
@@ -59,11 +59,11 @@ def test_the_stem_is_convolutions_batch_norms_and_relus(training: bool) -> None:
 def test_kept_patches_are_chosen_after_the_stem() -> None:
     trunk = ViT(config(patch_embed="conv_stem", depth=1)).eval()
     images, keep = torch.randn(2, 3, 32, 32), torch.tensor([[3, 9], [0, 15]])
-    kept, whole = trunk.patch_embed(images, keep), trunk.patch_embed(images)
-    torch.testing.assert_close(kept[0], whole[0, [3, 9]])
+    some_patches, whole = trunk.patch_embed(images, keep), trunk.patch_embed(images)
+    torch.testing.assert_close(some_patches[0], whole[0, [3, 9]])
     neighbour = images.clone()
     neighbour[:, :, :8, 16:24] = 5  # patch 2, beside patch 3
-    assert not torch.allclose(trunk.patch_embed(neighbour, keep)[0, 0], kept[0, 0])
+    assert not torch.allclose(trunk.patch_embed(neighbour, keep)[0, 0], some_patches[0, 0])
 
 
 def test_batch_norms_averages_stay_in_fp32() -> None:
@@ -97,10 +97,10 @@ def test_named_stems_fit_their_sizes() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"stem_channels": (8, 16, 32)}, "patch_embed conv_stem"),
+        ({"stem_channels": (8, 16, 32)}, "patch_embed: conv_stem"),
         ({"patch_embed": "conv_stem", "stem_channels": (8, 16)}, "stride 4, not patch_size 8"),
-        ({"patch_embed": "conv_stem", "patch_size": 1}, "no stem"),
-        ({"patch_embed": "conv_stem", "patch_size": 16, "width": 4}, "no stem"),
+        ({"patch_embed": "conv_stem", "patch_size": 1}, "no default stem"),
+        ({"patch_embed": "conv_stem", "patch_size": 16, "width": 4}, "no default stem"),
         ({"patch_embed": "conv_stem", "pre_norm": True}, "pre_norm"),
         ({"patch_embed": "conv"}, "patch_embed"),
     ],

@@ -98,9 +98,9 @@ def test_only_the_context_is_attended_to_in_every_block() -> None:
 def test_a_context_of_kept_patches_is_numbered_as_they_come_out() -> None:
     trunk = build(cls_token=False)
     images, keep = torch.randn(1, 3, 32, 32), torch.tensor([[9, 3, 14]])
-    found = trunk(images, keep=keep, context=torch.tensor([[1]])).patches
+    actual = trunk(images, keep=keep, context=torch.tensor([[1]])).patches
     alone = trunk(images, keep=torch.tensor([[3]])).patches
-    torch.testing.assert_close(found[:, 1:2], alone)
+    torch.testing.assert_close(actual[:, 1:2], alone)
 
 
 def test_without_positions_patches_are_a_set() -> None:
@@ -108,8 +108,8 @@ def test_without_positions_patches_are_a_set() -> None:
     assert trunk.pos_embed is None
     images = torch.randn(1, 3, 32, 32)
     swapped = torch.cat([images[..., 16:], images[..., :16]], dim=-1)
-    found, moved = (trunk(x).patches.view(4, 4, 32) for x in (images, swapped))
-    torch.testing.assert_close(torch.cat([found[:, 2:], found[:, :2]], 1), moved)
+    actual, moved = (trunk(x).patches.view(4, 4, 32) for x in (images, swapped))
+    torch.testing.assert_close(torch.cat([actual[:, 2:], actual[:, :2]], 1), moved)
     assert not torch.allclose(
         build()(images).patches.view(4, 4, 32)[:, 2:], build()(swapped).patches.view(4, 4, 32)[:, :2]
     )
@@ -128,18 +128,18 @@ class Counter:
 @pytest.mark.parametrize("changes", [{}, {"cls_token": False, "window": 2, "conv_blocks": (0,)}])
 def test_activation_checkpointing_changes_memory_alone(changes: dict[str, object]) -> None:
     images, seeds = torch.randn(2, 3, 32, 32), torch.tensor([1, 2])
-    found = []
+    outcomes = []
     for on in (False, True):
         trunk = build(drop_path=0.5, activation_checkpointing=on, **changes).train()
-        kept = Counter()
-        with torch.autograd.graph.saved_tensors_hooks(kept, lambda t: t):
+        stored = Counter()
+        with torch.autograd.graph.saved_tensors_hooks(stored, lambda t: t):
             loss = trunk(images, seeds=seeds, taps=(0,)).patches.square().sum()
         loss.backward()
-        found.append((kept.num, [parameter.grad for parameter in trunk.parameters()]))
-    (plain, expected), (less, gradients) = found
+        outcomes.append((stored.num, [parameter.grad for parameter in trunk.parameters()]))
+    (plain, expected), (less, gradients) = outcomes
     assert less < plain / 2
-    for one, other in zip(gradients, expected, strict=True):
-        torch.testing.assert_close(one, other)
+    for gradient, other in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(gradient, other)
 
 
 def test_masking_no_patch_equals_no_masking() -> None:
@@ -164,11 +164,11 @@ def test_drop_path_is_the_samples_own_and_right_on_average() -> None:
     outputs = all_tokens(trunk(images, seeds=seeds))
     again = all_tokens(trunk(images[:4], seeds=seeds[[7, 3, 7, 0]]))
     torch.testing.assert_close(again, outputs[[7, 3, 7, 0]])
-    kept = trunk._branch_scales(seeds)
-    assert kept is not None
-    assert (kept[:, 0] == 1).all(), "the first block is never dropped"
-    assert set(kept[:, 1].unique().tolist()) == {0.0, 2.0}
-    assert abs(kept[:, 1].mean().item() - 1) < 0.1
+    scales = trunk._branch_scales(seeds)
+    assert scales is not None
+    assert (scales[:, 0] == 1).all(), "the first block is never dropped"
+    assert set(scales[:, 1].unique().tolist()) == {0.0, 2.0}
+    assert abs(scales[:, 1].mean().item() - 1) < 0.1
     with pytest.raises(ValueError, match="seeds"):
         trunk(images)
     torch.testing.assert_close(trunk.eval()(images[:1]).patches, build(depth=2)(images[:1]).patches)
@@ -274,8 +274,8 @@ def test_attention_pooling_is_timms() -> None:
     theirs = AttentionPoolLatent(32, num_heads=2, norm_layer=norm)
     theirs.load_state_dict(ours.state_dict(), strict=True)
     x = torch.randn(3, 17, 32)
-    found = ours(Tokens(x[:, 1:], x[:, :1], (4, 4)))
-    torch.testing.assert_close(found, theirs(x), rtol=1e-5, atol=1e-6)
+    actual = ours(Tokens(x[:, 1:], x[:, :1], (4, 4)))
+    torch.testing.assert_close(actual, theirs(x), rtol=1e-5, atol=1e-6)
 
 
 def test_sizes_have_the_parameters_the_papers_name() -> None:
@@ -316,9 +316,9 @@ def test_a_trunk_that_was_exported_works_as_before() -> None:
     trunk = build(image_size=32, position_image_size=16).eval()
     images = torch.randn(2, 3, 32, 32)
     program = torch.export.export(_Patches(trunk), (images,))
-    found = trunk(images).patches
-    assert type(found) is torch.Tensor
-    torch.testing.assert_close(program.module()(images), found)
+    actual = trunk(images).patches
+    assert type(actual) is torch.Tensor
+    torch.testing.assert_close(program.module()(images), actual)
 
 
 class _Patches(torch.nn.Module):

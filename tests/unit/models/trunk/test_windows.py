@@ -67,9 +67,9 @@ def test_equals_hugging_face_in_float64_with_gradients(conv_blocks: tuple[int, .
     ).double()  # fmt: skip
     theirs.load_state_dict(_as_hugging_face(ours), strict=True)
     images = torch.randn(2, 3, 80, 80, dtype=torch.float64)
-    found, expected = ours(images).patches, theirs(images).feature_maps[-1].flatten(2).transpose(1, 2)
-    assert (found - expected).abs().max() <= 1e-9 * expected.abs().max()
-    found.square().sum().backward()
+    actual, expected = ours(images).patches, theirs(images).feature_maps[-1].flatten(2).transpose(1, 2)
+    assert (actual - expected).abs().max() <= 1e-9 * expected.abs().max()
+    actual.square().sum().backward()
     expected.square().sum().backward()
     gradients = {name: parameter.grad for name, parameter in theirs.named_parameters()}
     for name, gradient in _as_hugging_face(ours, gradients=True).items():
@@ -78,10 +78,10 @@ def test_equals_hugging_face_in_float64_with_gradients(conv_blocks: tuple[int, .
 
 
 def _as_hugging_face(trunk: ViT, *, gradients: bool = False) -> dict[str, Tensor]:
-    found = {name: p.grad if gradients else p.detach() for name, p in trunk.named_parameters()}
-    table = found.pop("pos_embed")
+    actual = {name: p.grad if gradients else p.detach() for name, p in trunk.named_parameters()}
+    table = actual.pop("pos_embed")
     renamed = {"embeddings.position_embeddings": torch.cat([torch.zeros_like(table[:, :1]), table], 1)}
-    for name, value in found.items():
+    for name, value in actual.items():
         name = name.replace("patch_embed.proj", "embeddings.projection").replace("blocks.", "encoder.layer.")
         renamed[name.replace("attn.", "attention.")] = value
     return renamed
@@ -159,8 +159,8 @@ def test_blocks_share_relative_positions_within_windows_and_over_the_image() -> 
     expected = attention.proj(attended.transpose(1, 2).reshape(2, 8, 8, 48))
     torch.testing.assert_close(attention(placed, bias), expected, rtol=1e-4, atol=1e-5)
     again = build(**options, activation_checkpointing=True).train()
-    for one in (trunk.train(), again):
-        one(images).patches.square().sum().backward()
+    for each_trunk in (trunk.train(), again):
+        each_trunk(images).patches.square().sum().backward()
     for (name, ours), theirs in zip(trunk.named_parameters(), again.parameters(), strict=True):
         assert ours.grad is not None, name
         assert ours.grad.any(), name
@@ -189,7 +189,7 @@ def test_convolutions_keep_the_full_learning_rate_under_layerwise_decay() -> Non
     [
         ({"window": 3, "cls_token": True}, "need cls_token false"),
         ({"relative_positions": True, "registers": 2}, "no registers"),
-        ({"global_blocks": (1,)}, "set window"),
+        ({"global_blocks": (1,)}, "needs window"),
         ({"window": 3, "global_blocks": (4,)}, "blocks 0 to 3"),
         ({"conv_blocks": (-1,)}, "blocks 0 to 3"),
     ],
@@ -234,5 +234,5 @@ def test_folded_relative_positions_in_bf16_stay_near_fp32() -> None:
         torch.nn.init.normal_(table, std=0.5)
     x = torch.randn(2, 7, 5, 32)
     expected = attention(x)
-    found = attention.bfloat16()(x.bfloat16())
-    assert (found - expected).abs().max() <= 0.03 * expected.abs().max()  # bf16 keeps 8 bits: 0.4% of each product
+    actual = attention.bfloat16()(x.bfloat16())
+    assert (actual - expected).abs().max() <= 0.03 * expected.abs().max()  # bf16 keeps 8 bits: 0.4% of each product
