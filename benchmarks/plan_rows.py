@@ -37,7 +37,7 @@ from data_prep.account import Progress
 from data_prep.build import Build
 from data_prep.config import PrepConfig
 from data_prep.plan.planning import Partition
-from data_prep.samples.packing import Job
+from data_prep.samples.packing import SegmentJob
 from data_prep.shards.commit import (
     SIDECAR_SCHEMA,
     Committed,
@@ -49,7 +49,7 @@ from data_prep.shards.commit import (
     stage_packed,
 )
 from data_prep.shards.page import NUM_SAMPLES
-from data_prep.sources.base import BATCH_ROWS, SCHEMA, Places
+from data_prep.sources.base import BATCH_ROWS, SCHEMA, AllowedPlaces
 from pipeline.config import validate
 
 FORMAT, FORMAT_VERSION = "vitrail.plan_rows", 1
@@ -82,8 +82,8 @@ class MadeUpSource:
     def size_bytes(self) -> int:
         return ROW_BYTES * self._rows
 
-    def places(self) -> Places:
-        return Places("/", ("/",))
+    def places(self) -> AllowedPlaces:
+        return AllowedPlaces("/", ("/",))
 
     def classes(self) -> tuple[str, ...]:
         return ()
@@ -99,7 +99,7 @@ def _few_samples() -> tuple[bytes, Int64[np.ndarray, " n_plus_1"]]:
     return writer.finish()
 
 
-def simulate(job: Job, partition: Partition) -> Committed:
+def simulate(job: SegmentJob, partition: Partition) -> Committed:
     """Commit a partition as if every input had become an empty sample."""
     inputs = partition.inputs
     rows = inputs.num_rows

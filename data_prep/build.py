@@ -31,10 +31,10 @@ from data_prep.account import PrepReport, Progress, Refused, by_reason, describe
 from data_prep.config import PrepConfig
 from data_prep.duplicates import scanning
 from data_prep.plan import planning
-from data_prep.plan.planning import Fingerprint, Partition, Plan
+from data_prep.plan.planning import Fingerprint, Partition, SegmentPlan
 from data_prep.plan.segments import Segment, create_segment, next_segment, read_positions, read_segments
 from data_prep.samples import packing
-from data_prep.samples.packing import Job
+from data_prep.samples.packing import SegmentJob
 from data_prep.shards import finish
 from data_prep.shards.commit import Committed, json_bytes, read_document
 from data_prep.sources.base import Source, open_source
@@ -88,7 +88,7 @@ class Build:
         retry_reasons: tuple[str, ...] = (),
         progress: ProgressCallback = lambda _: None,
         stop: Callable[[], bool] = lambda: False,
-        pack: Callable[[Job, Partition], Committed] = packing.pack,
+        pack: Callable[[SegmentJob, Partition], Committed] = packing.pack,
     ) -> None:
         self.config = config
         self.url = config.output
@@ -132,8 +132,8 @@ class Build:
         assert report is not None
         return report._replace(duration_s=time.monotonic() - self.started)
 
-    def _job(self, segment: Segment, attempt: int) -> Job:
-        return Job(
+    def _job(self, segment: Segment, attempt: int) -> SegmentJob:
+        return SegmentJob(
             self.config, self.source.places(), self.source.classes(), segment.number, segment.fingerprint, attempt
         )
 
@@ -205,7 +205,7 @@ class Build:
             raise _taken(self.url)
         return attempt
 
-    def _try_some(self, job: Job) -> None:
+    def _try_some(self, job: SegmentJob) -> None:
         """Convert the first few inputs; if none works, the settings are wrong rather than the inputs."""
         first = list(itertools.islice((row for batch in self.source.batches() for row in batch.to_pylist()), NUM_TRIED))
         refusals: list[tuple[bytes | None, Refused]] = []
@@ -221,7 +221,7 @@ class Build:
             fix="check the source's columns, where its images lie and the limits set (max_failed: 1 skips this trial)",
         )
 
-    def _do(self, job: Job, segments: Sequence[Segment], plan: Plan) -> PrepReport:
+    def _do(self, job: SegmentJob, segments: Sequence[Segment], plan: SegmentPlan) -> PrepReport:
         """Make one segment, the last of `segments`, and publish it."""
         segment = segments[-1]
         if self.config.needs_scan:
@@ -249,7 +249,7 @@ class Build:
             if chosen.num_rows:
                 yield chosen
 
-    def _scan(self, job: Job, segment: Segment) -> None:
+    def _scan(self, job: SegmentJob, segment: Segment) -> None:
         done = 0
         started = time.monotonic()
         run = partitions.run(
@@ -263,7 +263,7 @@ class Build:
                 done += rows
                 self._tell("scan", done, segment.num_inputs, time.monotonic() - started)
 
-    def _plan_by_content(self, segments: Sequence[Segment], plan: Plan) -> None:
+    def _plan_by_content(self, segments: Sequence[Segment], plan: SegmentPlan) -> None:
         """Judge all inputs up to this segment by what was found, and plan this segment's."""
         decisions, positions, starts = retry.judge(self.config, self.url, segments, self.source, self.stop)
         start = starts[-1]
@@ -281,7 +281,7 @@ class Build:
             plan.add(rows)
             start += rows.num_rows
 
-    def _write(self, job: Job, segment: Segment, plan: Plan, committed: finish.Markers) -> None:
+    def _write(self, job: SegmentJob, segment: Segment, plan: SegmentPlan, committed: finish.Markers) -> None:
         for found in committed.values():
             self._count(found, segment.stop)
         resumed = sum(found.inputs for found in committed.values())
@@ -330,7 +330,7 @@ class Build:
                 plans.add(segment.number, batch)
         return segment
 
-    def _refuse_empty_splits(self, plan: Plan) -> None:
+    def _refuse_empty_splits(self, plan: SegmentPlan) -> None:
         if not self.config.own_splits:
             for name in self.config.splits.shares:
                 if not plan.counts[name]:
@@ -382,13 +382,13 @@ class _Plans:
         self._config = config
         self._size_bytes = size_bytes
         self._stack = stack
-        self._plans: dict[int, Plan] = {}
+        self._plans: dict[int, SegmentPlan] = {}
 
-    def of(self, segment: Segment | int) -> Plan:
+    def of(self, segment: Segment | int) -> SegmentPlan:
         """The plan of a segment."""
         number = segment if isinstance(segment, int) else segment.number
         if number not in self._plans:
-            plan = Plan(self._config.seed, self._config.shard.samples, size_bytes=self._size_bytes)
+            plan = SegmentPlan(self._config.seed, self._config.shard.samples, size_bytes=self._size_bytes)
             self._plans[number] = self._stack.enter_context(plan)
         return self._plans[number]
 

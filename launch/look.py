@@ -37,7 +37,7 @@ def describe(place: str, *, verify: bool = False, num_samples: int = 0) -> Told:
             where=place,
             fix="check the path; `vitrail runs FOLDER` lists runs, `vitrail index` makes a data set of existing tars",
         )
-    from data_prep.shards.verify import first_samples
+    from data_prep.shards.contents import first_samples
 
     document: dict[str, Any] = {}
     lines: list[str] = []

@@ -24,7 +24,7 @@ from data_prep.duplicates.signatures import perceptual_hash
 from data_prep.fetch.inputs import Fetched, Wanted, fetch_all
 from data_prep.fetch.web import is_web
 from data_prep.samples import images
-from data_prep.samples.packing import Job, check_attempt, read_texts
+from data_prep.samples.packing import SegmentJob, check_attempt, read_texts
 from data_prep.sources.base import SCHEMA
 from pipeline import storage
 
@@ -50,7 +50,7 @@ class Chunk(NamedTuple):
     inputs: pa.RecordBatch  # of sources.SCHEMA
 
 
-def scan(job: Job, chunk: Chunk) -> tuple[int, int]:
+def scan(job: SegmentJob, chunk: Chunk) -> tuple[int, int]:
     """Look at a chunk's images and write down what was found; returns the chunk's number and size."""
     place = scan_url(job.config.output, job.segment, chunk.number)
     if not storage.exists(place):
@@ -134,7 +134,7 @@ def _same_as(reason: str, other: int, positions: np.ndarray[Any, np.dtype[np.int
     return f"{'equal to' if reason == 'duplicate' else 'like'} input {positions[other]}"
 
 
-def _look(job: Job, chunk: Chunk) -> bytes:
+def _look(job: SegmentJob, chunk: Chunk) -> bytes:
     rows = chunk.inputs.to_pylist()
     found: list[dict[str, Any]] = [{} for _ in rows]
     wanted = []
@@ -169,7 +169,7 @@ def _look(job: Job, chunk: Chunk) -> bytes:
     return buffer.getvalue()
 
 
-def _check(job: Job, row: dict[str, Any], result: Fetched, found: dict[str, Any]) -> None:
+def _check(job: SegmentJob, row: dict[str, Any], result: Fetched, found: dict[str, Any]) -> None:
     """Apply every rule that needs no model, since only a usable image may stand for its duplicates."""
     if row["sidecar"] is not None:
         read_texts(job, row, result.sidecar)

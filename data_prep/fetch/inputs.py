@@ -14,7 +14,7 @@ from typing import NamedTuple
 from data_prep.account import Refused
 from data_prep.config import FetchConfig
 from data_prep.fetch.web import WebReader, is_web
-from data_prep.sources.base import Input, Places
+from data_prep.sources.base import AllowedPlaces, Input
 from pipeline import storage
 from pipeline.errors import StorageError
 
@@ -47,7 +47,7 @@ Result = Fetched | Refused
 
 
 def fetch_all(
-    wanted: Sequence[Wanted], places: Places, options: FetchConfig, *, tasks_at_once: int = 1
+    wanted: Sequence[Wanted], places: AllowedPlaces, options: FetchConfig, *, tasks_at_once: int = 1
 ) -> Iterator[tuple[int, Result]]:
     """(index, what was read or why not) of each, in the order in which they arrive: one that hangs holds up no other.
 
@@ -93,7 +93,7 @@ def fetch_all(
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-def fetch(item: Wanted, places: Places, options: FetchConfig) -> Fetched:
+def fetch(item: Wanted, places: AllowedPlaces, options: FetchConfig) -> Fetched:
     """What is wanted of one input.
 
     Raises:
@@ -107,7 +107,7 @@ def fetch(item: Wanted, places: Places, options: FetchConfig) -> Fetched:
     raise AssertionError("unreachable")
 
 
-def _fetch_or_refuse(item: Wanted, places: Places, options: FetchConfig, web: WebReader) -> Result:
+def _fetch_or_refuse(item: Wanted, places: AllowedPlaces, options: FetchConfig, web: WebReader) -> Result:
     try:
         sidecar = None
         if item.sidecar is not None:
@@ -123,7 +123,7 @@ def _fetch_or_refuse(item: Wanted, places: Places, options: FetchConfig, web: We
         return refused
 
 
-def _read(url: str, places: Places, options: FetchConfig, start: int = 0, stop: int | None = None) -> bytes:
+def _read(url: str, places: AllowedPlaces, options: FetchConfig, start: int = 0, stop: int | None = None) -> bytes:
     """Bytes of an object in a store, at most `options.max_bytes` of them."""
     size = options.max_bytes if stop is None else stop - start
     if size > options.max_bytes:

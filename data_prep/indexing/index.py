@@ -81,7 +81,7 @@ class Indexed(NamedTuple):
         return found
 
 
-class _Listed(NamedTuple):
+class _Listing(NamedTuple):
     tars: dict[str, storage.Entry]  # by name, in byte order
     indices: dict[str, int]  # name -> size of the index files that are there
 
@@ -165,7 +165,7 @@ def _manifest_before(choice: Choice) -> Manifest | None:
     return None
 
 
-def _list(choice: Choice) -> _Listed:
+def _list(choice: Choice) -> _Listing:
     """What lies in the folders.
 
     Raises:
@@ -195,14 +195,14 @@ def _list(choice: Choice) -> _Listed:
     if not tars:
         wanted = "" if choice.match == "*" else f" called {choice.match}"
         raise DataError(f"no tars{wanted} there", where=choice.url, fix="mend the URL, or --match")
-    return _Listed(tars, indices)
+    return _Listing(tars, indices)
 
 
 def _same(record: Walked, entry: storage.Entry) -> bool:
     return (record.size_bytes, record.stamp) == (entry.size_bytes, entry.stamp)
 
 
-def _up_to_date(record: Walked | None, entry: storage.Entry, listed: _Listed) -> bool:
+def _up_to_date(record: Walked | None, entry: storage.Entry, listed: _Listing) -> bool:
     """Whether a tar needn't be read again."""
     if record is None or not _same(record, entry):
         return False

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from data_prep.indexing.walk import Problem, Walked
+from data_prep.indexing.walk import TarProblem, Walked
 from data_prep.shards.commit import json_bytes, read_document
 from pipeline import storage
 from pipeline.errors import ConfigError, DataError
@@ -110,7 +110,7 @@ def _chunk(records: Iterable[Walked]) -> bytes:
 
 
 def _walked(item: Mapping[str, Any]) -> Walked:
-    return Walked(**{**item, "problem": item["problem"] and Problem(**item["problem"])})
+    return Walked(**{**item, "problem": item["problem"] and TarProblem(**item["problem"])})
 
 
 def _document(place: str) -> dict[str, Any]:

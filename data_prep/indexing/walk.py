@@ -38,7 +38,7 @@ _UNPACK = "unpack it (`gunzip`, `unzstd` ...): images don't get smaller, and onl
 _FETCH = "fetch or write it anew"
 
 
-class Problem(NamedTuple):
+class TarProblem(NamedTuple):
     """Why a tar can't be used as it is."""
 
     what: str
@@ -62,18 +62,18 @@ class Walked(NamedTuple):
     num_bad_labels: int = 0  # no class numbers
     highest_label: int = -1
     examples: Mapping[str, str] = {}  # kind of member, or one of the counts above -> the name of such a member
-    problem: Problem | None = None
+    problem: TarProblem | None = None
 
 
-class _Problem(Exception):  # noqa: N818 -- ends the reading of one tar, no more
+class _UnusableTar(Exception):  # noqa: N818 -- ends the reading of one tar, no more
     def __init__(self, what: str, fix: str) -> None:
         super().__init__(what)
-        self.problem = Problem(what, fix)
+        self.problem = TarProblem(what, fix)
 
 
 def refused(name: str, entry: storage.Entry, what: str, fix: str) -> Walked:
     """What is known about a tar that can't be used."""
-    return Walked(name, entry.size_bytes, entry.stamp, problem=Problem(what, fix))
+    return Walked(name, entry.size_bytes, entry.stamp, problem=TarProblem(what, fix))
 
 
 def compressed(name: str, entry: storage.Entry, how: str) -> Walked:
@@ -107,7 +107,7 @@ def walk(
     samples = _Samples(stream)
     try:
         _walk(stream, samples, entry.size_bytes)
-    except _Problem as found:
+    except _UnusableTar as found:
         return refused(name, entry, *found.problem), np.zeros(1, dtype=np.int64)
     known = samples.known(name, entry)
     return known._replace(sha256=stream.sha256()), samples.offsets()
@@ -115,11 +115,11 @@ def walk(
 
 def _walk(stream: _Stream, samples: _Samples, size_bytes: int) -> None:
     if size_bytes == 0:
-        raise _Problem("an empty file", _FETCH)
+        raise _UnusableTar("an empty file", _FETCH)
     head = bytes(stream.take(0, min(8, size_bytes)))
     for magic, how in _COMPRESSED.items():
         if head.startswith(magic):
-            raise _Problem(f"no tar but compressed ({how})", _UNPACK)
+            raise _UnusableTar(f"no tar but compressed ({how})", _UNPACK)
     end = 0
     try:
         for item in tar_entries(stream.take, size_bytes):
@@ -128,20 +128,24 @@ def _walk(stream: _Stream, samples: _Samples, size_bytes: int) -> None:
             end = item.stop + -item.stop % BLOCK_BYTES
             samples.add(item)
         else:
-            raise _Problem(
+            raise _UnusableTar(
                 f"ends at byte {size_bytes} without an end of archive: cut there, or its writer was killed", _FETCH
             )
     except DamagedTar as damage:
         if damage.at == 0:
-            raise _Problem(f"no tar ({damage.reason} at its start)", "move it elsewhere, or fetch it anew") from damage
+            raise _UnusableTar(
+                f"no tar ({damage.reason} at its start)", "move it elsewhere, or fetch it anew"
+            ) from damage
         if "end within" in damage.reason:
-            raise _Problem(f"cut off at byte {size_bytes}, within a member's header", _FETCH) from damage
+            raise _UnusableTar(f"cut off at byte {size_bytes}, within a member's header", _FETCH) from damage
         if "beyond the end" in damage.reason:
-            raise _Problem(f"cut off at byte {size_bytes}, within the member at byte {damage.at}", _FETCH) from damage
-        raise _Problem(f"{damage.reason} at byte {damage.at}", _FETCH) from damage
+            raise _UnusableTar(
+                f"cut off at byte {size_bytes}, within the member at byte {damage.at}", _FETCH
+            ) from damage
+        raise _UnusableTar(f"{damage.reason} at byte {damage.at}", _FETCH) from damage
     samples.close()
     if not stream.only_zeros(end):
-        raise _Problem(
+        raise _UnusableTar(
             f"goes on after its end of archive at byte {end}: several tars joined, of which most readers read one",
             "unpack it (`tar --ignore-zeros -xf`) and pack it anew, or fetch the parts as files of their own",
         )
@@ -194,9 +198,9 @@ class _Stream:
         try:
             piece = storage.read_range(self._entry.url, start, min(start + PIECE_BYTES, size_bytes))
         except FileNotFoundError as error:
-            raise _Problem("gone since it was listed", "run the same command again") from error
+            raise _UnusableTar("gone since it was listed", "run the same command again") from error
         if len(piece) < min(PIECE_BYTES, size_bytes - start):
-            raise _Problem("became shorter while it was read", "wait for whatever writes it, then run this again")
+            raise _UnusableTar("became shorter while it was read", "wait for whatever writes it, then run this again")
         self._hash.update(piece)
         self._passed(len(piece))
         return piece
@@ -231,7 +235,7 @@ class _Samples:
         if key != self._key:
             self._begin(key, item)
         if extension in self._extensions:
-            raise _Problem(
+            raise _UnusableTar(
                 f"holds {key}.{extension} twice (byte {item.header})", "write it anew with each name once in a tar"
             )
         self._extensions.add(extension)
@@ -280,7 +284,7 @@ class _Samples:
         self.close()
         digest = hashlib.blake2b(key.encode("utf-8", "replace"), digest_size=16).digest()
         if digest in self._seen:
-            raise _Problem(
+            raise _UnusableTar(
                 f"key {key!r} comes a second time (byte {item.header}, {item.name}): its members don't stand side by "
                 "side, or two samples are called so",
                 "unpack it and pack it anew sorted (`tar --sort=name -cf NEW.tar FOLDER`)",

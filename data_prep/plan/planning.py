@@ -106,7 +106,7 @@ class Fingerprint:
         return whole.hexdigest()
 
 
-class Plan:
+class SegmentPlan:
     """All inputs of a build, shuffled and cut. Use as a context: its spill files go with it.
 
     Args:
@@ -123,7 +123,7 @@ class Plan:
         self._bits = min(max(0, (size_bytes // _BUCKET_BYTES).bit_length()), _MAX_BUCKETS.bit_length() - 1)
         self._spill = Spill(SCHEMA, 2**self._bits, memory_bytes)
 
-    def __enter__(self) -> Plan:
+    def __enter__(self) -> SegmentPlan:
         return self
 
     def __exit__(

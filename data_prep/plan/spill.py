@@ -25,7 +25,7 @@ _WRITE = pa.ipc.IpcWriteOptions(compression="lz4", use_threads=False)
 _READ = pa.ipc.IpcReadOptions(use_threads=False)
 
 
-class _Run(NamedTuple):
+class _SpillRun(NamedTuple):
     """What the memory held once."""
 
     schema: pa.Schema
@@ -48,7 +48,7 @@ class Spill:
         self._held: list[pa.Table] = []
         self._held_buckets: list[UInt16[np.ndarray, " n"]] = []
         self._held_bytes = 0
-        self._runs: list[_Run] = []
+        self._runs: list[_SpillRun] = []
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._file: pa.OSFile | None = None  # what is appended to; `_reader` reads the same
         self._reader: pa.OSFile | None = None
@@ -125,9 +125,9 @@ class Spill:
                 for batch in held.slice(bounds[number], bounds[number + 1] - bounds[number]).to_batches():
                     writer.write_batch(batch)
                 offsets[number + 1] = self._file.tell()
-        self._runs.append(_Run(held.schema, offsets))
+        self._runs.append(_SpillRun(held.schema, offsets))
 
-    def _read(self, run: _Run, number: int) -> pa.Table | None:
+    def _read(self, run: _SpillRun, number: int) -> pa.Table | None:
         """A bucket's rows in a run, if it has any there."""
         assert self._reader is not None
         start, stop = run.offsets[number : number + 2].tolist()

@@ -68,7 +68,7 @@ class StoredImage(NamedTuple):
     exif: str  # JSON: name -> text
 
 
-class Header(NamedTuple):
+class SourceHeader(NamedTuple):
     """What the first bytes of a source tell."""
 
     extension: str  # "" for formats that aren't stored as they are
@@ -100,7 +100,7 @@ def convert(data: bytes, options: ImageConfig) -> StoredImage:
     return StoredImage(extension, _encode(pixels, extension, options.quality), geometry, header.exif)
 
 
-def check(data: bytes, options: ImageConfig) -> Header:
+def check(data: bytes, options: ImageConfig) -> SourceHeader:
     """Look at a source's header and judge it by the limits; nothing is decoded.
 
     Raises:
@@ -141,14 +141,14 @@ def plan_geometry(size: tuple[int, int], options: ImageConfig) -> Geometry:
     return Geometry(size, scaled, (scaled[0] - square) // 2, (scaled[1] - square) // 2, square, square)
 
 
-def _jpeg_header(data: bytes) -> Header:
+def _jpeg_header(data: bytes) -> SourceHeader:
     try:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
     except ValueError as error:
         raise Refused("image_damaged", f"begins like a JPEG, but can't be opened ({error})") from None
     payload, single = _jpeg_metadata(data)
     exif, orientation = _exif_of(payload) if payload else ("{}", 1)
-    return Header("jpg", (width, height), orientation, exif, single and colours not in ("CMYK", "YCCK"), False)
+    return SourceHeader("jpg", (width, height), orientation, exif, single and colours not in ("CMYK", "YCCK"), False)
 
 
 def _jpeg_metadata(data: bytes) -> tuple[bytes, bool]:
@@ -169,14 +169,14 @@ def _jpeg_metadata(data: bytes) -> tuple[bytes, bool]:
     return payload, single
 
 
-def _other_header(data: bytes) -> Header:
+def _other_header(data: bytes) -> SourceHeader:
     with _open(data) as image:
         exif, orientation = "{}", 1
         with contextlib.suppress(Exception):  # damaged EXIF is as good as none
             exif, orientation = _read_exif(image.getexif())
         plain = image.mode in ("RGB", "L") and "transparency" not in image.info and getattr(image, "n_frames", 1) == 1
         extension = _EXTENSIONS.get(image.format or "", "")
-        return Header(extension, image.size, orientation, exif, plain, image.mode == "F")
+        return SourceHeader(extension, image.size, orientation, exif, plain, image.mode == "F")
 
 
 def _open(data: bytes) -> Image.Image:

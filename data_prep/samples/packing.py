@@ -21,9 +21,9 @@ from data_prep.samples import captions, images
 from data_prep.samples.annotations import follow_image, parse_annotations
 from data_prep.shards.commit import (
     Committed,
-    Row,
     Sample,
     ShardWriter,
+    SidecarRow,
     commit,
     json_bytes,
     marker_url,
@@ -32,16 +32,16 @@ from data_prep.shards.commit import (
     stage,
 )
 from data_prep.sources.archives import json_captions
-from data_prep.sources.base import Input, Places
+from data_prep.sources.base import AllowedPlaces, Input
 from pipeline import storage
 from pipeline.errors import StorageError
 
 
-class Job(NamedTuple):
+class SegmentJob(NamedTuple):
     """What all tasks of one attempt at a segment share."""
 
     config: PrepConfig
-    places: Places
+    places: AllowedPlaces
     classes: tuple[str, ...]
     segment: int
     fingerprint: str  # of the segment
@@ -62,14 +62,14 @@ class Texts(NamedTuple):
 class _Made(NamedTuple):
     """A sample on its way into a shard."""
 
-    row: Row
+    row: SidecarRow
     extension: str
     image: bytes
     texts: Texts
     annotations: list[dict[str, Any]] | None
 
 
-def pack(job: Job, partition: Partition) -> Committed:
+def pack(job: SegmentJob, partition: Partition) -> Committed:
     """Make and commit a partition's shard; what is committed already is only told.
 
     Raises:
@@ -88,9 +88,9 @@ def pack(job: Job, partition: Partition) -> Committed:
     return commit(url, staged)
 
 
-def pack_samples(job: Job, inputs: Sequence[Input], writer: ShardWriter) -> list[Row]:
+def pack_samples(job: SegmentJob, inputs: Sequence[Input], writer: ShardWriter) -> list[SidecarRow]:
     """Add the inputs' samples to `writer` in order; what became of each."""
-    made: list[_Made | Row | None] = [None] * len(inputs)
+    made: list[_Made | SidecarRow | None] = [None] * len(inputs)
     texts: dict[int, Texts] = {}
     wanted = []
     for i, item in enumerate(inputs):
@@ -109,7 +109,7 @@ def pack_samples(job: Job, inputs: Sequence[Input], writer: ShardWriter) -> list
         else:
             made[i] = _make(job, inputs[i], texts.get(i), found)
     _apply_filters(job, inputs, made)
-    rows: list[Row] = []
+    rows: list[SidecarRow] = []
     for i, result in enumerate(made):
         if isinstance(result, _Made):
             rows.append(result.row._replace(tar_sha256=writer.add(_sample(result))))
@@ -145,7 +145,7 @@ def attempt_number(url: str) -> int:
     return int(url.rpartition("/")[2].removesuffix(".json"))
 
 
-def convert_some(job: Job, items: Sequence[Input]) -> list[Refused | None]:
+def convert_some(job: SegmentJob, items: Sequence[Input]) -> list[Refused | None]:
     """Try inputs without writing anything; why each can't become a sample, if it can't."""
     rows = pack_samples(job, items, ShardWriter())
     return [Refused(row.reason, row.error_message or "") if row.reason else None for row in rows]
@@ -177,7 +177,7 @@ def refuse_judged(item: Input) -> None:
         raise Refused(reason, message)
 
 
-def read_texts(job: Job, item: Input, sidecar: bytes | None = None) -> Texts:
+def read_texts(job: SegmentJob, item: Input, sidecar: bytes | None = None) -> Texts:
     """An input's captions, label and annotations, checked.
 
     Args:
@@ -224,7 +224,7 @@ def _captions(config: PrepConfig, item: Input) -> tuple[str, ...]:
     return tuple(found)
 
 
-def _make(job: Job, item: Input, texts: Texts | None, found: Fetched) -> _Made | Row:
+def _make(job: SegmentJob, item: Input, texts: Texts | None, found: Fetched) -> _Made | SidecarRow:
     digest = hashlib.sha256(found.data)
     try:
         if item["sha256"] is not None and item["sha256"] != digest.digest():
@@ -234,7 +234,7 @@ def _make(job: Job, item: Input, texts: Texts | None, found: Fetched) -> _Made |
         annotations = follow_image(texts.annotations, image.geometry) if texts.annotations is not None else None
     except Refused as refused:
         return _failure(item, refused, digest.hexdigest())
-    row = Row(
+    row = SidecarRow(
         url=_shown(item["url"]),
         caption=texts.captions[0] if texts.captions else None,
         key=sample_key(item["position"]),
@@ -253,7 +253,7 @@ def _make(job: Job, item: Input, texts: Texts | None, found: Fetched) -> _Made |
     return _Made(row, image.extension, image.data, texts, annotations)
 
 
-def _apply_filters(job: Job, inputs: Sequence[Input], made: list[_Made | Row | None]) -> None:
+def _apply_filters(job: SegmentJob, inputs: Sequence[Input], made: list[_Made | SidecarRow | None]) -> None:
     """Turn samples that a filter refuses into failures, and note the scores of the others."""
     if not job.config.filters:
         return
@@ -292,8 +292,8 @@ def _sample(made: _Made) -> Sample:
     return Sample(made.row.key, members)
 
 
-def _failure(item: Input, refused: Refused, sha256: str | None) -> Row:
-    return Row(
+def _failure(item: Input, refused: Refused, sha256: str | None) -> SidecarRow:
+    return SidecarRow(
         url=_shown(item["url"]),
         caption=_shown(item["caption"]) if item["caption"] is not None else None,
         key=sample_key(item["position"]),

@@ -61,7 +61,7 @@ class Sample(NamedTuple):
     members: Mapping[str, bytes]
 
 
-class Row(NamedTuple):
+class SidecarRow(NamedTuple):
     """What became of one input: a row of the sidecar. Fields in the order of `SIDECAR_SCHEMA`."""
 
     url: str
@@ -175,7 +175,7 @@ def shard_stem(number: int) -> str:
     return f"{number:05d}"
 
 
-def sidecar_table(rows: Sequence[Row]) -> pa.Table:
+def sidecar_table(rows: Sequence[SidecarRow]) -> pa.Table:
     """Rows as the table that a sidecar holds."""
     columns = list(zip(*rows, strict=True)) or [()] * len(SIDECAR_SCHEMA)
     arrays = [pa.array(column, field.type) for column, field in zip(columns, SIDECAR_SCHEMA, strict=True)]
@@ -189,7 +189,7 @@ def sidecar_bytes(table: pa.Table) -> bytes:
     return buffer.getvalue()
 
 
-def stats_bytes(rows: Sequence[Row], start_time: float, end_time: float) -> bytes:
+def stats_bytes(rows: Sequence[SidecarRow], start_time: float, end_time: float) -> bytes:
     """`_stats.json` as img2dataset writes it; the only object that tells when it was made."""
     statuses = Counter(row.status for row in rows)
     messages = Counter(row.reason or "success" for row in rows)
@@ -218,7 +218,7 @@ def stage(
     url: str,
     place: tuple[int, str, int],
     writer: ShardWriter,
-    rows: Sequence[Row],
+    rows: Sequence[SidecarRow],
     *,
     fingerprint: str,
     times: tuple[float, float],
@@ -364,7 +364,7 @@ def read_document(
     return document
 
 
-def _examples(rows: Sequence[Row]) -> dict[str, str]:
+def _examples(rows: Sequence[SidecarRow]) -> dict[str, str]:
     """The first input that each reason struck."""
     found: dict[str, str] = {}
     for row in rows:

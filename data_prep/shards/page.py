@@ -18,6 +18,7 @@ import pyarrow.parquet
 from PIL import Image
 
 from data_prep.account import REASONS, PrepReport
+from data_prep.shards.contents import first_members
 from pipeline import storage
 from pipeline.data.images.decode import UnreadableSample, decode
 from pipeline.data.manifest import Manifest
@@ -126,8 +127,6 @@ def _bars(values: np.ndarray) -> list[Bar]:
 
 def _samples(manifest: Manifest, num_samples: int) -> Iterator[_Sample]:
     """The first samples that can be decoded, in the order of the shards, which is shuffled."""
-    from data_prep.shards.verify import first_members  # it reads what `finish` writes, which writes this page
-
     for _, _, members in first_members(manifest, num_samples):
         try:
             pixels = decode(first_image(members) or b"", (_THUMBNAIL, _THUMBNAIL))

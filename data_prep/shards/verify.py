@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import bisect
-import contextlib
 import hashlib
 import io
-import itertools
 import json
 import tarfile
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow.parquet
 from jaxtyping import Int64
 
+from data_prep.shards.contents import is_indexed, tar_content
 from data_prep.shards.finish import REPORT_NAME, SIZES_NAME
 from pipeline import storage
-from pipeline.data.images.decode import UnreadableSample, decode, read_header
-from pipeline.data.manifest import MANIFEST_NAME, Manifest, Shard, read_index, read_manifest
-from pipeline.data.reading.tar import EXTENSIONS, IMAGE_EXTENSIONS, first_image, key_and_extension
+from pipeline.data.images.decode import UnreadableSample, decode
+from pipeline.data.manifest import MANIFEST_NAME, Manifest, Shard, read_manifest
+from pipeline.data.reading.tar import EXTENSIONS, IMAGE_EXTENSIONS, key_and_extension
 from pipeline.errors import DataError
 
 PIECE_BYTES = 16 * 2**20  # read at once, or one sample where that is larger
@@ -174,11 +173,6 @@ def _check_shard(manifest: Manifest, shard: Shard) -> Iterator[Problem]:
         yield Problem(place, None, f"holds bytes beyond its last sample, after {offsets[-1]}")
 
 
-def is_indexed(manifest: Manifest) -> bool:
-    """Whether it is of tars that something else wrote, see `data_prep.indexing`: their members are less regular."""
-    return "indexed" in manifest.info
-
-
 def _checked_index(manifest: Manifest, shard: Shard) -> tuple[Int64[np.ndarray, " n_plus_1"], Problem | None]:
     """A shard's offsets; where they can't be trusted, what is wrong with them, and an index of no sample."""
     nothing = np.full(1, shard.size_bytes, dtype=np.int64)
@@ -227,7 +221,7 @@ def sample_problem(data: bytes, key: str | None, *, foreign: bool = False) -> st
         foreign: something else wrote it: members that no stage reads, several images and empty captions are no fault.
     """
     try:
-        content = _content(data)
+        content = tar_content(data)
     except (tarfile.TarError, ValueError, EOFError) as error:
         return f"no tar members ({error})"
     found = {parts: value for name, value in content.items() if (parts := key_and_extension(name)) is not None}
@@ -253,63 +247,6 @@ def sample_problem(data: bytes, key: str | None, *, foreign: bool = False) -> st
     except ValueError as error:
         return f"a member is damaged ({error})"
     return None if caption or foreign else "an empty caption"
-
-
-def _content(data: bytes) -> dict[str, bytes]:
-    """Name -> bytes of the regular files in a piece of a tar."""
-    with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
-        files = {member.name: tar.extractfile(member) for member in tar.getmembers()}
-        return {name: file.read() for name, file in files.items() if file is not None}
-
-
-def first_members(manifest: Manifest, count: int) -> Iterator[tuple[str, str, dict[str, bytes]]]:
-    """(shard's name, key, extension -> bytes) of a split's first samples; what `vitrail prep` wrote is shuffled, so
-    they are mixed.
-
-    Raises:
-        DataError: an index is missing or damaged.
-    """
-    for shard in manifest.shards:
-        offsets = read_index(manifest, shard)[: count + 1].tolist()
-        data = storage.read_range(manifest.tar_url(shard), offsets[0], offsets[-1])
-        for start, stop in itertools.pairwise(offsets):
-            content = _content(data[start - offsets[0] : stop - offsets[0]])
-            named = [(parts, value) for name, value in content.items() if (parts := key_and_extension(name))]
-            yield shard.name, named[0][0][0], {extension: value for (_, extension), value in named}
-        count -= len(offsets) - 1
-        if count <= 0:
-            return
-
-
-def first_samples(manifest: Manifest, count: int) -> list[dict[str, Any]]:
-    """The first samples of a split in words: shard, caption, members, and what the JSON tells.
-
-    Raises:
-        DataError: see `first_members`.
-    """
-    found: list[dict[str, Any]] = []
-    for name, key, members in first_members(manifest, count):
-        caption = members.get("txt", b"").decode("utf-8", "replace")
-        shown: dict[str, Any] = {"shard": name, "key": key, "caption": caption, "members": sorted(members)}
-        found.append(_facts(members) | shown if is_indexed(manifest) else shown | _facts(members))
-    return found
-
-
-def _facts(members: Mapping[str, bytes]) -> dict[str, Any]:
-    """What a sample's JSON tells, of annotations their number, and its image's size where the JSON doesn't tell it."""
-    try:
-        facts = json.loads(members.get("json", b"{}"))
-    except ValueError:
-        facts = {}
-    facts = facts if isinstance(facts, dict) else {}
-    if isinstance(facts.get("annotations"), list):
-        facts["num_annotations"] = len(facts.pop("annotations"))
-    image = first_image(members)
-    if image is not None and "width" not in facts:
-        with contextlib.suppress(UnreadableSample):
-            header = read_header(image)
-            facts |= {"width": header.width, "height": header.height}
-    return facts
 
 
 def _sidecar_samples(manifest: Manifest, shard: Shard) -> tuple[list[str], list[str]]:

@@ -15,7 +15,7 @@ from typing import IO, Any
 import pyarrow as pa
 
 from data_prep.config import TarsConfig
-from data_prep.sources.base import Places, RangedFile, batches_of, places_below, read_classes, refuse_if_empty
+from data_prep.sources.base import AllowedPlaces, RangedFile, batches_of, places_below, read_classes, refuse_if_empty
 from pipeline import storage
 from pipeline.data.reading.tar import IMAGE_EXTENSIONS, key_and_extension
 from pipeline.errors import DataError
@@ -45,7 +45,7 @@ class TarsSource:
     def size_bytes(self) -> int:
         return sum(tar.size_bytes for tar in self._tars()) // 100  # texts are a small part of a tar
 
-    def places(self) -> Places:
+    def places(self) -> AllowedPlaces:
         return places_below(self.options.url.rstrip("/").rpartition("/")[0], self.options.allow, None)
 
     def classes(self) -> tuple[str, ...]:

@@ -59,7 +59,7 @@ class Source(Protocol):
         """Size of the listing, for planning."""
         ...
 
-    def places(self) -> Places:
+    def places(self) -> AllowedPlaces:
         """Which places its rows may name."""
         ...
 
@@ -68,7 +68,7 @@ class Source(Protocol):
         ...
 
 
-class Places(NamedTuple):
+class AllowedPlaces(NamedTuple):
     """Turns a row's URL into a path or URL that may be read."""
 
     base: str  # folder that relative URLs start from
@@ -101,15 +101,15 @@ class Places(NamedTuple):
         return place
 
 
-def places_below(folder: str, allow: Sequence[str], witness: str | None) -> Places:
-    """`Places` of a source in `folder`: everything in its bucket, or below it on a disk, and the places in `allow`."""
+def places_below(folder: str, allow: Sequence[str], witness: str | None) -> AllowedPlaces:
+    """The places a source in `folder` may name: below it on a disk or in its bucket, and below those of `allow`."""
     if storage.is_remote(folder):
         own = "s3://" + folder.removeprefix("s3://").partition("/")[0]
     else:
         own = folder = os.path.realpath(folder)
         witness = None
     further = tuple(place if storage.is_remote(place) else os.path.realpath(place) for place in allow)
-    return Places(folder, tuple(place.rstrip("/") + "/" for place in (own, *further)), witness)
+    return AllowedPlaces(folder, tuple(place.rstrip("/") + "/" for place in (own, *further)), witness)
 
 
 def open_source(options: SourceConfig) -> Source:

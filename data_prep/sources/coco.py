@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 
 from data_prep.config import CocoConfig
-from data_prep.sources.base import Places, batches_of, places_below
+from data_prep.sources.base import AllowedPlaces, batches_of, places_below
 from pipeline import storage
 from pipeline.errors import DataError
 
@@ -36,7 +36,7 @@ class CocoSource:
     def size_bytes(self) -> int:
         return storage.size_bytes(self.options.url)
 
-    def places(self) -> Places:
+    def places(self) -> AllowedPlaces:
         return places_below(self.options.images.rstrip("/"), self.options.allow, None)
 
     def classes(self) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow as pa
 
 from data_prep.config import ClassFoldersConfig, FolderConfig
-from data_prep.sources.base import Places, batches_of, places_below, refuse_if_empty
+from data_prep.sources.base import AllowedPlaces, batches_of, places_below, refuse_if_empty
 from pipeline import storage
 from pipeline.errors import DataError
 
@@ -19,7 +19,7 @@ IMAGE_ENDINGS = frozenset({"jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "t
 _ROW_BYTES = 100  # of a listed image, for planning
 
 
-class _Listed(abc.ABC):
+class _FolderListing(abc.ABC):
     """A source whose inputs are what a folder's listing names."""
 
     options: FolderConfig | ClassFoldersConfig
@@ -30,7 +30,7 @@ class _Listed(abc.ABC):
     def size_bytes(self) -> int:
         return _ROW_BYTES * sum(1 for _ in storage.entries(self.options.url))
 
-    def places(self) -> Places:
+    def places(self) -> AllowedPlaces:
         return places_below(self.options.url.rstrip("/"), self.options.allow, None)
 
     @abc.abstractmethod
@@ -38,7 +38,7 @@ class _Listed(abc.ABC):
         """The inputs, in the order of the listing."""
 
 
-class FolderSource(_Listed):
+class FolderSource(_FolderListing):
     """Every image below a folder, with its text beside it. See `FolderConfig`.
 
     Only names are listed here; tasks read the texts together with the images.
@@ -67,7 +67,7 @@ class FolderSource(_Listed):
                     yield {"url": _encoded(url), "sidecar": _encoded(text) if text else None}
 
 
-class ClassFoldersSource(_Listed):
+class ClassFoldersSource(_FolderListing):
     """One folder per class, as ImageNet lies on disks. See `ClassFoldersConfig`."""
 
     options: ClassFoldersConfig

@@ -18,7 +18,7 @@ import pyarrow.csv
 import pyarrow.parquet
 
 from data_prep.config import TableConfig
-from data_prep.sources.base import BATCH_ROWS, SCHEMA, Places, RangedFile, nulls, places_below, read_classes
+from data_prep.sources.base import BATCH_ROWS, SCHEMA, AllowedPlaces, RangedFile, nulls, places_below, read_classes
 from pipeline import storage
 from pipeline.errors import DataError, StorageError
 
@@ -66,7 +66,7 @@ class TableSource:
     def size_bytes(self) -> int:
         return sum(file.size_bytes for file in self.files())
 
-    def places(self) -> Places:
+    def places(self) -> AllowedPlaces:
         files = self.files()
         single = len(files) == 1 and files[0].url == self.options.url
         folder = posixpath.dirname(self.options.url) if single else self.options.url.rstrip("/")

@@ -22,7 +22,8 @@ from data_prep.build import build
 from data_prep.indexing import index as indexing
 from data_prep.indexing import walk as walking
 from data_prep.indexing.index import Choice, Indexed, index_tars
-from data_prep.shards.verify import first_samples, verify
+from data_prep.shards.contents import first_samples
+from data_prep.shards.verify import verify
 from pipeline import storage
 from pipeline.data.manifest import Manifest, read_index, read_manifest
 from pipeline.data.reading.shards import parse_sample

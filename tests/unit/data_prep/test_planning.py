@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_prep.plan.planning import Fingerprint, Plan, assign, mix
+from data_prep.plan.planning import Fingerprint, SegmentPlan, assign, mix
 from data_prep.sources.base import SCHEMA
 from pipeline.errors import DataError, StorageError
 
@@ -25,14 +25,14 @@ def batch(start: int, count: int, split: str | None = "train") -> pa.RecordBatch
     )
 
 
-def order(plan: Plan) -> list[tuple[str, int, list[int]]]:
+def order(plan: SegmentPlan) -> list[tuple[str, int, list[int]]]:
     return [(p.split, p.number, p.inputs.column("position").to_pylist()) for p in plan.partitions()]
 
 
 def planned(
     cuts: list[int], *, seed: int = 0, samples: int = 7, size_bytes: int = 0, memory_bytes: int = 1 << 20
-) -> Plan:
-    plan = Plan(seed, samples, size_bytes=size_bytes, memory_bytes=memory_bytes)
+) -> SegmentPlan:
+    plan = SegmentPlan(seed, samples, size_bytes=size_bytes, memory_bytes=memory_bytes)
     start = 0
     for count in cuts:
         plan.add(batch(start, count))
@@ -86,7 +86,7 @@ def test_values_come_back_whichever_inputs_have_them(memory_bytes: int) -> None:
             SCHEMA.get_field_index("caption"), "caption", pa.nulls(10, pa.binary())
         )
         batches.append(without.set_column(SCHEMA.get_field_index(name), field, pa.array([value] * 10, field.type)))
-    with Plan(0, 4, size_bytes=1 << 30, memory_bytes=memory_bytes) as plan:
+    with SegmentPlan(0, 4, size_bytes=1 << 30, memory_bytes=memory_bytes) as plan:
         for item in batches:
             plan.add(item)
         found = pa.concat_tables([part.inputs for part in plan.partitions()])
@@ -148,12 +148,12 @@ def test_the_fingerprint_knows_values_not_batches() -> None:
     ("split", "message"), [("../etc", r"'\.\./etc' is no split name"), (None, "'' is no split name")]
 )
 def test_a_split_must_have_a_folders_name(split: str | None, message: str) -> None:
-    with Plan(0, 10, size_bytes=0) as plan, pytest.raises(DataError, match=message):
+    with SegmentPlan(0, 10, size_bytes=0) as plan, pytest.raises(DataError, match=message):
         plan.add(batch(0, 3, split))
 
 
 def test_a_column_of_many_values_is_no_split_column() -> None:
-    with Plan(0, 10, size_bytes=0) as plan:
+    with SegmentPlan(0, 10, size_bytes=0) as plan:
         for i in range(16):
             plan.add(batch(i, 1, f"value-{i}"))
         with pytest.raises(DataError, match="more than 16 different splits"):

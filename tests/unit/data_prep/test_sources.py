@@ -8,7 +8,7 @@ import pytest
 
 from data_prep.account import Refused
 from data_prep.config import TableConfig
-from data_prep.sources.base import Places, RangedFile
+from data_prep.sources.base import AllowedPlaces, RangedFile
 from data_prep.sources.tables import TableSource
 from pipeline.errors import DataError
 from tests.support.prep_cases import write_table
@@ -168,7 +168,7 @@ def test_rows_may_name_only_allowed_places(tmp_path: Path) -> None:
 
 
 def test_a_table_in_a_bucket_may_name_that_bucket_only() -> None:
-    places = Places("s3://raw/tables", ("s3://raw/",))
+    places = AllowedPlaces("s3://raw/tables", ("s3://raw/",))
     assert places.resolve(b"../images/a b?#.jpg") == "s3://raw/images/a b?#.jpg"
     assert places.resolve(b"s3://raw/x//y.jpg") == "s3://raw/x//y.jpg"
     assert places.resolve(b"../../../other/a.jpg") == "s3://raw/other/a.jpg"

@@ -16,11 +16,11 @@ from data_prep.build import build
 from data_prep.config import FetchConfig, WebConfig
 from data_prep.fetch.inputs import Fetched, Wanted, fetch_all
 from data_prep.fetch.web import Boundary, opts_out, retry_after_s
-from data_prep.sources.base import Places
+from data_prep.sources.base import AllowedPlaces
 from tests.support.prep_cases import encoded, reasons, samples, settings, sidecar, write_table
 from tests.support.web_server import MisbehavingServer, serving
 
-NOWHERE = Places("/nowhere", ())
+NOWHERE = AllowedPlaces("/nowhere", ())
 LOOPBACK: dict[str, Any] = {"allow_networks": ("127.0.0.0/8",), "timeout_s": 3.0}
 
 
