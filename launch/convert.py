@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from typing import Any
 
 from launch.look import Told
 from pipeline import config as configs
 from pipeline import convert, storage
+from pipeline.classes import checkpoint_classes
 from pipeline.convert.files import PICKLES, SAFETENSORS
 from pipeline.convert.loading import by_part
-from pipeline.convert.weights import Format, Weights, load_table, numbered
-from pipeline.data.manifest import read_manifest
-from pipeline.errors import CheckpointError, ConfigError, UserError
+from pipeline.convert.weights import Format, Weights, load_table
+from pipeline.errors import CheckpointError, ConfigError
 from pipeline.run_dir import RunDir
-from pipeline.stages import stage_class
-from pipeline.train.checkpoints.restore import WHICH, SavedWeights, read_saved
-from pipeline.train.classes import recorded_classes
+from pipeline.train.checkpoints.restore import WHICH, read_saved
 
 OWN = "vitrail"
-
-log = logging.getLogger("vitrail")
 
 
 def convert_weights(
@@ -95,36 +90,8 @@ def run_weights(url: str, which: str = "auto") -> Weights:
     if "stage" not in config or "options" not in config:
         raise CheckpointError("nothing here names the stage and its options", where=url, fix="give a run directory")
     options, state = dict(config.get("options") or {}), saved.tensors
-    classes = _classes(config, saved)
+    classes = checkpoint_classes(config, saved.info, state, where=saved.url)
     return Weights(url, str(config["stage"]), options, state, classes, told=saved.describe())
-
-
-def _classes(config: configs.Document, saved: SavedWeights) -> tuple[str, ...]:
-    """The names of the classes a stage learnt, as its checkpoint tells them. Where that is of an earlier version, or
-    they had no names then, from the training data's manifest, which all sources share; numbers where that is out of
-    reach by now.
-    """
-    name, others = stage_class(str(config["stage"])).class_rows or ("", 0)
-    if name not in saved.tensors:
-        return ()
-    count = saved.tensors[name].shape[0] - others
-    recorded = recorded_classes(saved.info)
-    if len(recorded) == count and recorded != numbered(count):
-        return recorded
-    try:
-        train = config["data"]["train"]
-        classes = read_manifest(str(train if isinstance(train, str) else train[0]["url"])).classes
-    except (UserError, OSError, KeyError):
-        classes = ()
-    if len(classes) == count:
-        return tuple(classes)
-    if not recorded:
-        log.warning(
-            "%s keeps no names of classes, being of an earlier version, and those of its training data are out of "
-            "reach: they are numbered",
-            saved.url,
-        )
-    return numbered(count)
 
 
 def _taken(facts: dict[str, Any], form: Format) -> dict[str, Any]:

@@ -11,7 +11,8 @@ import torch
 from launch.convert import is_run
 from launch.predict import changed_options, read_weights_of
 from pipeline import ranks, storage
-from pipeline.convert.weights import Weights, build, checked_options, numbered
+from pipeline.classes import TRAIN, facts_to_measure
+from pipeline.convert.weights import Weights, build, checked_options
 from pipeline.data.batch import Batch, Transform
 from pipeline.data.loader import sweep
 from pipeline.data.manifest import Manifest, read_manifest
@@ -21,13 +22,10 @@ from pipeline.evaluate.knn import KnnEvaluation
 from pipeline.models.pixels import normalize
 from pipeline.models.trunk.pooling import Pooling, pool
 from pipeline.run_dir import RunDir
-from pipeline.stages.base import LEARNT, DataFacts, LabelUse, Stage
+from pipeline.stages.base import Stage
 from pipeline.stages.images import ImageOptions, measured_transform, with_labels
-from pipeline.train.data import check_classes, warn_of_unnamed
 
 FORMAT, FORMAT_VERSION = "vitrail.evaluation", 1
-TRAIN = "train"
-VOTES = LabelUse("is measured by the labels of neighbours in the training set (--knn)")
 
 
 class Knn(NamedTuple):
@@ -70,7 +68,8 @@ def evaluate(
     if settings:
         weights = weights._replace(options=changed_options(weights.options, settings))
     manifests = _manifests(source, sets, train, say)
-    facts = _facts(weights, manifests, knn)
+    _, options = checked_options(weights)
+    facts = facts_to_measure(weights.stage, options, weights.classes, manifests, votes=knn is not None)
     stage, _ = build(weights, facts)
     stage = stage.to(ranks.device())
     names = tuple(name for name in manifests if name != TRAIN)
@@ -149,66 +148,6 @@ def _named(given: str) -> tuple[str, str]:
     if equals and name.isidentifier():
         return name, url
     return given.rstrip("/").rpartition("/")[2] or given, given
-
-
-def _facts(weights: Weights, manifests: Mapping[str, Manifest], knn: Knn | None) -> DataFacts:
-    """What the stage is to know of the data sets: the classes it learnt; those of neighbours' labels, which are the
-    training set's; and each set's own.
-
-    Raises:
-        ConfigError: a set's labels mean other classes than the weights' head or the training set's, and matter.
-    """
-    cls, options = checked_options(weights)
-    own = {name: manifest.classes for name, manifest in manifests.items() if name != TRAIN}
-    training = manifests[TRAIN].classes if TRAIN in manifests else ()
-    if knn is not None:
-        _check_votes(manifests, weights.stage)
-        return DataFacts(weights.classes or training, 0, own)
-    use = cls.label_use(options)
-    if use is not None and (training or weights.classes):
-        warn_of_unnamed(manifests.values())
-    if cls.class_rows is not None:
-        return DataFacts(_learnt(weights, manifests), 0, own)
-    if use is not None and training:
-        labelled = {one.url: one for one in manifests.values() if one.classes}
-        check_classes(training, manifests[TRAIN].url, labelled, weights.stage, use)
-    return DataFacts(training or weights.classes, 0, own)
-
-
-def _check_votes(manifests: Mapping[str, Manifest], stage: str) -> None:
-    """Refuse neighbours where labels can't be compared, be it that there are none."""
-    train = manifests.get(TRAIN)
-    if train is None:  # the evaluation tells
-        return
-    if not train.classes:
-        raise ConfigError(
-            "it has no labels for neighbours to vote with", where=train.url, fix="give a labelled data set as --train"
-        )
-    check_classes(train.classes, train.url, {one.url: one for one in manifests.values()}, stage, VOTES)
-
-
-def _learnt(weights: Weights, manifests: Mapping[str, Manifest]) -> tuple[str, ...]:
-    """The classes' names: the weights' own; where those are but numbers, the data's.
-
-    Raises:
-        ConfigError: a set's labels mean other classes than the weights' or another set's.
-    """
-    labelled = {one.url: one for one in manifests.values() if one.classes}
-    unnamed = numbered(len(weights.classes))
-    if weights.classes != unnamed:
-        check_classes(weights.classes, "the weights", labelled, weights.stage, LEARNT)
-        return weights.classes
-    if not labelled:
-        return weights.classes
-    first = next(iter(labelled.values()))
-    check_classes(first.classes, first.url, labelled, weights.stage, LEARNT)
-    if not weights.classes:
-        return first.classes
-    if first.classes == unnamed[: len(first.classes)]:  # numbers on both sides
-        return weights.classes
-    if len(first.classes) != len(weights.classes):
-        check_classes(weights.classes, "the weights", labelled, weights.stage, LEARNT)
-    return first.classes
 
 
 def _whole(stage: Stage, weights: Weights) -> None:

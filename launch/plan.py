@@ -106,14 +106,14 @@ def _read_sources(config: TrainConfig, use: LabelUse | None) -> tuple[tuple[Sour
 
 def _check_evaluation_sets(config: TrainConfig, sources: Sequence[Source], use: LabelUse | None) -> None:
     """Those that there are by now; the others' turn comes when the run begins."""
+    from pipeline.classes import check_evaluation_sets
     from pipeline.data.manifest import Manifest, read_manifest
-    from pipeline.train.data import check_evaluation_sets
 
     sets: dict[str, Manifest] = {}
     for name, url in config.data.evaluate.items() if use is not None else ():
         with contextlib.suppress(UserError, FileNotFoundError):
             sets[name] = read_manifest(url)
-    check_evaluation_sets(sources, sets, config.stage, use)
+    check_evaluation_sets([source.manifest for source in sources], sets, config.stage, use)
 
 
 def _plan_reading(config: TrainConfig, sources: Sequence[Source], world_size: int) -> list[str]:
@@ -158,14 +158,15 @@ def _count_parameters(
     """(all, trained) parameters of the stage, built without memory; or why they can't be counted."""
     import torch
 
+    from pipeline.classes import shared_classes
     from pipeline.stages import stage_class
     from pipeline.stages.base import DataFacts
-    from pipeline.train.data import shared_classes
 
     try:
         with torch.device("meta"):
             num_samples = sum(source.num_samples for source in sources)
-            stage = stage_class(name)(options, DataFacts(shared_classes(sources), num_samples))
+            classes = shared_classes(source.manifest.classes for source in sources)
+            stage = stage_class(name)(options, DataFacts(classes, num_samples))
     except (NotImplementedError, RuntimeError) as error:
         return None, f"{name} can't be built without data: {error}"
     counts = [(name, parameter.numel()) for name, parameter in stage.named_parameters()]

@@ -11,6 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from pipeline.classes import numbered
 from pipeline.config import Document
 from pipeline.convert.weights import (
     Format,
@@ -24,7 +25,6 @@ from pipeline.convert.weights import (
     chosen,
     native_grid,
     num_blocks,
-    numbered,
     refuse,
     tensor,
     trunk_shape,

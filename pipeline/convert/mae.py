@@ -10,6 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from pipeline.classes import numbered
 from pipeline.config import Document
 from pipeline.convert.timm import supervised
 from pipeline.convert.weights import (
@@ -28,7 +29,6 @@ from pipeline.convert.weights import (
     model_options,
     native_grid,
     num_blocks,
-    numbered,
     prefixed,
     refuse,
     tensor,

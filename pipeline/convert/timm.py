@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from pipeline.classes import numbered
 from pipeline.config import Document
 from pipeline.convert.weights import (
     Format,
@@ -25,7 +26,6 @@ from pipeline.convert.weights import (
     heads_hint,
     model_options,
     native_grid,
-    numbered,
     prefixed,
     tensor,
     told,

@@ -363,11 +363,6 @@ def refuse(format_name: str, where: str, reasons: Mapping[str, bool]) -> None:
             )
 
 
-def numbered(count: int) -> tuple[str, ...]:
-    """Names for classes of which only the number is known."""
-    return tuple(str(number) for number in range(count))
-
-
 def listed(names: Sequence[str], most: int = 4) -> str:
     """The first few names, and how many more there are."""
     more = len(names) - most

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from typing import Any, NamedTuple
 
 from pipeline import ranks
+from pipeline.classes import check_evaluation_sets, check_training_sets, shared_classes
 from pipeline.data.batch import Batch, Transform
 from pipeline.data.loader import Loader, sweep
 from pipeline.data.manifest import Manifest, read_manifest
@@ -16,10 +17,9 @@ from pipeline.data.order.capacity import advice, check_batch, check_data
 from pipeline.data.order.mixture import Source, shares_of, sources_of
 from pipeline.data.reading.cache import RangeCache
 from pipeline.data.reading.takedown import Takedown, read_takedown
-from pipeline.errors import ConfigError, DataError
+from pipeline.errors import DataError
 from pipeline.ranks import World
 from pipeline.stages.base import LabelUse
-from pipeline.train.classes import difference
 from pipeline.train.config import DataConfig, SourceConfig
 
 log = logging.getLogger("vitrail")
@@ -37,7 +37,7 @@ class RunData(NamedTuple):
     @property
     def classes(self) -> tuple[str, ...]:
         """Names of the labels, where all training sets have the same; else ()."""
-        return shared_classes(self.train)
+        return shared_classes(source.manifest.classes for source in self.train)
 
     @property
     def num_samples(self) -> int:
@@ -136,7 +136,7 @@ def read_data(config: DataConfig, world_size: int, stage: str, use: LabelUse | N
         ):
             log.warning("%s", line)
         sets = {name: read_manifest(url) for name, url in config.evaluate.items()}
-        check_evaluation_sets(train, sets, stage, use)
+        check_evaluation_sets([source.manifest for source in train], sets, stage, use)
         takedown = Takedown() if config.takedown is None else read_takedown(config.takedown)
         if len(takedown):
             log.info("%d samples are withdrawn by %s", len(takedown), config.takedown)
@@ -153,9 +153,7 @@ def read_sources(configs: Sequence[SourceConfig], stage: str, use: LabelUse | No
         DataError, StorageError: a set can't be read, or a subset is larger than its set.
     """
     manifests = [read_manifest(config.url) for config in configs]
-    if use is not None:
-        first, *others = manifests
-        check_classes(first.classes, first.url, {f"data.train: {one.url}": one for one in others}, stage, use)
+    check_training_sets(manifests, stage, use)
     subsets = [_subset(config, manifest) for config, manifest in zip(configs, manifests, strict=True)]
     if configs[0].weight is not None:
         shares = shares_of([config.weight or 0.0 for config in configs])
@@ -165,48 +163,6 @@ def read_sources(configs: Sequence[SourceConfig], stage: str, use: LabelUse | No
     if len(manifests) == 1:
         shares = (1,)
     return tuple(Source(*parts) for parts in zip(manifests, shares, subsets, strict=True))
-
-
-def check_evaluation_sets(
-    train: Sequence[Source], sets: Mapping[str, Manifest], stage: str, use: LabelUse | None
-) -> None:
-    """Raise ConfigError for an evaluation set whose labels a stage would take for other classes than they are of; warn
-    of those that don't say. Training data that name no classes leave nothing to compare with.
-    """
-    classes = shared_classes(train)
-    if use is not None and classes:
-        named = {f"data.evaluate.{name}: {one.url}": one for name, one in sets.items() if one.classes}
-        check_classes(classes, train[0].manifest.url, named, stage, use)
-        warn_of_unnamed(sets.values())
-
-
-def warn_of_unnamed(sets: Iterable[Manifest]) -> None:
-    """Such a set usually has no labels; where it has some, only the user can know what they mean."""
-    for manifest in sets:
-        if not manifest.classes:
-            log.warning(
-                "%s names no classes: if it has labels they are taken for numbers of the training data's", manifest.url
-            )
-
-
-def check_classes(
-    classes: Sequence[str], whose: str, others: Mapping[str, Manifest], stage: str, use: LabelUse
-) -> None:
-    """Raise ConfigError for the first of `others`, under the place that names it, with other classes than these."""
-    for where, manifest in others.items():
-        if manifest.classes != tuple(classes):
-            raise ConfigError(
-                f"its labels aren't those of {whose}: {difference(manifest.classes, classes)}; "
-                f"and stage {stage!r} {use.why}",
-                where=where,
-                fix=f"prepare all sets with the same list of classes{use.instead}",
-            )
-
-
-def shared_classes(sources: Sequence[Source]) -> tuple[str, ...]:
-    """The class names of data sets that all have the same; else ()."""
-    first, *others = [source.manifest.classes for source in sources]
-    return first if all(one == first for one in others) else ()
 
 
 def _subset(config: SourceConfig, manifest: Manifest) -> int | None:

@@ -7,11 +7,11 @@ import logging
 from torch import Tensor
 
 from pipeline import ranks
+from pipeline.classes import check_initial, recorded_classes
 from pipeline.convert.loading import check_same_text, check_same_trunk, load_initial, reaches
 from pipeline.stages.base import Stage
 from pipeline.train.checkpoints.commits import find_commits
 from pipeline.train.checkpoints.restore import read_info, read_saved
-from pipeline.train.classes import check_initial, recorded_classes
 from pipeline.train.config import TrainConfig
 from pipeline.train.setup import text_options
 

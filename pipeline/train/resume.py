@@ -6,11 +6,11 @@ import logging
 from typing import NamedTuple
 
 from pipeline import ranks, storage
+from pipeline.classes import check_resumed, recorded_classes
 from pipeline.errors import CheckpointError, DataError
 from pipeline.stages.base import Stage
 from pipeline.train.checkpoints.commits import Attempt, Commit, begin_attempt
 from pipeline.train.checkpoints.restore import LoadedCheckpoint, load_newest
-from pipeline.train.classes import check_resumed, recorded_classes
 from pipeline.train.data import same_data
 from pipeline.train.engine.base import Engine
 from pipeline.train.guards import RollBack

@@ -7,12 +7,12 @@ from typing import Any, NamedTuple
 
 from pipeline import config as configs
 from pipeline import ranks
+from pipeline.classes import learnt_classes
 from pipeline.config import Config
 from pipeline.run_dir import RunDir, command_line
 from pipeline.stages import stage_class
 from pipeline.stages.base import DataFacts, Stage, seeded_init
 from pipeline.train.changes import check_unchanged
-from pipeline.train.classes import learnt_classes
 from pipeline.train.config import TrainConfig
 from pipeline.train.data import RunData, describe, read_data
 from pipeline.train.resolve import Resolved, resolve

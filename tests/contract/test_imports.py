@@ -27,6 +27,7 @@ DIRECTION: tuple[tuple[str, ...], ...] = (
     ("pipeline.data",),
     ("pipeline.models", "pipeline.losses", "pipeline.evaluate"),
     ("pipeline.stages",),
+    ("pipeline.classes",),
     ("pipeline.convert",),
     ("pipeline.train",),
     ("pipeline.report",),

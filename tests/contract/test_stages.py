@@ -15,11 +15,11 @@ import pytest
 import torch
 from PIL import Image
 
+from pipeline.classes import class_parameters
 from pipeline.config import validate
 from pipeline.errors import ConfigError
 from pipeline.stages import STAGES, stage_class
 from pipeline.stages.base import DataFacts, Picture
-from pipeline.train.classes import class_parameters
 
 pytestmark = pytest.mark.timeout(900)  # one fixture does everything
 CLASSES = ("dark", "red", "green", "blue")

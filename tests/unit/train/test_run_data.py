@@ -18,6 +18,7 @@ from launch.convert import convert_weights, run_weights
 from launch.evaluate import Knn, evaluate
 from launch.predict import Asked, predict
 from pipeline import config as configs
+from pipeline.classes import check_initial
 from pipeline.convert.weights import build
 from pipeline.data.manifest import Manifest, Shard
 from pipeline.data.order.mixture import Source
@@ -25,7 +26,6 @@ from pipeline.data.reading.takedown import Takedown
 from pipeline.errors import ConfigError
 from pipeline.run_dir import RunDir
 from pipeline.train.checkpoints.restore import read_weights
-from pipeline.train.classes import check_initial
 from pipeline.train.config import DataConfig, TrainConfig
 from pipeline.train.data import RunData, same_data
 from tests.support import flip_cases, run_cases, sam_batches, train_cases
