@@ -277,10 +277,10 @@ def _recovery(folder: Path, pairs: int) -> Comparison:
 def _kill_once(document: dict[str, Any]) -> tuple[float, float]:
     import psutil
 
-    from launch.attempts import run_training
-    from launch.crew import LocalCrew
-    from launch.layout import Layout
     from launch.stopping import StopRequest
+    from launch.workers.attempts import run_training
+    from launch.workers.group import LocalWorkerGroup
+    from launch.workers.placement import Placement
     from pipeline.run_dir import RunDir
     from pipeline.train.checkpoints.commits import find_commits
 
@@ -292,7 +292,7 @@ def _kill_once(document: dict[str, Any]) -> tuple[float, float]:
         kwargs={
             "where": "benchmark",
             "run_url": run_dir.url,
-            "hire": lambda _: LocalCrew(Layout(1, 2)),
+            "allocate": lambda _: LocalWorkerGroup(Placement(1, 2)),
             "stop": stop,
             "on_line": lambda rank, line: None,
         },

@@ -18,7 +18,7 @@ import typer
 from pipeline.errors import Stopped, UserError
 
 if TYPE_CHECKING:
-    from launch.conductor import NodeResult
+    from launch.chain.records import StepResult
 
 app = typer.Typer(
     name="vitrail",
@@ -52,8 +52,10 @@ Ray = Annotated[
     typer.Option("--ray", metavar="ADDRESS", help="An existing Ray; default: RAY_ADDRESS, else one of our own."),
 ]
 Redo = Annotated[
-    list[str] | None, typer.Option("--redo", metavar="NODE", help="Do this node over, and what builds on it.")
+    list[str] | None, typer.Option("--redo", metavar="STEP", help="Do this step over, and what builds on it.")
 ]
+Machines = Annotated[int, typer.Option("--machines", min=1, help="Machines to train on.")]
+FormerMachines = Annotated[int | None, typer.Option("--nodes", min=1, hidden=True)]
 Which = Annotated[
     str, typer.Option("--weights", help="Of a run: ema, raw (as trained), or auto: the moving average if it keeps one.")
 ]
@@ -84,24 +86,17 @@ def demo(
     as_json: AsJson = False,
 ) -> None:
     """The whole way through on this machine: S3 server, pairs, shards, MAE, FLIP, fine-tunes, report."""
-    from launch.demo import key_figures, run_demo
+    from launch.demo import DemoOptions, key_figures, run_demo
+    from launch.display import open_display
     from launch.stopping import StopRequest
 
-    with StopRequest().on_signals() as stop:
-        result = run_demo(
-            work=work,
-            quick=quick,
-            data=data,
-            overrides=overrides or [],
-            redo=redo or [],
-            ray_address=ray,
-            stop=stop,
-            say=_say,
-        )
-    lines = [f"{node:<16} {figure:<32} {value:.4g}" for node, figure, value in key_figures(result.nodes)]
+    chosen = DemoOptions(work, quick, data, overrides or [], redo or [], ray)
+    with StopRequest().on_signals() as stop, open_display() as display:
+        result = run_demo(chosen, stop=stop, display=display)
+    lines = [f"{step:<16} {figure:<32} {value:.4g}" for step, figure, value in key_figures(result.steps)]
     if result.report:
         lines.append(f"report: {result.report}")
-    _reply_of_chain(result.nodes, lines, as_json, {"report": result.report})
+    _reply_of_chain(result.steps, lines, as_json, {"report": result.report})
 
 
 @app.command()
@@ -116,14 +111,15 @@ def run(
     ray: Ray = None,
     as_json: AsJson = False,
 ) -> None:
-    """Run a chain of stages; run again to go on, finished nodes are skipped."""
-    from launch.chain import load_chain
-    from launch.conductor import Conductor, only_one
+    """Run a chain of steps; run again to resume, finished steps are skipped."""
+    from launch.chain.graph import load_chain
+    from launch.chain.runner import ChainRunner, only_one
+    from launch.display import open_display
     from launch.stopping import StopRequest
 
     loaded = load_chain(chain, overrides or [], work=work, store=store)
-    with StopRequest().on_signals() as stop, only_one(loaded.places.work):
-        results = Conductor(loaded, stop=stop, say=_say, ray_address=ray).run(redo or [])
+    with StopRequest().on_signals() as stop, only_one(loaded.folders.work), open_display() as display:
+        results = ChainRunner(loaded, stop=stop, display=display, ray_address=ray).run(redo or [])
     _reply_of_chain(results, [f"{r.name:<24} {r.state:<12} {r.output}" for r in results.values()], as_json)
 
 
@@ -139,7 +135,7 @@ def prep(
     as_json: AsJson = False,
 ) -> None:
     """Build a data set of shards; run again to resume, or to append what the source has gained."""
-    from launch.node import run_prep
+    from launch.chain.kinds.prep import run_prep
     from launch.stopping import StopRequest
     from pipeline.config import load
 
@@ -189,41 +185,39 @@ def index(
 def train(
     config: Annotated[str, typer.Argument(help="The run's YAML file, or a run directory to go on with.")],
     overrides: Overrides = None,
-    workers: Annotated[
+    ranks: Annotated[
         str | None,
         typer.Option(
             metavar="N|MIN:MAX",
-            help="Processes on each node, or over all nodes as many as fit; default: one per GPU, without GPUs one.",
+            help="Ranks on each machine, or over all machines as many as fit; default: one per GPU, without GPUs one.",
         ),
     ] = None,
-    nodes: Annotated[int, typer.Option(min=1, help="Machines.")] = 1,
-    cpus_per_worker: Annotated[
-        int | None, typer.Option(min=1, help="Cores for each process; default: all, shared out equally.")
+    machines: Machines = 1,
+    cpus_per_rank: Annotated[
+        int | None, typer.Option(min=1, help="Cores for each rank; default: a machine's, shared out equally.")
     ] = None,
     exclude: Annotated[
-        list[str] | None, typer.Option("--exclude", metavar="NODE", help="A node not to use: Ray's id, or address.")
+        list[str] | None, typer.Option("--exclude", metavar="MACHINE", help="One not to use: Ray's id, or address.")
     ] = None,
     ray: Ray = None,
-    no_ray: Annotated[bool, typer.Option("--no-ray", help="Start the processes from here, on this machine.")] = False,
+    no_ray: Annotated[bool, typer.Option("--no-ray", help="Start the ranks from here, on this machine.")] = False,
     as_json: AsJson = False,
+    workers: Annotated[str | None, typer.Option("--workers", hidden=True)] = None,  # former names of options
+    nodes: FormerMachines = None,
+    cpus_per_worker: Annotated[int | None, typer.Option(min=1, hidden=True)] = None,
 ) -> None:
     """Train one stage; the same command resumes it."""
-    from launch.single import train_one
     from launch.stopping import StopRequest
+    from launch.train import Where, train_one
+    from launch.workers.placement import PlacementRequest, parse_ranks
 
+    written = ranks or workers
+    request = PlacementRequest(
+        nodes or machines, None if written is None else parse_ranks(written), cpus_per_rank or cpus_per_worker
+    )
+    where = Where(request, ray, not no_ray, exclude or [])
     with StopRequest().on_signals() as stop:
-        result = train_one(
-            config,
-            overrides or [],
-            workers=workers,
-            nodes=nodes,
-            cpus_per_worker=cpus_per_worker,
-            ray_address=ray,
-            use_ray=not no_ray,
-            excluded=exclude or [],
-            stop=stop,
-            say=_say,
-        )
+        result = train_one(config, overrides or [], where, stop=stop, say=_say)
     lines = [f"{result.status} at step {result.step} ({result.samples} samples): {result.run}"]
     _reply(result._asdict(), lines, as_json, code=0 if result.status == "done" else Stopped.exit_code)
 
@@ -244,15 +238,17 @@ def verify(
 def plan(
     config: Annotated[str, typer.Argument(help="A run's, a data set's or a chain's YAML file.")],
     overrides: Overrides = None,
-    workers: Annotated[int | None, typer.Option(min=1, help="Processes on each node.")] = None,
-    nodes: Annotated[int, typer.Option(min=1, help="Machines.")] = 1,
+    ranks: Annotated[int | None, typer.Option(min=1, help="Ranks on each machine.")] = None,
+    machines: Machines = 1,
     work: Work = None,
     as_json: AsJson = False,
+    workers: Annotated[int | None, typer.Option(min=1, hidden=True)] = None,  # former names of options
+    nodes: FormerMachines = None,
 ) -> None:
     """Show what a configuration comes to on this machine; runs nothing."""
     from launch.plan import plan_of
 
-    document, lines = plan_of(config, overrides or [], workers=workers, nodes=nodes, work=work)
+    document, lines = plan_of(config, overrides or [], ranks=ranks or workers, machines=nodes or machines, work=work)
     _reply(document, lines, as_json)
 
 
@@ -457,14 +453,14 @@ def _reply(document: dict[str, Any], lines: list[str], as_json: bool, *, code: i
 
 
 def _reply_of_chain(
-    results: dict[str, NodeResult], lines: list[str], as_json: bool, extra: dict[str, Any] | None = None
+    results: dict[str, StepResult], lines: list[str], as_json: bool, extra: dict[str, Any] | None = None
 ) -> NoReturn:
-    from launch.conductor import exit_code, results_document
+    from launch.chain.records import exit_code, results_document
 
     for result in results.values():
         if result.state == "failed":
             _say(f"{result.name}: {result.error}")
-    _reply({**(extra or {}), "nodes": results_document(results)}, lines, as_json, code=exit_code(results))
+    _reply({**(extra or {}), "steps": results_document(results)}, lines, as_json, code=exit_code(results))
 
 
 def _print_reply(reply: _Reply, as_json: bool) -> int:
@@ -477,7 +473,7 @@ def _print_reply(reply: _Reply, as_json: bool) -> int:
 
 
 def _print_error(error: UserError, as_json: bool) -> int:
-    from launch.attempts import error_document
+    from launch.workers.attempts import error_document
 
     _say(str(error))
     if as_json:

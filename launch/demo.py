@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-from launch.chain import Chain, load_chain
-from launch.conductor import Conductor, NodeResult, Say, only_one
+from launch.chain.graph import Chain, load_chain
+from launch.chain.records import StepResult
+from launch.chain.runner import ChainRunner, only_one
+from launch.display import Display
 from launch.progress import headline
 from launch.s3_server import S3Server, find_rclone
 from launch.stopping import StopRequest
@@ -19,40 +21,38 @@ from pipeline import storage
 BUCKET = "vitrail-demo"
 
 
+class DemoOptions(NamedTuple):
+    """What a demo is to be like."""
+
+    work: str | None = None  # where everything is kept; None: demo, or demo/quick, demo/own, demo/own_quick
+    quick: bool = False  # shorter, smaller runs, which show the way but teach little
+    data: str | None = None  # a person's own table of pairs (a file, a folder or a URL) instead of rendered scenes
+    overrides: Sequence[str] = ()  # "a.b=c" changes to the chain
+    redo: Sequence[str] = ()  # steps to do over
+    ray_address: str | None = None
+
+
 class DemoResult(NamedTuple):
     """What came of a demo."""
 
-    nodes: dict[str, NodeResult]
+    steps: dict[str, StepResult]
     report: str | None  # where the report is, once it has been written
 
 
-def run_demo(
-    *,
-    work: str | None,
-    quick: bool,
-    data: str | None,
-    overrides: Sequence[str],
-    redo: Sequence[str],
-    ray_address: str | None,
-    stop: StopRequest,
-    say: Say,
-) -> DemoResult:
-    """Run the demo's chain in folder `work`, going on where an earlier command stopped.
-
-    Args:
-        work: where everything is kept; None: demo, or demo/quick, demo/own, demo/own_quick.
-        quick: shorter, smaller runs, which show the way but teach little.
-        data: a person's own table of pairs (a file, a folder or a URL) instead of rendered scenes.
-        overrides: "a.b=c" changes to the chain.
+def run_demo(options: DemoOptions, *, stop: StopRequest, display: Display) -> DemoResult:
+    """Run the demo's chain in its folder, resuming where an earlier command stopped.
 
     Raises:
         UserError: the folder is in use, the configuration is wrong, or another `--data`/`--quick` was begun in it.
     """
-    variant = _variant(quick, data)
-    folder = Path(work) if work is not None else Path("demo") / variant if variant != "demo" else Path("demo")
-    with only_one(folder), _object_store(folder, say, wanted=not _is_remote(data)) as store:
-        chain = load_demo(work=folder, store=store, quick=quick, data=data, overrides=overrides)
-        results = Conductor(chain, stop=stop, say=say, ray_address=ray_address).run(redo)
+    variant, data = _variant(options.quick, options.data), options.data
+    folder = Path("demo") if variant == "demo" else Path("demo") / variant
+    if options.work is not None:
+        folder = Path(options.work)
+    with only_one(folder), _object_store(folder, display.line, wanted=not _is_remote(data)) as store:
+        chain = load_demo(work=folder, store=store, quick=options.quick, data=data, overrides=options.overrides)
+        runner = ChainRunner(chain, stop=stop, display=display, ray_address=options.ray_address)
+        results = runner.run(options.redo)
     report = results.get("report")
     written = report.summary.get("report") if report is not None else None
     return DemoResult(results, str(written) if written else None)
@@ -62,12 +62,12 @@ def load_demo(*, work: Path, store: str, quick: bool, data: str | None, override
     """The chain that the demo's options ask for."""
     if data is not None:
         pairs = data if _is_remote(data) else str(Path(data).resolve())
-        overrides = [f"nodes.pairs.config.source.url={json.dumps(pairs)}", *overrides]
+        overrides = [f"steps.pairs.config.source.url={json.dumps(pairs)}", *overrides]
     return load_chain(f"configs/demo/{_variant(quick, data)}.yaml", overrides, work=str(work), store=store)
 
 
-def key_figures(results: dict[str, NodeResult]) -> list[tuple[str, str, float]]:
-    """(node, figure, value) of the main things the nodes measured, in the chain's order."""
+def key_figures(results: dict[str, StepResult]) -> list[tuple[str, str, float]]:
+    """(step, figure, value) of the main things the steps measured, in the chain's order."""
     rows: list[tuple[str, str, float]] = []
     for name, result in results.items():
         figures = headline(result.summary.get("figures", {}))
@@ -86,7 +86,7 @@ def _is_remote(data: str | None) -> bool:
 
 
 @contextmanager
-def _object_store(work: Path, say: Say, *, wanted: bool) -> Iterator[str]:
+def _object_store(work: Path, say: Callable[[str], None], *, wanted: bool) -> Iterator[str]:
     """An S3 bucket of our own, reachable through this process's environment, or a plain folder instead.
 
     Args:

@@ -11,11 +11,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from launch.cluster import available_cores
 from launch.s3_server import find_rclone
 from launch.worker import set_defaults
 from pipeline import storage
 from pipeline.errors import StorageError, UserError
+from pipeline.machine import available_cores
 
 _PACKAGES = ("torch", "torchvision", "deepspeed", "ray", "open_clip_torch", "s3fs", "timm")
 
@@ -109,7 +109,7 @@ def _ray() -> Finding:
     address = os.environ.get("RAY_ADDRESS")
     if not address:
         return Finding("ray", "RAY_ADDRESS isn't set: commands start one of their own")
-    from launch import cluster
+    from launch import ray_cluster as cluster
 
     try:
         joined = cluster.connect(address)

@@ -6,20 +6,20 @@ import contextlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from launch.chain import Chain, load_chain
-from launch.cluster import available_cores
-from launch.conductor import state_of
+from launch.chain.graph import Chain, load_chain
+from launch.chain.records import StepRecords
 from launch.worker import set_defaults
 from pipeline import config as configs
 from pipeline.config import Document
 from pipeline.errors import ConfigError, UserError
+from pipeline.machine import available_cores
 from pipeline.train.config import TrainConfig
 
 if TYPE_CHECKING:
     from pipeline.data.order.mixture import Source
     from pipeline.stages.base import LabelUse
 
-Told = tuple[dict[str, Any], list[str]]
+Plan = tuple[dict[str, Any], list[str]]  # as a document, and as lines for people
 
 # Bytes per parameter. Under bf16: the bf16 copy and its gradient (2 + 2), and the fp32 master with AdamW's two moments
 # (12). Under fp32: weights, gradient and moments (4 + 4 + 8). ZeRO 1 shares the optimizer's part among the ranks, 2 the
@@ -30,30 +30,30 @@ _STATE_BYTES = {
 }
 
 
-def plan_of(path: str, overrides: Sequence[str], *, workers: int | None, nodes: int, work: str | None) -> Told:
+def plan_of(path: str, overrides: Sequence[str], *, ranks: int | None, machines: int, work: str | None) -> Plan:
     """The resolved view of a chain, a training run or a data set build, as a document and as lines.
 
     Raises:
         ConfigError: the file is wrong, or it is none of the three.
     """
     document = configs.load(path, overrides)
-    if "nodes" in document:
+    if document.keys() & {"steps", "nodes"}:
         return _plan_chain(load_chain(path, overrides, work=work))
     if "stage" in document:
-        return plan_training(document, where=path, workers=workers, nodes=nodes)
+        return plan_training(document, where=path, ranks=ranks, machines=machines)
     if "source" in document:
         from data_prep.config import PrepConfig
 
         config = configs.validate(PrepConfig, document, where=path)
         return {"kind": "prep", **config.model_dump(mode="json")}, configs.dump(config).splitlines()
     raise ConfigError(
-        "neither a chain (`nodes`), a training run (`stage`) nor a data set (`source`)",
+        "neither a chain (`steps`), a training run (`stage`) nor a data set (`source`)",
         where=path,
         fix="name one of configs/chains, configs/pretrain, configs/finetune or configs/prep",
     )
 
 
-def plan_training(document: Document, *, where: str, workers: int | None, nodes: int) -> Told:
+def plan_training(document: Document, *, where: str, ranks: int | None, machines: int) -> Plan:
     """Steps, batch shares and memory of a training run."""
     set_defaults()
     import torch
@@ -64,7 +64,7 @@ def plan_training(document: Document, *, where: str, workers: int | None, nodes:
 
     config = configs.validate(TrainConfig, document, where=where)
     gpus = torch.cuda.device_count()
-    world_size = nodes * (workers or gpus or 1)
+    world_size = machines * (ranks or gpus or 1)
     resolved = resolve(config, World(0, world_size, 0), torch.device("cuda" if gpus else "cpu"))
     cls = stage_class(config.stage)
     options = configs.validate(cls.options_class, config.options, where=config.name, prefix="options")
@@ -174,18 +174,19 @@ def _count_parameters(
     return (total, sum(count for name, count in counts if stage.trainable(name))), ""
 
 
-def _plan_chain(chain: Chain) -> Told:
-    nodes: dict[str, Any] = {}
-    lines = [f"work folder {chain.places.work}, data and checkpoints in {chain.places.store}"]
-    for node in chain.nodes.values():
-        state = state_of(chain, node.name)
-        nodes[node.name] = {"kind": node.kind, "state": state, "after": sorted(node.after), "output": node.output}
+def _plan_chain(chain: Chain) -> Plan:
+    steps: dict[str, Any] = {}
+    records = StepRecords(chain.folders.work)
+    lines = [f"work folder {chain.folders.work}, data and checkpoints in {chain.folders.store}"]
+    for step in chain.steps.values():
+        state = records.state_of(step.name)
+        steps[step.name] = {"kind": step.kind, "state": state, "after": sorted(step.after), "output": step.output}
         detail = ""
-        if node.kind == "train":
-            config = configs.validate(TrainConfig, node.document, where=node.where)
+        if step.kind == "train":
+            config = configs.validate(TrainConfig, step.document, where=step.where)
             detail = f"{config.stage}, {config.length_samples} samples in batches of {config.data.global_batch}"
-            detail += f", {node.workers or 'all'} worker(s)"
-            nodes[node.name] |= {"stage": config.stage, "length_samples": config.length_samples}
-        after = f"after {', '.join(sorted(node.after))}" if node.after else ""
-        lines.append("  ".join(filter(None, [f"{node.name:<24} {node.kind:<7} {state:<9}", detail, after])))
-    return {"kind": "chain", "nodes": nodes, "cores": available_cores()}, lines
+            detail += f", {step.request.ranks or 'default'} rank(s)"
+            steps[step.name] |= {"stage": config.stage, "length_samples": config.length_samples}
+        after = f"after {', '.join(sorted(step.after))}" if step.after else ""
+        lines.append("  ".join(filter(None, [f"{step.name:<24} {step.kind:<7} {state:<9}", detail, after])))
+    return {"kind": "chain", "steps": steps, "cores": available_cores()}, lines

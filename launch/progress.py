@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from pipeline.errors import UserError
 from pipeline.run_dir import RunDir
@@ -22,15 +22,15 @@ _HEADLINES = (
 )
 
 
-class AttemptTeller:
-    """Notices when a run enters a new attempt."""
+class AttemptWatcher:
+    """Notices when a run begins a new attempt."""
 
     def __init__(self, run_url: str) -> None:
         self._run = RunDir(run_url)
         self._known = self._run.status().get("attempt")
 
-    def news(self) -> str:
-        """What a new attempt started from; "" when there is none since the last call."""
+    def newly_begun(self) -> str:
+        """What a new attempt started from; "" when none has begun since the last call."""
         status = self._run.status()
         attempt = status.get("attempt")
         if attempt is None or attempt == self._known:
@@ -39,24 +39,33 @@ class AttemptTeller:
         return f"attempt {attempt}, from {status.get('resumed_from', 'scratch')}"
 
 
-def training_progress(run_url: str) -> str:
-    """One line such as "step 120, 30720 of 122880 samples, loss 0.612, 410 samples/s"; "" before there is any."""
+class Progress(NamedTuple):
+    """How far something is."""
+
+    text: str = ""  # "" before there is anything to say
+    done: int = 0
+    total: int = 0  # 0 where it isn't known
+
+
+def training_progress(run_url: str) -> Progress:
+    """Samples trained on so far, and a line such as "step 120, 30720 of 122880 samples, loss 0.612, 410 samples/s"."""
     try:
         run = RunDir(run_url)
         status = run.status()
         metrics = run.metrics()
     except (FileNotFoundError, ValueError, UserError):
-        return ""
+        return Progress()
     trained = [line for line in metrics if line.get("kind") == "train"]
     if not trained:
-        return ""
+        return Progress()
     last = trained[-1]
-    parts = [f"step {last['step']}", f"{last['samples']} of {status.get('length_samples', '?')} samples"]
+    length = int(status.get("length_samples", 0))
+    parts = [f"step {last['step']}", f"{last['samples']} of {length or '?'} samples"]
     if "loss" in last:
         parts.append(f"loss {last['loss']:.4g}")
     if "samples_per_s" in last:
         parts.append(f"{last['samples_per_s']:.0f} samples/s")
-    return ", ".join(parts)
+    return Progress(", ".join(parts), int(last["samples"]), length)
 
 
 def figures_of(run_url: str) -> dict[str, float]:

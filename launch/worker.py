@@ -11,12 +11,10 @@ from __future__ import annotations
 
 import argparse
 import faulthandler
-import glob
 import json
 import logging
 import os
 import signal
-import socket
 import sys
 import tempfile
 import traceback
@@ -30,6 +28,7 @@ from launch.parent import watch_parent
 from pipeline import config as configs
 from pipeline import storage
 from pipeline.errors import ConfigError, Stopped, UserError
+from pipeline.machine import free_port, has_gpu
 from pipeline.train.config import TrainConfig
 
 log = logging.getLogger("vitrail")
@@ -112,17 +111,7 @@ def set_defaults() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if "RANK" not in os.environ:
         place = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
-        os.environ.update(place)
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            os.environ["MASTER_PORT"] = str(probe.getsockname()[1])
-
-
-def has_gpu() -> bool:
-    """Whether there is an NVIDIA device that this process may use, without importing torch."""
-    if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
-        return False
-    return bool(glob.glob("/dev/nvidia[0-9]*"))
+        os.environ.update(place, MASTER_PORT=str(free_port()))
 
 
 def _train(config: TrainConfig, signals: _Signals) -> tuple[int, dict[str, Any]]:
@@ -152,7 +141,7 @@ def _end_late(message: str) -> None:
 
 
 def _refused(error: UserError) -> tuple[int, dict[str, Any]]:
-    from launch.attempts import error_document
+    from launch.workers.attempts import error_document
 
     # Under an agent the driver prints the message, once for all ranks.
     if "VITRAIL_OUTCOME" not in os.environ and os.environ.get("RANK", "0") == "0":

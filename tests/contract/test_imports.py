@@ -19,6 +19,7 @@ PACKAGES = ("pipeline", "data_prep", "launch", "configs", "benchmarks")
 # A room may import its own level and the levels before it. `stages` may not see `convert`, and so on.
 DIRECTION: tuple[tuple[str, ...], ...] = (
     ("pipeline.errors",),
+    ("pipeline.machine",),
     ("pipeline.config",),
     ("pipeline.storage",),
     ("pipeline.pages",),
@@ -40,6 +41,7 @@ LEVEL = {room: level for level, rooms in enumerate(DIRECTION) for room in rooms}
 # What data_prep may use of the library: all but these two files stop at pipeline.data.
 DATA_PREP_ROOMS = (
     "pipeline.errors",
+    "pipeline.machine",
     "pipeline.config",
     "pipeline.storage",
     "pipeline.pages",
@@ -217,7 +219,7 @@ def test_a_planted_breach_is_found(importer: str, source: str, word: str) -> Non
         ("pipeline.train.engine.deepspeed_setup", "import deepspeed"),
         ("pipeline.run_dir", "from pipeline.storage import Entry, read"),
         ("data_prep.partitions", "import ray"),
-        ("launch.agents", "import ray"),
+        ("launch.workers.agent", "import ray"),
         ("launch.cli", "from data_prep.build import build"),
         ("pipeline.models.trunk.vit", "import torch\nfrom pipeline.models.trunk.position import sincos"),
         ("pipeline.train.track", "from torch.utils.tensorboard import SummaryWriter"),

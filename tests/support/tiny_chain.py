@@ -69,9 +69,9 @@ def mae_config(num_steps: int, **settings: Any) -> dict[str, Any]:
     }
 
 
-def write_chain(folder: Path, nodes: dict[str, Any]) -> Path:
+def write_chain(folder: Path, steps: dict[str, Any]) -> Path:
     path = folder / "chain.yaml"
-    path.write_text(yaml.safe_dump({"nodes": nodes}, sort_keys=False))
+    path.write_text(yaml.safe_dump({"steps": steps}, sort_keys=False))
     return path
 
 

@@ -14,10 +14,12 @@ import pytest
 import yaml
 from PIL import Image
 
-from launch.attempts import JobFailedError
-from launch.chain import load_chain
-from launch.conductor import Conductor, NodeResult, exit_code, only_one
+from launch.chain.graph import load_chain
+from launch.chain.records import StepResult, exit_code
+from launch.chain.runner import ChainRunner, only_one
+from launch.progress import Progress
 from launch.stopping import StopRequest
+from launch.workers.attempts import JobFailedError
 from pipeline.data.manifest import read_manifest
 from pipeline.errors import ConfigError, DataError, ResourceError
 
@@ -45,17 +47,26 @@ def build(url: Path | str, **settings: Any) -> dict[str, Any]:
 class Runner:
     """Runs a chain file again and again, as the command would."""
 
-    def __init__(self, folder: Path, nodes: dict[str, Any]) -> None:
+    def __init__(self, folder: Path, steps: dict[str, Any]) -> None:
         self.folder = folder
         self.path = folder / "chain.yaml"
-        self.path.write_text(yaml.safe_dump({"nodes": nodes}))
+        self.path.write_text(yaml.safe_dump({"steps": steps}))
         self.said: list[str] = []
         self.stop = StopRequest()
 
-    def run(self, *overrides: str, redo: tuple[str, ...] = ()) -> dict[str, NodeResult]:
+    def line(self, text: str) -> None:
+        self.said.append(text)
+
+    def progress(self, name: str, progress: Progress) -> None:
+        pass
+
+    def end(self, name: str) -> None:
+        pass
+
+    def run(self, *overrides: str, redo: tuple[str, ...] = ()) -> dict[str, StepResult]:
         chain = load_chain(str(self.path), overrides, work=str(self.folder / "work"))
         with self.stop.on_signals():
-            return Conductor(chain, stop=self.stop, say=self.said.append).run(redo)
+            return ChainRunner(chain, stop=self.stop, display=self).run(redo)
 
     def states(self, *overrides: str, redo: tuple[str, ...] = ()) -> dict[str, str]:
         return {name: result.state for name, result in self.run(*overrides, redo=redo).items()}
@@ -65,7 +76,7 @@ def two_builds(table: Path) -> dict[str, Any]:
     return {"first": build(table), "second": {**build(table, seed=1), "after": ["first"]}}
 
 
-def test_nodes_run_in_order_and_are_skipped_once_finished(table: Path, tmp_path: Path) -> None:
+def test_steps_run_in_order_and_are_skipped_once_finished(table: Path, tmp_path: Path) -> None:
     runner = Runner(tmp_path, two_builds(table))
     results = runner.run()
     assert [r.state for r in results.values()] == ["done", "done"]
@@ -79,27 +90,27 @@ def test_nodes_run_in_order_and_are_skipped_once_finished(table: Path, tmp_path:
     assert again["first"].summary == json.loads(json.dumps(results["first"].summary))
 
 
-def test_a_node_that_changed_since_is_refused_until_it_is_done_over(table: Path, tmp_path: Path) -> None:
+def test_a_step_that_changed_since_is_refused_until_it_is_done_over(table: Path, tmp_path: Path) -> None:
     runner = Runner(tmp_path, two_builds(table))
     runner.run()
     manifest = tmp_path / "work/store/data/first/train/manifest.json"
     before = manifest.stat().st_mtime_ns
     with pytest.raises(ConfigError, match=r"'first' was finished with another configuration.*--redo first"):
-        runner.run("nodes.first.set.shard.samples=5")
+        runner.run("steps.first.set.shard.samples=5")
     assert manifest.stat().st_mtime_ns == before
-    assert runner.states("nodes.first.set.shard.samples=5", redo=("first",)) == {"first": "done", "second": "done"}
+    assert runner.states("steps.first.set.shard.samples=5", redo=("first",)) == {"first": "done", "second": "done"}
     assert len(read_manifest(str(manifest.parent)).shards) == 2
 
 
-def test_a_node_that_failed_before_it_wrote_anything_may_be_mended(table: Path, tmp_path: Path) -> None:
+def test_a_step_that_failed_before_it_wrote_anything_may_be_mended(table: Path, tmp_path: Path) -> None:
     runner = Runner(tmp_path, two_builds(table))
     wrong = str(tmp_path / "paris.csv")
-    assert runner.states(f"nodes.first.set.source.url={wrong}") == {"first": "failed", "second": "not started"}
+    assert runner.states(f"steps.first.set.source.url={wrong}") == {"first": "failed", "second": "not started"}
     assert runner.states() == {"first": "done", "second": "done"}
 
 
-def test_doing_over_an_unknown_node_is_refused(table: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"no node 'frist'.*first, second"):
+def test_doing_over_an_unknown_step_is_refused(table: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"no step 'frist'.*first, second"):
         Runner(tmp_path, two_builds(table)).run(redo=("frist",))
 
 
@@ -119,9 +130,9 @@ def test_an_error_stops_what_builds_on_it_and_keeps_its_message(table: Path, tmp
     assert runner.states() == {"good": "skipped", "bad": "done", "out": "done"}
 
 
-def test_a_killed_process_fails_its_node_and_the_next_run_goes_on(table: Path, tmp_path: Path) -> None:
+def test_a_killed_process_fails_its_step_and_the_next_run_goes_on(table: Path, tmp_path: Path) -> None:
     runner = Runner(tmp_path, {"first": build(table)})
-    killer = threading.Thread(target=_kill_node_process)
+    killer = threading.Thread(target=_kill_child)
     killer.start()
     results = runner.run()
     killer.join()
@@ -134,7 +145,7 @@ def test_a_killed_process_fails_its_node_and_the_next_run_goes_on(table: Path, t
 
 def test_a_stop_request_ends_with_75_and_the_next_run_goes_on(table: Path, tmp_path: Path) -> None:
     runner = Runner(tmp_path, two_builds(table))
-    asker = threading.Thread(target=lambda: (_wait_for_node_process(), runner.stop.request()))
+    asker = threading.Thread(target=lambda: (_wait_for_child(), runner.stop.request()))
     asker.start()
     results = runner.run()
     asker.join()
@@ -151,17 +162,17 @@ def test_two_commands_in_one_folder_do_not_meet(tmp_path: Path) -> None:
         pass
 
 
-def _wait_for_node_process() -> psutil.Process:
+def _wait_for_child() -> psutil.Process:
     for _ in range(1000):
         for child in psutil.Process().children():
             try:
-                if "launch.node" in child.cmdline():
+                if "launch.chain.child" in child.cmdline():
                     return child
             except psutil.Error:
                 continue
         time.sleep(0.01)
-    raise AssertionError("no node process was started")
+    raise AssertionError("no child process was started")
 
 
-def _kill_node_process() -> None:
-    _wait_for_node_process().kill()
+def _kill_child() -> None:
+    _wait_for_child().kill()

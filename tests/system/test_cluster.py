@@ -76,7 +76,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_two_nodes_train_together_in_the_drivers_folder(nodes: RayNodes, place: Path) -> None:
-    several = ["--nodes", "2", "--workers", "1"]
+    several = ["--machines", "2", "--ranks", "1"]
     command = Command(
         "train", "mae.yaml", *several, "--ray", nodes.address, "--json", cwd=place, environment=nodes.environment
     )
@@ -85,7 +85,7 @@ def test_two_nodes_train_together_in_the_drivers_folder(nodes: RayNodes, place: 
     assert answer["step"] == 6
     assert yaml.safe_load((place / "runs/two/resolved.yaml").read_text())["world_size"] == 2
 
-    alone = Command("train", "mae.yaml", "name=alone", "--no-ray", "--workers", "2", "--json", cwd=place)
+    alone = Command("train", "mae.yaml", "name=alone", "--no-ray", "--ranks", "2", "--json", cwd=place)
     code, calm = alone.finish()
     assert code == 0, alone.said
     assert calm["weights_sha256"] == answer["weights_sha256"]
@@ -96,7 +96,7 @@ def test_more_nodes_than_there_are_is_refused_with_the_shortfall(nodes: RayNodes
         "train",
         "mae.yaml",
         "name=three",
-        "--nodes",
+        "--machines",
         "3",
         "--ray",
         nodes.address,
@@ -105,7 +105,7 @@ def test_more_nodes_than_there_are_is_refused_with_the_shortfall(nodes: RayNodes
     )
     code, _ = command.finish()
     assert code == 2
-    assert "missing 3 nodes, of which there are 2" in command.said
+    assert "missing 3 machines, of which there are 2" in command.said
     assert "Traceback" not in command.said
 
 

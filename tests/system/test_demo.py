@@ -15,9 +15,9 @@ TRAINED = (
     *("probe", "probe_random", "probe_pixels"),
 )
 SHORTER = [
-    "nodes.scenes.set={num_train: 320, num_validation: 40, num_heldout: 80}",
-    *(f"nodes.{node}.set.{key}" for node in TRAINED for key in ("data.global_batch=64", "length_samples=640")),
-    *(f"nodes.{node}.set.checkpoint.every_samples=128" for node in TRAINED),
+    "steps.scenes.set={num_train: 320, num_validation: 40, num_heldout: 80}",
+    *(f"steps.{step}.set.{key}" for step in TRAINED for key in ("data.global_batch=64", "length_samples=640")),
+    *(f"steps.{step}.set.checkpoint.every_samples=128" for step in TRAINED),
 ]
 
 
@@ -51,9 +51,9 @@ def test_the_demo_goes_on_after_a_kill_and_ends_with_a_report(tmp_path: Path, co
     assert code == 0, said
     assert "finished before: scenes, pairs" in said
     assert "mae: attempt 2, from checkpoint at step" in said
-    assert {node["state"] for node in answer["nodes"].values()} == {"done", "skipped"}
-    assert set(answer["nodes"]) == {"scenes", "pairs", *TRAINED, "report"}
-    assert "heldout/zeroshot_top1" in answer["nodes"]["flip_tune"]["summary"]["figures"]
+    assert {step["state"] for step in answer["steps"].values()} == {"done", "skipped"}
+    assert set(answer["steps"]) == {"scenes", "pairs", *TRAINED, "report"}
+    assert "heldout/zeroshot_top1" in answer["steps"]["flip_tune"]["summary"]["figures"]
     page = Path(tmp_path, answer["report"]).read_text()
     for title in ("Linear probe, top-1", "Zero-shot classification, top-1", "Fine-tuned classification, top-1"):
         assert title in page
@@ -62,17 +62,17 @@ def test_the_demo_goes_on_after_a_kill_and_ends_with_a_report(tmp_path: Path, co
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_the_demo_runs_on_a_persons_own_photos(tmp_path: Path, photos: Path, commands: list[Command]) -> None:
-    shorter = [f"nodes.{node}.set.length_samples=320" for node in ("mae", "flip", "flip_tune")]
+    shorter = [f"steps.{step}.set.length_samples=320" for step in ("mae", "flip", "flip_tune")]
     commands.append(demo(tmp_path, "--data", str(photos), *shorter))
     code, answer = commands[0].finish(timeout_s=800)
     assert code == 0, commands[0].said
-    assert answer["nodes"]["pairs"]["summary"]["written"] == 100
-    assert "heldout/retrieval_i2t_r1" in answer["nodes"]["flip_tune"]["summary"]["figures"]
+    assert answer["steps"]["pairs"]["summary"]["written"] == 100
+    assert "heldout/retrieval_i2t_r1" in answer["steps"]["flip_tune"]["summary"]["figures"]
     assert Path(tmp_path, answer["report"]).is_file()
 
 
 def test_two_demos_in_one_folder_do_not_meet(tmp_path: Path) -> None:
-    from launch.conductor import only_one
+    from launch.chain.runner import only_one
 
     with only_one(tmp_path / "here"):
         command = demo(tmp_path)

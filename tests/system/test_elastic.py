@@ -77,7 +77,7 @@ def test_a_lost_node_costs_a_worker_and_no_sample_and_its_return_brings_it_back(
     (place / "elastic.yaml").write_text(yaml.safe_dump(document))
     run = RunDir(f"{document['runs']}/elastic")
     checkpoints = Path(run.checkpoints_url)
-    command = Command("train", "elastic.yaml", "--workers", "1:3", "--ray", cluster.address, "--json", cwd=place)
+    command = Command("train", "elastic.yaml", "--ranks", "1:3", "--ray", cluster.address, "--json", cwd=place)
     try:
         wait_for(lambda: len(commits(checkpoints)) >= 1, "a checkpoint of three workers")
         assert run.status()["world_size"] == 3
@@ -95,7 +95,7 @@ def test_a_lost_node_costs_a_worker_and_no_sample_and_its_return_brings_it_back(
     assert code == 0, command.said
     num_steps = NUM_EPOCHS * NUM_SAMPLES // GLOBAL_BATCH
     assert (answer["status"], answer["step"]) == ("done", num_steps)
-    assert "room for 3 workers instead of 2: saving, to start again" in command.said
+    assert "room for 3 ranks instead of 2: saving, to start again" in command.said
     assert "is being drained: saving, to start again" in command.said
     assert [line["step"] for line in run.metrics() if line["kind"] == "train"] == list(range(1, num_steps + 1))
     check_samples(place, num_steps)

@@ -28,11 +28,11 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a chain: pairs -> MAE on two ranks with ZeRO-2."""
     folder = tmp_path_factory.mktemp("kill")
     table = write_table(folder / "images")
-    nodes = {
+    steps = {
         "pairs": {"kind": "prep", "config": prep_config(table)},
         "mae": {"kind": "train", "workers": 2, "config": mae_config(NUM_STEPS)},
     }
-    write_chain(folder, nodes)
+    write_chain(folder, steps)
     return folder
 
 
@@ -41,7 +41,7 @@ def undisturbed(place: Path) -> str:
     """Digest of the weights that an undisturbed run ends with."""
     code, answer = Command("run", "chain.yaml", "--work", "calm", "--json", cwd=place).finish()
     assert code == 0
-    return str(answer["nodes"]["mae"]["summary"]["weights_sha256"])
+    return str(answer["steps"]["mae"]["summary"]["weights_sha256"])
 
 
 @pytest.fixture
@@ -79,9 +79,9 @@ def test_killed_ranks_and_drivers_change_nothing(place: Path, undisturbed: str, 
     assert code == 0, second.said
     assert "finished before: pairs" in second.said
     assert "mae: attempt 3, from checkpoint at step" in second.said
-    assert answer["nodes"]["pairs"]["state"] == "skipped"
-    assert answer["nodes"]["mae"]["summary"]["step"] == NUM_STEPS
-    assert answer["nodes"]["mae"]["summary"]["weights_sha256"] == undisturbed
+    assert answer["steps"]["pairs"]["state"] == "skipped"
+    assert answer["steps"]["mae"]["summary"]["step"] == NUM_STEPS
+    assert answer["steps"]["mae"]["summary"]["weights_sha256"] == undisturbed
 
 
 def test_sigterm_saves_and_ends_with_75_and_the_same_command_goes_on(
@@ -93,12 +93,12 @@ def test_sigterm_saves_and_ends_with_75_and_the_same_command_goes_on(
     commands[0].process.send_signal(SIGTERM)
     code, answer = commands[0].finish()
     assert code == 75, commands[0].said
-    assert answer["nodes"]["mae"]["state"] == "stopped"
+    assert answer["steps"]["mae"]["state"] == "stopped"
     saved = commits(checkpoints)[-1]
-    assert saved == answer["nodes"]["mae"]["summary"]["step"] < NUM_STEPS
+    assert saved == answer["steps"]["mae"]["summary"]["step"] < NUM_STEPS
 
     commands.append(Command("run", "chain.yaml", "--work", "gentle", "--json", cwd=place))
     code, answer = commands[1].finish()
     assert code == 0, commands[1].said
     assert f"from checkpoint at step {saved}" in commands[1].said
-    assert answer["nodes"]["mae"]["summary"]["weights_sha256"] == undisturbed
+    assert answer["steps"]["mae"]["summary"]["weights_sha256"] == undisturbed

@@ -108,7 +108,7 @@ def test_a_documented_command_exists_and_the_quick_ones_run(command: Command, gu
 @pytest.mark.parametrize(("kind", "name", "text"), list(guide_configurations()), ids=lambda value: value[:24])
 def test_a_documented_configuration_is_accepted(kind: str, name: str, text: str, guide_files: Path) -> None:
     from data_prep.config import PrepConfig
-    from launch.chain import load_chain
+    from launch.chain.graph import load_chain
     from pipeline.config import load, validate
     from pipeline.report.spec import ReportSpec
     from pipeline.stages import stage_class

@@ -85,7 +85,7 @@ def test_an_error_is_one_message_and_with_json_an_object_last_on_stdout(tmp_path
 
 
 def test_nothing_is_left_behind_by_a_command_that_was_refused(tmp_path: Path) -> None:
-    (tmp_path / "chain.yaml").write_text("nodes: {a: {kind: prepp}}\n")
+    (tmp_path / "chain.yaml").write_text("steps: {a: {kind: prepp}}\n")
     assert vitrail("run", "chain.yaml", cwd=tmp_path).returncode == 2
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["chain.yaml"]
 
@@ -99,10 +99,10 @@ def test_runs_in_an_empty_folder_are_none(tmp_path: Path) -> None:
 def test_a_chain_can_be_planned_without_running_anything(tmp_path: Path) -> None:
     told = vitrail("plan", "configs/demo/demo.yaml", "--json", cwd=tmp_path)
     assert told.returncode == 0, told.stderr
-    nodes = json.loads(told.stdout)["nodes"]
-    assert nodes["mae"]["stage"] == "mae"
-    assert nodes["mae"]["after"] == ["pairs"]
-    assert {node["state"] for node in nodes.values()} == {"new"}
+    steps = json.loads(told.stdout)["steps"]
+    assert steps["mae"]["stage"] == "mae"
+    assert steps["mae"]["after"] == ["pairs"]
+    assert {step["state"] for step in steps.values()} == {"new"}
     assert list(tmp_path.iterdir()) == []
 
 

@@ -74,13 +74,13 @@ def test_the_ablations_runs_cost_equally_or_see_equally_many_samples() -> None:
     costs: dict[str, float] = {}
     lengths: dict[str, int] = {}
     by_options: dict[str, float] = {}
-    for name, node in chain["nodes"].items():
-        if node["kind"] != "train":
+    for name, step in chain["steps"].items():
+        if step["kind"] != "train":
             continue
-        document = configs.load(node["config"])
-        changes = {key: value for key, value in node["set"].items() if key.startswith("options.")}
+        document = configs.load(step["config"])
+        changes = {key: value for key, value in step["set"].items() if key.startswith("options.")}
         options = document["options"] | {key.removeprefix("options."): value for key, value in changes.items()}
-        lengths[name] = node["set"].get("length_samples", document["length_samples"])
+        lengths[name] = step["set"].get("length_samples", document["length_samples"])
         schedule = options.get("mask_ratio", 0.0)
         parts = schedule if isinstance(schedule, list) else [{"from_samples": 0, "ratio": schedule}]
         ends = [*(part["from_samples"] for part in parts[1:]), lengths[name]]

@@ -1,6 +1,6 @@
 """One training job from the driver's side: attempts follow each other until it is done, stopped, or hopeless.
 
-An attempt is one life of a group of ranks. When a rank or an agent is lost the rest is ended and a new attempt starts,
+An attempt is one life of a worker group. When a rank or an agent is lost the rest is ended and a new attempt starts,
 which resumes from the newest valid checkpoint. Errors of the user end the job at once.
 """
 
@@ -12,9 +12,9 @@ import time
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
-from launch.agents import Exit
-from launch.crew import AgentLostError, Crew, Hire
 from launch.stopping import StopRequest
+from launch.workers.agent import RankExit
+from launch.workers.group import AgentLostError, Allocate, WorkerGroup
 from pipeline import errors
 from pipeline.config import Document
 from pipeline.run_dir import RunDir
@@ -22,9 +22,9 @@ from pipeline.run_dir import RunDir
 POLL_S = 0.2
 PAUSE_S = 1.0  # before a new attempt
 FAILURE_GRACE_S = 10.0  # for the peers of a dead rank, who usually fail at their next collective
-RESOURCE_WAIT_S = 600.0  # for lost nodes to be replaced
+RESOURCE_WAIT_S = 600.0  # for lost machines to be replaced
 RESOURCE_POLL_S = 2.0
-BLAMES = 2  # failures that came from a node before it is left out
+BLAMES = 2  # failures that came from a machine before it is left out
 DUMP_S = 2.0  # for ranks to print their stacks before they are ended
 STOP_GRACE_S = 300.0  # for saving a checkpoint after a stop request
 _LAST_WORDS = 20
@@ -47,13 +47,13 @@ class JobFailedError(Exception):
     """Attempts kept dying without getting any further."""
 
 
-class _End(NamedTuple):
+class AttemptEnd(NamedTuple):
     """How one attempt ended."""
 
     kind: Literal["done", "stopped", "moved", "failed"]
     outcome: dict[str, Any]
     reason: str = ""
-    node: str = ""  # that the failure came from
+    machine: str = ""  # that the failure came from
 
 
 def run_training(
@@ -61,7 +61,7 @@ def run_training(
     *,
     where: str,
     run_url: str,
-    hire: Hire,
+    allocate: Allocate,
     stop: StopRequest,
     on_line: OnLine,
     max_fruitless: int = 3,
@@ -69,25 +69,26 @@ def run_training(
     """Run a training configuration until it is done or asked to stop.
 
     Args:
-        document: the configuration, as the workers are to get it.
+        document: the configuration, as the ranks get it.
         where: the file it came from, for messages.
         run_url: its run directory, watched for progress.
+        allocate: brings the ranks' processes together, anew for each attempt.
         on_line: gets the ranks' output and the driver's own remarks (rank -1).
         max_fruitless: attempts in a row that may end without getting any further; progress renews the budget.
 
     Raises:
-        UserError: as the workers raised it, or no resources to run on.
+        UserError: as the ranks raised it, or no resources to run on.
         JobFailedError: `max_fruitless` attempts in a row died without progress.
     """
     fruitless, furthest, number = 0, _step_reached(run_url), 0
     blamed: collections.Counter[str] = collections.Counter()
     while True:
         number += 1
-        excluded = [node for node, times in blamed.items() if times >= BLAMES]
-        crew = _hire(hire, excluded, stop, on_line, patient=number > 1)
-        if crew is None:
+        excluded = [machine for machine, times in blamed.items() if times >= BLAMES]
+        group = _allocate_patiently(allocate, excluded, stop, on_line, patient=number > 1)
+        if group is None:
             return TrainResult("stopped", run_url, max(furthest, 0), 0, number - 1, None)
-        end = _run_attempt(crew, document, where, stop, on_line)
+        end = _run_attempt(group, document, where, stop, on_line)
         if end.kind == "moved":
             on_line(-1, f"saved at step {int(end.outcome.get('step', 0))}, since {end.reason}; starting again")
             continue
@@ -103,10 +104,10 @@ def run_training(
         reached = _step_reached(run_url)
         fruitless = 0 if reached > furthest else fruitless + 1
         furthest = max(reached, furthest)
-        if end.node:
-            blamed[end.node] += 1
-            if blamed[end.node] == BLAMES:
-                on_line(-1, f"node {end.node[:12]} failed {BLAMES} times and isn't used any more")
+        if end.machine:
+            blamed[end.machine] += 1
+            if blamed[end.machine] == BLAMES:
+                on_line(-1, f"machine {end.machine[:12]} failed {BLAMES} times and isn't used any more")
         if fruitless >= max_fruitless:
             raise JobFailedError(f"{fruitless} attempts in a row got no further than step {furthest}; {end.reason}")
         on_line(-1, f"attempt {number} ended at step {max(reached, 0)}: {end.reason}; starting again")
@@ -114,43 +115,45 @@ def run_training(
             return TrainResult("stopped", run_url, max(reached, 0), 0, number, None)
 
 
-def _hire(hire: Hire, excluded: list[str], stop: StopRequest, on_line: OnLine, *, patient: bool) -> Crew | None:
-    """A crew; None when a stop was requested while waiting for one.
+def _allocate_patiently(
+    allocate: Allocate, excluded: list[str], stop: StopRequest, on_line: OnLine, *, patient: bool
+) -> WorkerGroup | None:
+    """A worker group; None when a stop was requested while waiting for one.
 
-    A request that can't be met is refused at once, but a run that has been going waits for nodes to come back.
+    A request that can't be met is refused at once, but a run that was under way waits for machines to come back.
     """
     deadline = time.monotonic() + RESOURCE_WAIT_S
-    told = ""
+    reported = ""
     while True:
         try:
-            return hire(excluded)
+            return allocate(excluded)
         except errors.ResourceError as error:
             if not patient or time.monotonic() > deadline:
                 raise
-            excluded = []  # a doubtful node is better than none
-            if str(error) != told:
-                told = str(error)
+            excluded = []  # a doubtful machine is better than none
+            if str(error) != reported:
+                reported = str(error)
                 on_line(-1, f"waiting up to {RESOURCE_WAIT_S / 60:.0f} min for resources: {error.what}")
         if stop.wait(RESOURCE_POLL_S):
             return None
 
 
-def _run_attempt(crew: Crew, document: Document, where: str, stop: StopRequest, on_line: OnLine) -> _End:
-    watch = _Watch(crew, stop, on_line)
+def _run_attempt(group: WorkerGroup, document: Document, where: str, stop: StopRequest, on_line: OnLine) -> AttemptEnd:
+    watch = AttemptMonitor(group, stop, on_line)
     try:
-        crew.start(document, where)
+        group.start(document, where)
         return watch.until_end()
     except AgentLostError as error:
-        return _End("failed", {}, f"lost an agent ({error})")
+        return AttemptEnd("failed", {}, f"lost an agent ({error})")
     finally:
-        crew.dismiss()
+        group.release()
 
 
-class _Watch:
+class AttemptMonitor:
     """Follows one attempt to its end, passing on stop requests and ending what a dead rank leaves behind."""
 
-    def __init__(self, crew: Crew, stop: StopRequest, on_line: OnLine) -> None:
-        self._crew = crew
+    def __init__(self, group: WorkerGroup, stop: StopRequest, on_line: OnLine) -> None:
+        self._group = group
         self._stop = stop
         self._on_line = on_line
         self._deadline: float | None = None
@@ -158,14 +161,14 @@ class _Watch:
         self._ending = False
         self._moving = ""
         self._dumped_until = 0.0  # the ranks are given time to print their stacks
-        self._first_failures: list[Exit] = []
+        self._first_failures: list[RankExit] = []
         self._last_words: dict[int, collections.deque[str]] = collections.defaultdict(
             lambda: collections.deque(maxlen=_LAST_WORDS)
         )
 
-    def until_end(self) -> _End:
+    def until_end(self) -> AttemptEnd:
         while True:
-            reports = self._crew.poll()
+            reports = self._group.poll()
             for report in reports:
                 for rank, line in report.lines:
                     self._last_words[rank].append(line)
@@ -177,13 +180,13 @@ class _Watch:
             if failures and not self._first_failures:
                 self._first_failures = failures
                 if any("hang" in e.outcome for e in failures):
-                    self._crew.dump_stacks()
+                    self._group.dump_stacks()
                     self._dumped_until = time.monotonic() + DUMP_S
             if self._first_failures and not self._ending and time.monotonic() >= self._dumped_until:
                 self._ending = True
                 self._end_soon(FAILURE_GRACE_S)
             if not (self._stopping or self._moving or self._first_failures):
-                self._moving = self._crew.wants_change()
+                self._moving = self._group.reason_to_move()
                 if self._moving:
                     self._on_line(-1, f"{self._moving}: saving, to start again")
                     self._end_soon(STOP_GRACE_S)
@@ -198,35 +201,35 @@ class _Watch:
     def _end_soon(self, grace_s: float) -> None:
         deadline = time.monotonic() + grace_s
         self._deadline = min(deadline, self._deadline or deadline)
-        self._crew.terminate()
+        self._group.terminate()
 
     def _kill_rest(self) -> None:
-        self._crew.kill()
+        self._group.kill()
         if not self._first_failures:
             self._on_line(-1, f"ranks didn't stop within {STOP_GRACE_S:.0f} s and were killed")
 
-    def _judge(self, exits: list[Exit]) -> _End:
+    def _judge(self, exits: list[RankExit]) -> AttemptEnd:
         failures = self._first_failures or [e for e in exits if e.code not in (0, 75)]
         by_rank = {e.rank: e.outcome for e in exits}
         outcome = by_rank.get(0, {})
         if not failures:
             if self._deadline is not None and not exits:
-                return _End("failed", {}, "ranks were killed while stopping")
+                return AttemptEnd("failed", {}, "ranks were killed while stopping")
             if any(e.code == 75 for e in exits):
-                return _End("stopped" if self._stopping or not self._moving else "moved", outcome, self._moving)
-            return _End("done", outcome)
+                return AttemptEnd("stopped" if self._stopping or not self._moving else "moved", outcome, self._moving)
+            return AttemptEnd("done", outcome)
         user_error = next((e.outcome["error"] for e in failures if e.code == 2 and "error" in e.outcome), None)
         if user_error is not None and all(e.code > 0 for e in failures):
             raise rebuild_error(user_error)
         worst = min(failures, key=lambda e: (e.code > 0, e.rank))  # one that was killed explains its peers' errors
-        node = self._crew.node_of(worst.rank)
+        machine = self._group.machine_of(worst.rank)
         hang = next((e for e in failures if "hang" in e.outcome), None)
         if hang is not None:
-            return _End("failed", outcome, f"rank {hang.rank} found the run hanging: {hang.outcome['hang']}")
+            return AttemptEnd("failed", outcome, f"rank {hang.rank} found the run hanging: {hang.outcome['hang']}")
         for line in self._last_words[worst.rank] if worst.code > 0 else ():
             self._on_line(-1, f"  rank {worst.rank}: {line}")
-        on = f" on node {node[:12]}" if node else ""
-        return _End("failed", outcome, f"rank {worst.rank}{on} {describe_exit(worst.code)}", node)
+        on = f" on machine {machine[:12]}" if machine else ""
+        return AttemptEnd("failed", outcome, f"rank {worst.rank}{on} {describe_exit(worst.code)}", machine)
 
 
 def describe_exit(code: int) -> str:

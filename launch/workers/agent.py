@@ -1,7 +1,7 @@
-"""An agent starts a node's share of a training job as processes of their own, and watches them.
+"""An agent starts one machine's ranks of a training job, each a process of its own, and watches them.
 
 Ranks are plain `python -m launch.worker` processes, so signals, logs, core dumps and stack dumps work as anywhere
-else. An agent is an ordinary object; `launch.crew` puts one on every node as a Ray actor.
+else. An agent is an ordinary object; `launch.workers.group` puts one on every machine as a Ray actor.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -22,11 +21,13 @@ from typing import IO, Any, NamedTuple
 
 import yaml
 
+from pipeline.machine import free_port
+
 _MAX_PENDING_LINES = 10_000  # a driver that doesn't poll must not fill the agent's memory
 
 
-class Group(NamedTuple):
-    """A whole training job, as every agent is told it."""
+class JobSpec(NamedTuple):
+    """What every agent needs to know of a training job."""
 
     document: dict[str, Any]  # the training configuration
     where: str  # the file it came from, for messages
@@ -37,7 +38,7 @@ class Group(NamedTuple):
     folder: str  # the driver's working directory, which relative paths refer to
 
 
-class Exit(NamedTuple):
+class RankExit(NamedTuple):
     """How one rank ended."""
 
     rank: int
@@ -45,15 +46,15 @@ class Exit(NamedTuple):
     outcome: dict[str, Any]  # what it wrote about itself, {} when it couldn't
 
 
-class Report(NamedTuple):
-    """News of one agent since the last poll."""
+class AgentReport(NamedTuple):
+    """What happened on one machine since the last poll."""
 
     lines: list[tuple[int, str]]  # (rank, line of output)
-    exits: list[Exit]  # of all its ranks that have ended
+    exits: list[RankExit]  # of all its ranks that have ended
     num_running: int
 
 
-class _Rank(NamedTuple):
+class _RankProcess(NamedTuple):
     rank: int
     process: subprocess.Popen[str]
     reader: threading.Thread
@@ -61,28 +62,26 @@ class _Rank(NamedTuple):
 
 
 class Agent:
-    """Runs ranks [first_rank, first_rank + num_ranks) of a group on this machine."""
+    """Runs ranks [first_rank, first_rank + num_ranks) of a job on this machine."""
 
     def __init__(self) -> None:
         self._folder = Path(tempfile.mkdtemp(prefix="vitrail-agent-"))
-        self._ranks: list[_Rank] = []
+        self._ranks: list[_RankProcess] = []
         self._lines: collections.deque[tuple[int, str]] = collections.deque(maxlen=_MAX_PENDING_LINES)
 
-    def meeting_point(self) -> tuple[str, int]:
-        """Address and free port at which rank 0 here can be reached by ranks on other nodes."""
-        with socket.socket() as probe:
-            probe.bind(("", 0))
-            return _own_address(), int(probe.getsockname()[1])
+    def rendezvous(self) -> tuple[str, int]:
+        """Address and free port at which rank 0 on this machine can be reached by ranks on others."""
+        return _machine_address(), free_port("")
 
     def node_id(self) -> str:
-        """Ray's id of this node; "" without Ray."""
+        """Ray's id of this machine; "" without Ray."""
         ray = sys.modules.get("ray")
         return "" if ray is None or not ray.is_initialized() else str(ray.get_runtime_context().get_node_id())
 
-    def start(self, group: Group, first_rank: int, num_ranks: int) -> None:
+    def start(self, job: JobSpec, first_rank: int, num_ranks: int) -> None:
         """Start the processes; returns at once."""
         config = self._folder / "config.yaml"
-        config.write_text(yaml.safe_dump(group.document, sort_keys=False, allow_unicode=True), encoding="utf-8")
+        config.write_text(yaml.safe_dump(job.document, sort_keys=False, allow_unicode=True), encoding="utf-8")
         for local_rank in range(num_ranks):
             rank = first_rank + local_rank
             outcome = self._folder / f"outcome-{rank}.json"
@@ -90,23 +89,23 @@ class Agent:
             environment = {
                 **os.environ,
                 "RANK": str(rank),
-                "WORLD_SIZE": str(group.world_size),
+                "WORLD_SIZE": str(job.world_size),
                 "LOCAL_RANK": str(local_rank),
                 "LOCAL_WORLD_SIZE": str(num_ranks),
-                "MASTER_ADDR": group.master_address,
-                "MASTER_PORT": str(group.master_port),
-                "OMP_NUM_THREADS": str(group.threads),
+                "MASTER_ADDR": job.master_address,
+                "MASTER_PORT": str(job.master_port),
+                "OMP_NUM_THREADS": str(job.threads),
                 "PYTHONUNBUFFERED": "1",
                 "VITRAIL_PARENT": str(os.getpid()),
                 "VITRAIL_OUTCOME": str(outcome),
             }
-            if group.world_size == num_ranks:
+            if job.world_size == num_ranks:
                 # All ranks are on this machine: keep gloo from looking for, and listening on, outer interfaces.
                 environment.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
             process = subprocess.Popen(
-                [sys.executable, "-m", "launch.worker", str(config), "--where", group.where],
+                [sys.executable, "-m", "launch.worker", str(config), "--where", job.where],
                 env=environment,
-                cwd=group.folder if os.path.isdir(group.folder) else None,
+                cwd=job.folder if os.path.isdir(job.folder) else None,
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
@@ -117,21 +116,21 @@ class Agent:
             assert process.stdout is not None
             reader = threading.Thread(target=self._read, args=(rank, process.stdout), daemon=True)
             reader.start()
-            self._ranks.append(_Rank(rank, process, reader, outcome))
+            self._ranks.append(_RankProcess(rank, process, reader, outcome))
 
-    def poll(self) -> Report:
+    def poll(self) -> AgentReport:
         """Output since the last call, and which ranks have ended."""
-        exits: list[Exit] = []
+        exits: list[RankExit] = []
         for rank in self._ranks:
             code = rank.process.poll()
             if code is not None:
                 rank.reader.join(timeout=2)  # its last words; a grandchild may hold the pipe open
-                exits.append(Exit(rank.rank, code, _read_outcome(rank.outcome_path)))
+                exits.append(RankExit(rank.rank, code, _read_outcome(rank.outcome_path)))
         lines: list[tuple[int, str]] = []
         with contextlib.suppress(IndexError):
             while True:
                 lines.append(self._lines.popleft())
-        return Report(lines, exits, len(self._ranks) - len(exits))
+        return AgentReport(lines, exits, len(self._ranks) - len(exits))
 
     def terminate(self) -> None:
         """Ask every rank to save and stop."""
@@ -179,8 +178,8 @@ def _read_outcome(path: Path) -> dict[str, Any]:
     return dict(outcome)
 
 
-def _own_address() -> str:
-    """The node's address as Ray knows it; the loopback without Ray."""
+def _machine_address() -> str:
+    """The machine's address as Ray knows it; the loopback without Ray."""
     ray = sys.modules.get("ray")
     if ray is None or not ray.is_initialized():
         return "127.0.0.1"

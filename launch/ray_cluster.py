@@ -15,7 +15,9 @@ import subprocess
 import sys
 from typing import NamedTuple
 
+from launch.workers.placement import Machine
 from pipeline.errors import ResourceError
+from pipeline.machine import available_cores, num_gpus
 
 _CONNECT_TIMEOUT_S = 10.0
 _OBJECT_STORE_BYTES = 256 << 20  # agents pass text; preparation passes URLs and counts
@@ -84,10 +86,32 @@ def disconnect() -> None:
         reaper.wait()
 
 
-def available_cores() -> int:
-    """Cores this process may use: its CPU affinity where the system has that."""
-    affinity = getattr(os, "sched_getaffinity", None)
-    return len(affinity(0)) if affinity else os.cpu_count() or 1
+def machines() -> list[Machine]:
+    """Every machine of the cluster that is alive, with all it has; Ray calls them nodes."""
+    import ray
+
+    nodes = ray.nodes()  # type: ignore[no-untyped-call]
+    return [Machine(n["NodeID"], n["Resources"], n["NodeManagerAddress"]) for n in nodes if n["Alive"]]
+
+
+def free_machines() -> list[Machine]:
+    """Every machine that is alive, with what isn't taken."""
+    from ray._private import state  # the public call gives the sum over machines only
+
+    free = state.available_resources_per_node()  # type: ignore[no-untyped-call]
+    return [machine._replace(resources=dict(free.get(machine.id, {}))) for machine in machines()]
+
+
+def draining() -> list[str]:
+    """Ids of machines that are about to leave."""
+    from ray._private import state
+
+    return list(state.state.get_draining_nodes())
+
+
+def this_machine() -> Machine:
+    """What this machine grants the process, without Ray."""
+    return Machine("", {"CPU": float(available_cores()), "GPU": float(num_gpus())}, "127.0.0.1")
 
 
 def _embed(num_cpus: int) -> None:

@@ -1,15 +1,15 @@
-"""A chain: a graph of stages, with data preparation and the report as nodes too, read from one YAML file.
+"""A chain: a graph of steps (data preparation, training, evaluation, reports), read from one YAML file.
 
-    nodes:
+    steps:
       pairs: {kind: prep, config: configs/prep/pairs.yaml}
-      mae:   {kind: train, config: configs/pretrain/mae.yaml, workers: 2, set: {data.train: "@pairs/train"}}
+      mae:   {kind: train, config: configs/pretrain/mae.yaml, ranks: 2, set: {data.train: "@pairs/train"}}
 
-A string "@node" or "@node/suffix" stands for the other node's output (a data set folder, a run directory) and puts
-this node after it. With `matrix: {seed: [0, 1, 2]}` at the top, a node that lists `matrix: [seed]` is run once per
-value, as `node-seed0` and so on; "$seed" is the value, "@node" of such a node means the one with the same values, and
+A string "@step" or "@step/suffix" stands for the other step's output (a data set folder, a run directory) and puts
+this step after it. With `matrix: {seed: [0, 1, 2]}` at the top, a step that lists `matrix: [seed]` is run once per
+value, as `step-seed0` and so on; "$seed" is the value, "@step" of such a step means the one with the same values, and
 a list of all of them where the reader isn't in the matrix itself.
 
-This module reads and checks; `launch.conductor` runs.
+This module reads and checks; `launch.chain.runner` runs. What kinds of steps there are stands in `launch.chain.kinds`.
 """
 
 from __future__ import annotations
@@ -23,99 +23,92 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from pydantic import Field, PositiveInt
 
+from launch.chain.kinds import step_kind
+from launch.chain.kinds.base import ChainFolders, StepKind
+from launch.workers.placement import PlacementRequest
 from pipeline import config as configs
-from pipeline import storage
 from pipeline.config import Config, Document
 from pipeline.errors import ConfigError
 
-Kind = Literal["scenes", "prep", "train", "report"]
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 _REFERENCE = re.compile(r"@([A-Za-z0-9][A-Za-z0-9_-]*)(/.*)?")
 
 
-class NodeConfig(Config):
-    """One node of a chain as its file gives it."""
+class StepConfig(Config):
+    """One step of a chain as its file gives it."""
 
-    kind: Kind
+    renamed: ClassVar[Mapping[str, str]] = {
+        "workers": "ranks",
+        "nodes": "machines",
+        "cpus_per_worker": "cpus_per_rank",
+    }
+
+    kind: str  # a name in launch.chain.kinds.KINDS
     config: str | dict[str, Any] = {}  # a YAML file, or the document itself
     set: dict[str, Any] = {}  # differences; keys may be dotted
-    workers: PositiveInt | tuple[PositiveInt, PositiveInt] | None = None
-    """Ranks on each node; [min, max] over all nodes, elastic; None: one per GPU, else one per core."""
-    nodes: int = Field(default=1, gt=0)  # machines
-    cpus_per_worker: int | None = Field(default=None, gt=0)  # None: the cores are shared out among the workers
-    matrix: tuple[str, ...] = ()  # axes this node is repeated over
-    after: tuple[str, ...] = ()  # nodes that must have finished, beside those referred to
+    ranks: PositiveInt | tuple[PositiveInt, PositiveInt] | None = None
+    """Ranks on each machine; [min, max] over all machines, elastic; None: one per GPU, or one where there are none."""
+    machines: int = Field(default=1, gt=0)
+    cpus_per_rank: int | None = Field(default=None, gt=0)  # None: a machine's cores are shared out among its ranks
+    matrix: tuple[str, ...] = ()  # axes this step is repeated over
+    after: tuple[str, ...] = ()  # steps that must have finished, beside those referred to
 
 
 class ChainConfig(Config):
     """A chain as its file gives it."""
 
-    nodes: dict[str, dict[str, Any]] = Field(min_length=1)  # each a NodeConfig
+    renamed: ClassVar[Mapping[str, str]] = {"nodes": "steps"}
+
+    steps: dict[str, dict[str, Any]] = Field(min_length=1)  # each a StepConfig
     matrix: dict[str, tuple[int | float | str, ...]] = {}
     work: str | None = None  # folder for runs, logs and what is finished; None: runs/<name of the file>
     store: str | None = None  # folder or s3:// prefix for data and checkpoints; None: <work>/store
 
 
-class Places(NamedTuple):
-    """Where a chain keeps things."""
-
-    work: Path
-    store: str
-
-    def output(self, kind: Kind, name: str) -> str:
-        """What "@name" stands for."""
-        if kind == "train":
-            return str(self.work / "runs" / name)
-        if kind == "report":
-            return str(self.work / name)
-        return storage.join(self.store, "raw" if kind == "scenes" else "data", name)
-
-
-class Node(NamedTuple):
-    """One node ready to be run: matrix expanded, references resolved."""
+class Step(NamedTuple):
+    """One step ready to be run: matrix expanded, references resolved."""
 
     name: str
-    kind: Kind
+    kind: str
     document: Document
     where: str
     output: str
     after: frozenset[str]
-    fingerprint: str  # of the configuration as written and those of all nodes before; not of places
-    workers: int | tuple[int, int] | None
-    nodes: int
-    cpus_per_worker: int | None
+    fingerprint: str  # of the configuration as written and those of all steps before; not of folders
+    request: PlacementRequest  # of a step that is trained by ranks
 
 
 class Chain(NamedTuple):
-    """The nodes in an order in which they could run."""
+    """The steps in an order in which they could run."""
 
-    nodes: dict[str, Node]
-    places: Places
+    steps: dict[str, Step]
+    folders: ChainFolders
     where: str
 
     def downstream(self, names: Iterable[str]) -> set[str]:
-        """The nodes named and all that build on them."""
+        """The steps named and all that build on them."""
         affected = set(names)
-        for node in self.nodes.values():
-            if node.after & affected:
-                affected.add(node.name)
+        for step in self.steps.values():
+            if step.after & affected:
+                affected.add(step.name)
         return affected
 
 
 class _Draft(NamedTuple):
-    """A node with its matrix values bound, references still open."""
+    """A step with its matrix values bound, references still open."""
 
     name: str
     base: str  # name in the file
-    config: NodeConfig
+    config: StepConfig
+    kind: StepKind
     values: dict[str, Any]
     document: Document
     where: str
-    named: frozenset[str]  # nodes referred to, as in the file
+    named: frozenset[str]  # steps referred to, as in the file
 
 
 def load_chain(path: str, overrides: Sequence[str] = (), *, work: str | None = None, store: str | None = None) -> Chain:
@@ -123,61 +116,62 @@ def load_chain(path: str, overrides: Sequence[str] = (), *, work: str | None = N
 
     Args:
         path: its YAML file, or a shipped one.
-        overrides: "a.b=c" changes to the file, e.g. "nodes.mae.set.length_samples=1000".
+        overrides: "a.b=c" changes to the file, e.g. "steps.mae.set.length_samples=1000".
         work, store: override the file's.
 
     Raises:
-        ConfigError: anything in it, or in a file it names, that is wrong: a cycle, an unknown node, a misspelt key.
+        ConfigError: anything in it, or in a file it names, that is wrong: a cycle, an unknown step, a misspelt key.
     """
     config = configs.validate(ChainConfig, configs.load(path, overrides), where=path)
     work_folder = Path(work or config.work or f"runs/{Path(path).stem}")
-    places = Places(work_folder, (store or config.store or str(work_folder / "store")).rstrip("/"))
+    folders = ChainFolders(work_folder, (store or config.store or str(work_folder / "store")).rstrip("/"))
     drafts = _expand(config, path)
     by_base: dict[str, list[_Draft]] = {}
     for draft in drafts.values():
         by_base.setdefault(draft.base, []).append(draft)
     order = _order(drafts, by_base, path)
-    nodes: dict[str, Node] = {}
+    steps: dict[str, Step] = {}
     for name in order:
-        nodes[name] = _resolve(drafts[name], by_base, nodes, places)
-    return Chain(nodes, places, path)
+        steps[name] = _resolve(drafts[name], by_base, steps, folders)
+    return Chain(steps, folders, path)
 
 
 def _expand(config: ChainConfig, path: str) -> dict[str, _Draft]:
     drafts: dict[str, _Draft] = {}
-    for base, written in config.nodes.items():
-        node = configs.validate(NodeConfig, written, where=path, prefix=f"nodes.{base}")
-        where = f"{path}: nodes.{base}"
+    for base, written in config.steps.items():
+        where = f"{path}: steps.{base}"
+        step = configs.validate(StepConfig, written, where=path, prefix=f"steps.{base}")
+        kind = step_kind(step.kind, where=f"{where}.kind")
         if not _NAME.fullmatch(base):
-            raise ConfigError("no valid node name", where=where, fix="use letters, digits, '-' and '_'")
-        for axis in node.matrix:
+            raise ConfigError("no valid step name", where=where, fix="use letters, digits, '-' and '_'")
+        for axis in step.matrix:
             if axis not in config.matrix:
                 raise ConfigError(
                     f"no axis {axis!r}", where=f"{where}.matrix", fix=_near(axis, config.matrix, "matrix")
                 )
-        raw, document_where = _document(node, path, where)
-        for values in itertools.product(*(config.matrix[axis] for axis in node.matrix)):
-            bound = dict(zip(node.matrix, values, strict=True))
+        raw, document_where = _document(step, path, where)
+        for values in itertools.product(*(config.matrix[axis] for axis in step.matrix)):
+            bound = dict(zip(step.matrix, values, strict=True))
             name = "-".join([base, *(f"{axis}{value}" for axis, value in bound.items())])
             document = _bind(raw, bound)
-            named = frozenset(_references(document)) | frozenset(node.after)
+            named = frozenset(_references(document)) | frozenset(step.after)
             for other in sorted(named):
-                if other not in config.nodes:
-                    raise ConfigError(f"no node {other!r}", where=where, fix=_near(other, config.nodes, "nodes"))
-            drafts[name] = _Draft(name, base, node, bound, document, document_where, named)
+                if other not in config.steps:
+                    raise ConfigError(f"no step {other!r}", where=where, fix=_near(other, config.steps, "steps"))
+            drafts[name] = _Draft(name, base, step, kind, bound, document, document_where, named)
     return drafts
 
 
-def _document(node: NodeConfig, path: str, where: str) -> tuple[Document, str]:
-    """The node's configuration with its differences, and what messages call it."""
-    if isinstance(node.config, str):
-        beside = Path(path).parent / node.config
-        source = str(beside) if beside.is_file() else node.config
+def _document(step: StepConfig, path: str, where: str) -> tuple[Document, str]:
+    """The step's configuration with its differences, and what messages call it."""
+    if isinstance(step.config, str):
+        beside = Path(path).parent / step.config
+        source = str(beside) if beside.is_file() else step.config
         document = configs.load(source)
-        where = f"{source} (as {where} sets it)" if node.set else source
+        where = f"{source} (as {where} sets it)" if step.set else source
     else:
-        document = node.config
-    for key, value in node.set.items():
+        document = step.config
+    for key, value in step.set.items():
         nested: Any = value
         for part in reversed(key.split(".")):
             nested = {part: nested}
@@ -195,7 +189,7 @@ def _order(drafts: Mapping[str, _Draft], by_base: Mapping[str, list[_Draft]], pa
     except CycleError as error:
         circle = " -> ".join(reversed(error.args[1]))
         raise ConfigError(
-            f"nodes wait for each other: {circle}", where=path, fix="remove one of the references"
+            f"steps wait for each other: {circle}", where=path, fix="remove one of the references"
         ) from None
     order: list[str] = []
     ready: list[tuple[int, str]] = []
@@ -209,7 +203,7 @@ def _order(drafts: Mapping[str, _Draft], by_base: Mapping[str, list[_Draft]], pa
 
 
 def _meant(draft: _Draft, base: str, by_base: Mapping[str, list[_Draft]]) -> list[_Draft]:
-    """The instances of node `base` that fit the draft's own matrix values."""
+    """The instances of step `base` that fit the draft's own matrix values."""
     return [
         other
         for other in by_base[base]
@@ -217,40 +211,33 @@ def _meant(draft: _Draft, base: str, by_base: Mapping[str, list[_Draft]]) -> lis
     ]
 
 
-def _resolve(draft: _Draft, by_base: Mapping[str, list[_Draft]], done: Mapping[str, Node], places: Places) -> Node:
-    kind = draft.config.kind
-    output = places.output(kind, draft.name)
-    document = _with_outputs(kind, draft.name, _substitute(draft, draft.document, by_base, done), places)
+def _resolve(
+    draft: _Draft, by_base: Mapping[str, list[_Draft]], done: Mapping[str, Step], folders: ChainFolders
+) -> Step:
     before = frozenset(other.name for base in draft.named for other in _meant(draft, base, by_base))
     config = draft.config
-    told = [kind, draft.document, config.workers, config.nodes, sorted(done[name].fingerprint for name in before)]
-    return Node(
+    document = draft.kind.complete(draft.name, _substitute(draft, draft.document, by_base, done), folders)
+    # What is hashed, and in which order, is a format: records of finished steps hold the result.
+    hashed = [
+        config.kind,
+        draft.document,
+        config.ranks,
+        config.machines,
+        sorted(done[name].fingerprint for name in before),
+    ]
+    return Step(
         name=draft.name,
-        kind=kind,
+        kind=config.kind,
         document=document,
         where=draft.where,
-        output=str(document["output"]) if kind == "prep" else output,
+        output=draft.kind.output(draft.name, document, folders),
         after=before,
-        fingerprint=hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()[:16],
-        workers=config.workers,
-        nodes=config.nodes,
-        cpus_per_worker=config.cpus_per_worker,
+        fingerprint=hashlib.sha256(json.dumps(hashed, sort_keys=True, default=str).encode()).hexdigest()[:16],
+        request=PlacementRequest(config.machines, config.ranks, config.cpus_per_rank),
     )
 
 
-def _with_outputs(kind: Kind, name: str, document: Document, places: Places) -> Document:
-    """Fill in where the node writes, unless its configuration says so itself."""
-    if kind == "prep":
-        return configs.merge({"output": places.output(kind, name)}, document)
-    if kind == "train":
-        defaults: Document = {"name": name, "runs": str(places.work / "runs")}
-        if storage.is_remote(places.store):
-            defaults["checkpoint"] = {"url": storage.join(places.store, "checkpoints", name)}
-        return {**configs.merge(defaults, document), "name": name, "runs": defaults["runs"]}
-    return document
-
-
-def _substitute(draft: _Draft, value: Any, by_base: Mapping[str, list[_Draft]], done: Mapping[str, Node]) -> Any:
+def _substitute(draft: _Draft, value: Any, by_base: Mapping[str, list[_Draft]], done: Mapping[str, Step]) -> Any:
     """`value` with every reference replaced by the output it stands for."""
     if isinstance(value, Mapping):
         return {key: _substitute(draft, item, by_base, done) for key, item in value.items()}
