@@ -280,7 +280,7 @@ def _kill_once(document: dict[str, Any]) -> tuple[float, float]:
     from launch.stopping import StopRequest
     from launch.workers.attempts import run_training
     from launch.workers.group import LocalWorkerGroup
-    from launch.workers.placement import Placement
+    from launch.workers.placement import RankPlacement
     from pipeline.run_dir import RunDir
     from pipeline.train.checkpoints.commits import find_commits
 
@@ -292,7 +292,7 @@ def _kill_once(document: dict[str, Any]) -> tuple[float, float]:
         kwargs={
             "where": "benchmark",
             "run_url": run_dir.url,
-            "allocate": lambda _: LocalWorkerGroup(Placement(1, 2)),
+            "allocate": lambda _: LocalWorkerGroup(RankPlacement(1, 2)),
             "stop": stop,
             "on_line": lambda rank, line: None,
         },

@@ -18,7 +18,7 @@ import typer
 from pipeline.errors import Stopped, UserError
 
 if TYPE_CHECKING:
-    from launch.chain.records import StepResult
+    from launch.chain.records import ChainStepResult
 
 app = typer.Typer(
     name="vitrail",
@@ -453,7 +453,7 @@ def _reply(document: dict[str, Any], lines: list[str], as_json: bool, *, code: i
 
 
 def _reply_of_chain(
-    results: dict[str, StepResult], lines: list[str], as_json: bool, extra: dict[str, Any] | None = None
+    results: dict[str, ChainStepResult], lines: list[str], as_json: bool, extra: dict[str, Any] | None = None
 ) -> NoReturn:
     from launch.chain.records import exit_code, results_document
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from launch.chain.graph import Chain, load_chain
-from launch.chain.records import StepResult
+from launch.chain.records import ChainStepResult
 from launch.chain.runner import ChainRunner, only_one
 from launch.display import Display
 from launch.progress import headline
@@ -35,7 +35,7 @@ class DemoOptions(NamedTuple):
 class DemoResult(NamedTuple):
     """What came of a demo."""
 
-    steps: dict[str, StepResult]
+    steps: dict[str, ChainStepResult]
     report: str | None  # where the report is, once it has been written
 
 
@@ -66,7 +66,7 @@ def load_demo(*, work: Path, store: str, quick: bool, data: str | None, override
     return load_chain(f"configs/demo/{_variant(quick, data)}.yaml", overrides, work=str(work), store=store)
 
 
-def key_figures(results: dict[str, StepResult]) -> list[tuple[str, str, float]]:
+def key_figures(results: dict[str, ChainStepResult]) -> list[tuple[str, str, float]]:
     """(step, figure, value) of the main things the steps measured, in the chain's order."""
     rows: list[tuple[str, str, float]] = []
     for name, result in results.items():

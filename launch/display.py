@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Protocol
 
-from launch.progress import Progress
+from launch.progress import StepProgress
 
 if TYPE_CHECKING:
     from rich.progress import TaskID
@@ -24,7 +24,7 @@ class Display(Protocol):
     def line(self, text: str) -> None:
         """Something worth keeping on the screen and in a log."""
 
-    def progress(self, name: str, progress: Progress) -> None:
+    def progress(self, name: str, progress: StepProgress) -> None:
         """How far a running step is."""
 
     def end(self, name: str) -> None:
@@ -42,7 +42,7 @@ class PlainDisplay:
     def line(self, text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
-    def progress(self, name: str, progress: Progress) -> None:
+    def progress(self, name: str, progress: StepProgress) -> None:
         now = time.monotonic()
         with self._lock:
             at, text = self._shown.setdefault(name, (now, progress.text))
@@ -80,7 +80,7 @@ class LiveDisplay:
     def line(self, text: str) -> None:
         self._bars.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
-    def progress(self, name: str, progress: Progress) -> None:
+    def progress(self, name: str, progress: StepProgress) -> None:
         with self._lock:
             if name not in self._tasks:
                 self._tasks[name] = self._bars.add_task(name, total=None, detail="")

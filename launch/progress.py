@@ -39,7 +39,7 @@ class AttemptWatcher:
         return f"attempt {attempt}, from {status.get('resumed_from', 'scratch')}"
 
 
-class Progress(NamedTuple):
+class StepProgress(NamedTuple):
     """How far something is."""
 
     text: str = ""  # "" before there is anything to say
@@ -47,17 +47,17 @@ class Progress(NamedTuple):
     total: int = 0  # 0 where it isn't known
 
 
-def training_progress(run_url: str) -> Progress:
+def training_progress(run_url: str) -> StepProgress:
     """Samples trained on so far, and a line such as "step 120, 30720 of 122880 samples, loss 0.612, 410 samples/s"."""
     try:
         run = RunDir(run_url)
         status = run.status()
         metrics = run.metrics()
     except (FileNotFoundError, ValueError, UserError):
-        return Progress()
+        return StepProgress()
     trained = [line for line in metrics if line.get("kind") == "train"]
     if not trained:
-        return Progress()
+        return StepProgress()
     last = trained[-1]
     length = int(status.get("length_samples", 0))
     parts = [f"step {last['step']}", f"{last['samples']} of {length or '?'} samples"]
@@ -65,7 +65,7 @@ def training_progress(run_url: str) -> Progress:
         parts.append(f"loss {last['loss']:.4g}")
     if "samples_per_s" in last:
         parts.append(f"{last['samples_per_s']:.0f} samples/s")
-    return Progress(", ".join(parts), int(last["samples"]), length)
+    return StepProgress(", ".join(parts), int(last["samples"]), length)
 
 
 def figures_of(run_url: str) -> dict[str, float]:

@@ -10,7 +10,7 @@ from launch.stopping import StopRequest
 from launch.worker import read_document
 from launch.workers.attempts import TrainResult, run_training
 from launch.workers.group import Allocate, LocalWorkerGroup, WorkerGroup, allocator
-from launch.workers.placement import Placement, PlacementRequest, placement_for
+from launch.workers.placement import PlacementRequest, RankPlacement, placement_for
 from pipeline import config as configs
 from pipeline.errors import ConfigError
 from pipeline.train.config import TrainConfig
@@ -59,7 +59,7 @@ def _on_this_machine(request: PlacementRequest, global_batch: int) -> Allocate:
     if request.machines != 1:
         raise ConfigError("several machines need Ray", where="--machines", fix="leave out --no-ray, or --machines")
     placement = placement_for(request, [ray_cluster.this_machine()], global_batch)
-    assert isinstance(placement, Placement)
+    assert isinstance(placement, RankPlacement)
 
     def allocate(excluded: Sequence[str]) -> WorkerGroup:
         return LocalWorkerGroup(placement)

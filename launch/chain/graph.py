@@ -69,7 +69,7 @@ class ChainConfig(Config):
     store: str | None = None  # folder or s3:// prefix for data and checkpoints; None: <work>/store
 
 
-class Step(NamedTuple):
+class ChainStep(NamedTuple):
     """One step ready to be run: matrix expanded, references resolved."""
 
     name: str
@@ -85,7 +85,7 @@ class Step(NamedTuple):
 class Chain(NamedTuple):
     """The steps in an order in which they could run."""
 
-    steps: dict[str, Step]
+    steps: dict[str, ChainStep]
     folders: ChainFolders
     where: str
 
@@ -130,7 +130,7 @@ def load_chain(path: str, overrides: Sequence[str] = (), *, work: str | None = N
     for draft in drafts.values():
         by_base.setdefault(draft.base, []).append(draft)
     order = _order(drafts, by_base, path)
-    steps: dict[str, Step] = {}
+    steps: dict[str, ChainStep] = {}
     for name in order:
         steps[name] = _resolve(drafts[name], by_base, steps, folders)
     return Chain(steps, folders, path)
@@ -212,8 +212,8 @@ def _meant(draft: _Draft, base: str, by_base: Mapping[str, list[_Draft]]) -> lis
 
 
 def _resolve(
-    draft: _Draft, by_base: Mapping[str, list[_Draft]], done: Mapping[str, Step], folders: ChainFolders
-) -> Step:
+    draft: _Draft, by_base: Mapping[str, list[_Draft]], done: Mapping[str, ChainStep], folders: ChainFolders
+) -> ChainStep:
     before = frozenset(other.name for base in draft.named for other in _meant(draft, base, by_base))
     config = draft.config
     document = draft.kind.complete(draft.name, _substitute(draft, draft.document, by_base, done), folders)
@@ -225,7 +225,7 @@ def _resolve(
         config.machines,
         sorted(done[name].fingerprint for name in before),
     ]
-    return Step(
+    return ChainStep(
         name=draft.name,
         kind=config.kind,
         document=document,
@@ -237,7 +237,7 @@ def _resolve(
     )
 
 
-def _substitute(draft: _Draft, value: Any, by_base: Mapping[str, list[_Draft]], done: Mapping[str, Step]) -> Any:
+def _substitute(draft: _Draft, value: Any, by_base: Mapping[str, list[_Draft]], done: Mapping[str, ChainStep]) -> Any:
     """`value` with every reference replaced by the output it stands for."""
     if isinstance(value, Mapping):
         return {key: _substitute(draft, item, by_base, done) for key, item in value.items()}

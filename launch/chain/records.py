@@ -13,7 +13,7 @@ from pipeline import storage
 from pipeline.errors import UserError
 
 
-class StepResult(NamedTuple):
+class ChainStepResult(NamedTuple):
     """What became of one step."""
 
     name: str
@@ -71,7 +71,7 @@ class StepRecords:
         return self.folder / f"{name}.json"
 
 
-def exit_code(results: Mapping[str, StepResult]) -> int:
+def exit_code(results: Mapping[str, ChainStepResult]) -> int:
     """Of the command that ran a chain: 0 done, 2 a user's error, 75 stopped, 1 anything else."""
     errors = [result.error for result in results.values() if result.state == "failed"]
     if errors:
@@ -79,7 +79,7 @@ def exit_code(results: Mapping[str, StepResult]) -> int:
     return 75 if any(result.state in ("stopped", "not started") for result in results.values()) else 0
 
 
-def results_document(results: Mapping[str, StepResult]) -> dict[str, Any]:
+def results_document(results: Mapping[str, ChainStepResult]) -> dict[str, Any]:
     """The results as JSON."""
     document = {}
     for name, result in results.items():

@@ -19,15 +19,15 @@ from typing import IO, Any, Literal
 
 from launch import ray_cluster
 from launch.chain.child import ChildRequest, run_child
-from launch.chain.graph import Chain, Step
+from launch.chain.graph import Chain, ChainStep
 from launch.chain.kinds import step_kind
-from launch.chain.records import StepRecord, StepRecords, StepResult, delete_tree
+from launch.chain.records import ChainStepResult, StepRecord, StepRecords, delete_tree
 from launch.display import Display
-from launch.progress import AttemptWatcher, Progress, figures_of, headline, training_progress
+from launch.progress import AttemptWatcher, StepProgress, figures_of, headline, training_progress
 from launch.stopping import StopRequest
 from launch.workers.attempts import JobFailedError, run_training
 from launch.workers.group import allocator
-from launch.workers.placement import ElasticPlacement, Placement, placement_for
+from launch.workers.placement import ElasticPlacement, RankPlacement, placement_for
 from pipeline import config as configs
 from pipeline import storage
 from pipeline.errors import ConfigError, ResourceError, UserError
@@ -55,11 +55,11 @@ class ChainRunner:
         self._ray_address = ray_address
         self._cluster: ray_cluster.Cluster | None = None
         self._records = StepRecords(chain.folders.work)
-        self._results: dict[str, StepResult] = {}
-        self._running: dict[str, Placement | None] = {}
-        self._ended: queue.Queue[StepResult] = queue.Queue()
+        self._results: dict[str, ChainStepResult] = {}
+        self._running: dict[str, RankPlacement | None] = {}
+        self._ended: queue.Queue[ChainStepResult] = queue.Queue()
 
-    def run(self, redo: Iterable[str] = ()) -> dict[str, StepResult]:
+    def run(self, redo: Iterable[str] = ()) -> dict[str, ChainStepResult]:
         """Run whatever isn't finished; call it in the main thread, with the chain's lock held.
 
         Args:
@@ -74,7 +74,7 @@ class ChainRunner:
             self._check_unchanged(step)
             record = self._records.read(name)
             if record is not None and record.state == "done":
-                self._results[name] = StepResult(name, "skipped", record.output, record.seconds, record.summary)
+                self._results[name] = ChainStepResult(name, "skipped", record.output, record.seconds, record.summary)
         if self._results:
             self._display.line(f"finished before: {', '.join(self._results)}")
         while True:
@@ -83,7 +83,7 @@ class ChainRunner:
                 break
             self._collect(self._ended.get())
         for name, step in self._chain.steps.items():
-            self._results.setdefault(name, StepResult(name, "not started", step.output))
+            self._results.setdefault(name, ChainStepResult(name, "not started", step.output))
         return {name: self._results[name] for name in self._chain.steps}
 
     def _start_ready(self) -> None:
@@ -96,13 +96,13 @@ class ChainRunner:
                 try:
                     self._connect()
                 except UserError as error:
-                    self._results[step.name] = StepResult(step.name, "failed", step.output, error=error)
+                    self._results[step.name] = ChainStepResult(step.name, "failed", step.output, error=error)
                     return
             placement = self._placement(step)
             if self._fits(placement):
                 self._start(step, placement)
 
-    def _is_ready(self, step: Step) -> bool:
+    def _is_ready(self, step: ChainStep) -> bool:
         return all(before in self._results for before in step.after)
 
     def _connect(self) -> None:
@@ -110,22 +110,22 @@ class ChainRunner:
         self._stop.take_signals()  # Ray put its own handlers in their place
         os.environ["RAY_ADDRESS"] = self._cluster.address  # for children
 
-    def _placement(self, step: Step) -> Placement | None:
+    def _placement(self, step: ChainStep) -> RankPlacement | None:
         """What a step's ranks take, an elastic one's at most; None for a step without ranks."""
         if not step_kind(step.kind).trained_by_ranks:
             return None
         wanted = placement_for(step.request, ray_cluster.machines(), self._global_batch(step))
         if isinstance(wanted, ElasticPlacement):
-            return Placement(1, wanted.maximum, wanted.cpus_per_rank, wanted.gpus_per_rank)
+            return RankPlacement(1, wanted.maximum, wanted.cpus_per_rank, wanted.gpus_per_rank)
         return wanted
 
     @staticmethod
-    def _global_batch(step: Step) -> int:
+    def _global_batch(step: ChainStep) -> int:
         data = step.document.get("data")
         batch = data.get("global_batch") if isinstance(data, dict) else None
         return batch if isinstance(batch, int) and batch > 0 else 1  # what is wrong with it is said by its validation
 
-    def _fits(self, placement: Placement | None) -> bool:
+    def _fits(self, placement: RankPlacement | None) -> bool:
         """Whether the step can run beside those that do; alone it may always try."""
         if not self._running:
             return True
@@ -136,16 +136,16 @@ class ChainRunner:
         gpus = sum(each.world_size * each.gpus_per_rank for each in placements)
         return cores <= self._cluster.num_cpus and gpus <= self._cluster.num_gpus
 
-    def _start(self, step: Step, placement: Placement | None) -> None:
+    def _start(self, step: ChainStep, placement: RankPlacement | None) -> None:
         verb = "starting" if self._records.read(step.name) is None else "resuming"
         self._display.line(f"{step.name}: {verb} ({step.kind})")
         self._records.write(step.name, StepRecord("started", step.fingerprint, step.output))
         self._running[step.name] = placement
         threading.Thread(target=self._run_step, args=(step,), name=step.name, daemon=True).start()
 
-    def _run_step(self, step: Step) -> None:
+    def _run_step(self, step: ChainStep) -> None:
         started = time.monotonic()
-        result = StepResult(step.name, "done", step.output)
+        result = ChainStepResult(step.name, "done", step.output)
         try:
             with self._records.log(step.name).open("a", encoding="utf-8") as log:
                 ranks = step_kind(step.kind).trained_by_ranks
@@ -158,7 +158,7 @@ class ChainRunner:
             sys.excepthook(type(error), error, error.__traceback__)
         self._ended.put(result._replace(seconds=time.monotonic() - started))
 
-    def _collect(self, result: StepResult) -> None:
+    def _collect(self, result: ChainStepResult) -> None:
         del self._running[result.name]
         self._results[result.name] = result
         step = self._chain.steps[result.name]
@@ -173,7 +173,7 @@ class ChainRunner:
             if others := ", ".join(self._running):
                 self._display.line(f"letting {others} finish; nothing else will be started")
 
-    def _train(self, step: Step, log: IO[str]) -> Ending:
+    def _train(self, step: ChainStep, log: IO[str]) -> Ending:
         config = configs.validate(TrainConfig, step.document, where=step.where)
         attempts = AttemptWatcher(config.run_url)
 
@@ -200,7 +200,7 @@ class ChainRunner:
             summary |= {"weights_sha256": result.weights_sha256, "figures": figures_of(config.run_url)}
         return result.status, summary
 
-    def _run_in_child(self, step: Step, log: IO[str]) -> Ending:
+    def _run_in_child(self, step: ChainStep, log: IO[str]) -> Ending:
         last_line = ""
 
         def on_line(line: str) -> None:
@@ -210,7 +210,7 @@ class ChainRunner:
             last_line = line.strip() or last_line
 
         request = ChildRequest(step.kind, step.document, step.where, step.output)
-        with self._shown(step.name, lambda: Progress(last_line)):
+        with self._shown(step.name, lambda: StepProgress(last_line)):
             ended = run_child(request, on_line=on_line, stop=self._stop)
         if ended.stopped:
             return "stopped", {}
@@ -219,7 +219,7 @@ class ChainRunner:
         return "done", ended.summary
 
     @contextmanager
-    def _shown(self, name: str, progress: Callable[[], Progress]) -> Iterator[None]:
+    def _shown(self, name: str, progress: Callable[[], StepProgress]) -> Iterator[None]:
         """Within the block, keep showing how far the step is."""
         ended = threading.Event()
 
@@ -236,7 +236,7 @@ class ChainRunner:
             shower.join(timeout=1)
             self._display.end(name)
 
-    def _check_unchanged(self, step: Step) -> None:
+    def _check_unchanged(self, step: ChainStep) -> None:
         record = self._records.read(step.name)
         if record is None or record.fingerprint == step.fingerprint:
             return
@@ -250,7 +250,7 @@ class ChainRunner:
             fix=f"undo the change, use another --work folder, or do it over with --redo {step.name}",
         )
 
-    def _has_output(self, step: Step) -> bool:
+    def _has_output(self, step: ChainStep) -> bool:
         places = step.output, storage.join(self._chain.folders.store, "checkpoints", step.name)
         return any(True for place in places for _ in storage.entries(place))
 

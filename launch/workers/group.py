@@ -13,8 +13,8 @@ from launch.workers.agent import Agent, AgentReport, JobSpec
 from launch.workers.placement import (
     ElasticPlacement,
     Machine,
-    Placement,
     PlacementRequest,
+    RankPlacement,
     check_feasible,
     check_fits,
     describe_placement,
@@ -63,7 +63,7 @@ class WorkerGroup(Protocol):
 class LocalWorkerGroup:
     """One agent in this process: no Ray."""
 
-    def __init__(self, placement: Placement) -> None:
+    def __init__(self, placement: RankPlacement) -> None:
         self._placement = placement
         self._agent = Agent()
 
@@ -109,7 +109,11 @@ class RayWorkerGroup:
     """
 
     def __init__(
-        self, wanted: Placement | ElasticPlacement, *, excluded: Sequence[str] = (), wait_s: float = PLACEMENT_WAIT_S
+        self,
+        wanted: RankPlacement | ElasticPlacement,
+        *,
+        excluded: Sequence[str] = (),
+        wait_s: float = PLACEMENT_WAIT_S,
     ) -> None:
         import ray
         from ray.util.placement_group import placement_group
@@ -212,7 +216,7 @@ class RayWorkerGroup:
         return f"there is room for {possible.world_size} ranks instead of {self._placement.world_size}"
 
     @property
-    def placement(self) -> Placement:
+    def placement(self) -> RankPlacement:
         """What the group's ranks take."""
         return self._placement
 
@@ -220,7 +224,7 @@ class RayWorkerGroup:
         number = rank // self._placement.ranks_per_machine
         return self._machine_ids[number] if self._placement.machines > 1 and number < len(self._machine_ids) else ""
 
-    def _largest_free(self, wanted: ElasticPlacement) -> Placement:
+    def _largest_free(self, wanted: ElasticPlacement) -> RankPlacement:
         """The largest placement that is free, after waiting a little for what ended jobs are still giving back."""
         deadline = time.monotonic() + SETTLE_S
         largest = fit(wanted, self._usable(ray_cluster.machines()))

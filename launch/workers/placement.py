@@ -19,7 +19,7 @@ class Machine(NamedTuple):
     address: str = ""
 
 
-class Placement(NamedTuple):
+class RankPlacement(NamedTuple):
     """How many ranks a job has, and what each takes."""
 
     machines: int
@@ -62,7 +62,7 @@ class PlacementRequest(NamedTuple):
 
 def placement_for(
     request: PlacementRequest, offered: Sequence[Machine], global_batch: int
-) -> Placement | ElasticPlacement:
+) -> RankPlacement | ElasticPlacement:
     """The placement a request comes to on these machines.
 
     A job on several machines has equally many ranks on each, so the weakest of the machines it will use decides: of
@@ -84,7 +84,7 @@ def placement_for(
     gpus = min((_amount(machine, "GPU") for machine in used), default=0)
     cores = min((_amount(machine, "CPU") for machine in used), default=1)
     ranks = request.ranks or gpus or 1
-    return Placement(request.machines, ranks, request.cpus_per_rank or max(1, cores // ranks), 1 if gpus else 0)
+    return RankPlacement(request.machines, ranks, request.cpus_per_rank or max(1, cores // ranks), 1 if gpus else 0)
 
 
 def _amount(machine: Machine, kind: str) -> int:
@@ -108,20 +108,20 @@ def parse_ranks(text: str) -> int | tuple[int, int]:
     )
 
 
-def fit(wanted: ElasticPlacement, machines: Sequence[Machine]) -> Placement | None:
+def fit(wanted: ElasticPlacement, machines: Sequence[Machine]) -> RankPlacement | None:
     """The largest world the machines hold now, on as few of them as do; None where it would be below the minimum."""
     room = sorted((_room(wanted, machine) for machine in machines), reverse=True)
-    best: Placement | None = None
+    best: RankPlacement | None = None
     for count, most in enumerate(room, start=1):
         for per_machine in range(1, most + 1):
             size = count * per_machine
             allowed = wanted.minimum <= size <= wanted.maximum and wanted.global_batch % size == 0
             if allowed and (best is None or size > best.world_size):
-                best = Placement(count, per_machine, wanted.cpus_per_rank, wanted.gpus_per_rank)
+                best = RankPlacement(count, per_machine, wanted.cpus_per_rank, wanted.gpus_per_rank)
     return best
 
 
-def check_fits(wanted: ElasticPlacement, machines: Sequence[Machine]) -> Placement:
+def check_fits(wanted: ElasticPlacement, machines: Sequence[Machine]) -> RankPlacement:
     """`fit`, or what is missing.
 
     Raises:
@@ -147,7 +147,7 @@ def check_fits(wanted: ElasticPlacement, machines: Sequence[Machine]) -> Placeme
     )
 
 
-def check_feasible(placement: Placement, machines: Sequence[Machine]) -> None:
+def check_feasible(placement: RankPlacement, machines: Sequence[Machine]) -> None:
     """Refuse at once what the cluster could never hold: Ray itself would wait for ever.
 
     Raises:
@@ -172,7 +172,7 @@ def check_feasible(placement: Placement, machines: Sequence[Machine]) -> None:
     )
 
 
-def describe_placement(placement: Placement) -> str:
+def describe_placement(placement: RankPlacement) -> str:
     """In words."""
     each = _each(placement.cpus_per_rank, placement.gpus_per_rank)
     return f"{placement.world_size} rank(s) on {placement.machines} machine(s), each rank with {each}"

@@ -15,9 +15,9 @@ import yaml
 from PIL import Image
 
 from launch.chain.graph import load_chain
-from launch.chain.records import StepResult, exit_code
+from launch.chain.records import ChainStepResult, exit_code
 from launch.chain.runner import ChainRunner, only_one
-from launch.progress import Progress
+from launch.progress import StepProgress
 from launch.stopping import StopRequest
 from launch.workers.attempts import JobFailedError
 from pipeline.data.manifest import read_manifest
@@ -57,13 +57,13 @@ class Runner:
     def line(self, text: str) -> None:
         self.said.append(text)
 
-    def progress(self, name: str, progress: Progress) -> None:
+    def progress(self, name: str, progress: StepProgress) -> None:
         pass
 
     def end(self, name: str) -> None:
         pass
 
-    def run(self, *overrides: str, redo: tuple[str, ...] = ()) -> dict[str, StepResult]:
+    def run(self, *overrides: str, redo: tuple[str, ...] = ()) -> dict[str, ChainStepResult]:
         chain = load_chain(str(self.path), overrides, work=str(self.folder / "work"))
         with self.stop.on_signals():
             return ChainRunner(chain, stop=self.stop, display=self).run(redo)

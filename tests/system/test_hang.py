@@ -13,7 +13,7 @@ import pytest
 from launch.stopping import StopRequest
 from launch.workers.attempts import JobFailedError, TrainResult, run_training
 from launch.workers.group import LocalWorkerGroup
-from launch.workers.placement import Placement
+from launch.workers.placement import RankPlacement
 from pipeline.run_dir import RunDir
 from pipeline.train.checkpoints.commits import find_commits
 from tests.support import train_cases
@@ -35,7 +35,7 @@ def job(document: dict[str, Any], disturb: Callable[[], None] | None = None) -> 
             document,
             where="test.yaml",
             run_url=f"{document['runs']}/{document['name']}",
-            allocate=lambda _: LocalWorkerGroup(Placement(machines=1, ranks_per_machine=2)),
+            allocate=lambda _: LocalWorkerGroup(RankPlacement(machines=1, ranks_per_machine=2)),
             stop=StopRequest(),
             on_line=lambda rank, line: lines.append(f"[{rank}] {line}"),
         )

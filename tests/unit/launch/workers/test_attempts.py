@@ -15,8 +15,8 @@ from launch.workers.group import AgentLostError, LocalWorkerGroup
 from launch.workers.placement import (
     ElasticPlacement,
     Machine,
-    Placement,
     PlacementRequest,
+    RankPlacement,
     check_feasible,
     check_fits,
     fit,
@@ -153,7 +153,7 @@ def test_a_real_worker_refuses_a_wrong_configuration_once_for_all_ranks(tmp_path
             {"length_sample": 3},
             where="mine.yaml",
             run_url=str(tmp_path / "run"),
-            allocate=lambda _: LocalWorkerGroup(Placement(machines=1, ranks_per_machine=2)),
+            allocate=lambda _: LocalWorkerGroup(RankPlacement(machines=1, ranks_per_machine=2)),
             stop=StopRequest(),
             on_line=lambda rank, line: lines.append(line),
         )
@@ -171,13 +171,13 @@ def test_errors_travel_between_processes(kind: type[UserError]) -> None:
 
 def test_what_a_cluster_cannot_hold_is_refused_with_the_shortfall() -> None:
     small, large = Machine("a", {"CPU": 2.0}), Machine("b", {"CPU": 8.0, "GPU": 4.0})
-    check_feasible(Placement(2, 2), [small, large])
+    check_feasible(RankPlacement(2, 2), [small, large])
     with pytest.raises(ResourceError, match=r"missing 16 CPU on one machine, of which the largest has 8"):
-        check_feasible(Placement(1, 4, cpus_per_rank=4), [small, large])
+        check_feasible(RankPlacement(1, 4, cpus_per_rank=4), [small, large])
     with pytest.raises(ResourceError, match=r"missing 3 machines, of which there are 2"):
-        check_feasible(Placement(3, 1), [small, large])
+        check_feasible(RankPlacement(3, 1), [small, large])
     with pytest.raises(ResourceError, match=r"missing 2 machines that fit, of which there are 1"):
-        check_feasible(Placement(2, 1, gpus_per_rank=1), [small, large])
+        check_feasible(RankPlacement(2, 1, gpus_per_rank=1), [small, large])
 
 
 def test_signals_ask_once_and_handlers_are_given_back() -> None:
@@ -268,15 +268,15 @@ def four(*cores: float) -> list[Machine]:
 
 def test_an_elastic_job_takes_the_largest_world_that_divides_the_batch() -> None:
     wanted = ElasticPlacement(1, 8, global_batch=12)
-    assert fit(wanted, four(1, 1, 1)) == Placement(3, 1)
-    assert fit(wanted, four(4, 1)) == Placement(1, 4)
-    assert fit(wanted, four(5)) == Placement(1, 4), "5 doesn't divide 12"
-    assert fit(wanted, four(2, 2, 2)) == Placement(3, 2)
-    assert fit(wanted._replace(maximum=3), four(2, 2, 2)) == Placement(3, 1)
-    assert fit(wanted._replace(cpus_per_rank=2), four(5, 3)) == Placement(1, 2, 2)
+    assert fit(wanted, four(1, 1, 1)) == RankPlacement(3, 1)
+    assert fit(wanted, four(4, 1)) == RankPlacement(1, 4)
+    assert fit(wanted, four(5)) == RankPlacement(1, 4), "5 doesn't divide 12"
+    assert fit(wanted, four(2, 2, 2)) == RankPlacement(3, 2)
+    assert fit(wanted._replace(maximum=3), four(2, 2, 2)) == RankPlacement(3, 1)
+    assert fit(wanted._replace(cpus_per_rank=2), four(5, 3)) == RankPlacement(1, 2, 2)
     assert fit(wanted, []) is None
     gpus = [Machine("g", {"CPU": 64.0, "GPU": 4.0})]
-    assert fit(wanted._replace(gpus_per_rank=1), gpus) == Placement(1, 4, 1, 1)
+    assert fit(wanted._replace(gpus_per_rank=1), gpus) == RankPlacement(1, 4, 1, 1)
 
 
 def test_what_an_elastic_job_lacks_is_named() -> None:
@@ -305,29 +305,29 @@ def test_machines_are_excluded_by_id_or_address() -> None:
 
 def test_by_default_there_is_a_rank_for_each_gpu_of_a_machine_and_cores_are_shared_out() -> None:
     machines = [Machine(f"m{i}", {"CPU": 16.0, "GPU": 2.0}) for i in range(4)]
-    assert placement_for(PlacementRequest(machines=4), machines, 64) == Placement(4, 2, 8, 1)
-    assert placement_for(PlacementRequest(), machines, 64) == Placement(1, 2, 8, 1)
-    assert placement_for(PlacementRequest(machines=4, ranks=1), machines, 64) == Placement(4, 1, 16, 1)
-    assert placement_for(PlacementRequest(ranks=2, cpus_per_rank=3), machines, 64) == Placement(1, 2, 3, 1)
+    assert placement_for(PlacementRequest(machines=4), machines, 64) == RankPlacement(4, 2, 8, 1)
+    assert placement_for(PlacementRequest(), machines, 64) == RankPlacement(1, 2, 8, 1)
+    assert placement_for(PlacementRequest(machines=4, ranks=1), machines, 64) == RankPlacement(4, 1, 16, 1)
+    assert placement_for(PlacementRequest(ranks=2, cpus_per_rank=3), machines, 64) == RankPlacement(1, 2, 3, 1)
 
 
 def test_without_gpus_one_rank_takes_a_machines_cores() -> None:
     machines = four(4, 4)
-    assert placement_for(PlacementRequest(), machines, 64) == Placement(1, 1, 4)
-    assert placement_for(PlacementRequest(machines=2, ranks=2), machines, 64) == Placement(2, 2, 2)
+    assert placement_for(PlacementRequest(), machines, 64) == RankPlacement(1, 1, 4)
+    assert placement_for(PlacementRequest(machines=2, ranks=2), machines, 64) == RankPlacement(2, 2, 2)
 
 
 def test_the_weakest_of_the_best_machines_decides() -> None:
     machines = [Machine("large", {"CPU": 32.0, "GPU": 8.0}), Machine("head", {"CPU": 8.0})]
     machines += [Machine("small", {"CPU": 16.0, "GPU": 4.0})]
-    assert placement_for(PlacementRequest(machines=2), machines, 64) == Placement(2, 4, 4, 1)
-    assert placement_for(PlacementRequest(machines=1), machines, 64) == Placement(1, 8, 4, 1)
-    assert placement_for(PlacementRequest(machines=3), machines, 64) == Placement(3, 1, 8, 0)
+    assert placement_for(PlacementRequest(machines=2), machines, 64) == RankPlacement(2, 4, 4, 1)
+    assert placement_for(PlacementRequest(machines=1), machines, 64) == RankPlacement(1, 8, 4, 1)
+    assert placement_for(PlacementRequest(machines=3), machines, 64) == RankPlacement(3, 1, 8, 0)
 
 
 def test_more_ranks_than_gpus_are_left_to_the_refusal() -> None:
     wanted = placement_for(PlacementRequest(ranks=4), [Machine("m", {"CPU": 8.0, "GPU": 2.0})], 64)
-    assert wanted == Placement(1, 4, 2, 1)
+    assert wanted == RankPlacement(1, 4, 2, 1)
     with pytest.raises(ResourceError, match="missing 4 GPU on one machine, of which the largest has 2"):
         check_feasible(wanted, [Machine("m", {"CPU": 8.0, "GPU": 2.0})])
 
