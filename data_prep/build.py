@@ -37,7 +37,7 @@ from data_prep.samples import packing
 from data_prep.samples.packing import SegmentJob
 from data_prep.shards import finish
 from data_prep.shards.commit import Committed, json_bytes, read_document
-from data_prep.sources.base import Source, open_source
+from data_prep.sources.base import Source
 from pipeline import storage
 from pipeline.errors import ConfigError, DataError
 
@@ -70,7 +70,7 @@ def build(
         StorageError: a place can't be used.
         Stopped: `stop` said so.
     """
-    return Build(config, open_source(config.source), retry.checked(retry_reasons), progress, stop).run()
+    return Build(config, config.source.open(), retry.checked(retry_reasons), progress, stop).run()
 
 
 class Build:
@@ -276,7 +276,7 @@ class Build:
                 start,
                 positions,
                 list(self.config.splits.shares),
-                own_splits=self.config.own_splits,
+                names_splits=self.config.source.names_splits,
             )
             plan.add(rows)
             start += rows.num_rows
@@ -331,7 +331,7 @@ class Build:
         return segment
 
     def _refuse_empty_splits(self, plan: SegmentPlan) -> None:
-        if not self.config.own_splits:
+        if not self.config.source.names_splits:
             for name in self.config.splits.shares:
                 if not plan.counts[name]:
                     raise DataError(
@@ -395,9 +395,9 @@ class _Plans:
     def add(self, number: int, batch: pa.RecordBatch) -> None:
         """Plan inputs whose splits need no look at the images."""
         if batch.num_rows:
-            own = self._config.own_splits
-            rows = batch if own else planning.by_url(batch, self._config.splits.shares, self._config.seed)
-            self.of(number).add(rows)
+            if not self._config.source.names_splits:
+                batch = planning.by_url(batch, self._config.splits.shares, self._config.seed)
+            self.of(number).add(batch)
 
 
 def _earlier_build(url: str) -> dict[str, Any] | None:

@@ -8,93 +8,15 @@ from __future__ import annotations
 
 import ipaddress
 import re
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, SerializeAsAny, field_validator, model_validator
 
+from data_prep.filters.options import FilterOptions
+from data_prep.sources.options import SourceOptions
 from pipeline.config import Config
 
 SPLIT_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
-
-
-class TableConfig(Config):
-    """Pairs listed in a table: one row per image, the columns chosen by name.
-
-    An image's URL may be relative to the table's folder, an absolute path, `s3://`, or `https://` and `http://`.
-    Tables are often somebody else's, so a row may name only places below the table's folder, in the table's bucket, or
-    below one of `allow`; others are counted as failures (`place_not_allowed`). Web addresses have rules of their own
-    (`fetch.web`).
-    """
-
-    type: Literal["table"] = "table"
-    url: str  # a file, or a folder of files of one format, taken in the order of their names
-    format: Literal["auto", "parquet", "csv", "tsv", "jsonl"] = "auto"  # auto: by the name's ending; .gz may follow
-    url_column: str = "url"
-    # One column, whose cells may be lists, or several; None: images without captions, no `txt` members.
-    caption_column: str | tuple[str, ...] | None = "caption"
-    label_column: str | None = None  # an integer, or a name out of `classes`
-    split_column: str | None = None  # the row's split by name; None: `splits`
-    annotations_column: str | None = None  # JSON: a list of COCO annotations in pixels of the upright image
-    keep_columns: tuple[str, ...] = ()  # go into each sample's `json` and sidecar row as they are
-    classes: tuple[str, ...] | str = ()  # names of the labels 0, 1, ..., or where a JSON list of them lies
-    allow: tuple[str, ...] = ()  # further folders and s3:// prefixes that rows may name
-
-
-class FolderConfig(Config):
-    """All images below a folder or s3:// prefix, each with its `.txt` (caption) or `.json` beside it.
-
-    A `.json` may hold `caption`, or the field named by `caption_field`; the rest of it is left alone.
-    """
-
-    type: Literal["folder"]
-    url: str
-    captions: Literal["txt", "json", "none"] = "txt"
-    caption_field: str = "caption"  # of the json
-    allow: tuple[str, ...] = ()
-
-
-class ClassFoldersConfig(Config):
-    """ImageNet's layout: one folder per class below `url`; labels number the folders in the order of their names."""
-
-    type: Literal["class_folders"]
-    url: str
-    allow: tuple[str, ...] = ()
-
-
-class TarsConfig(Config):
-    """Existing WebDataset tars, as img2dataset, DataComp or SA-1B make them: their samples are sharded anew.
-
-    A sample is what shares a name up to its first dot. Captions come from `txt`, or from `caption_field` of the
-    `json`; `annotations` of the `json` (SA-1B's masks) are kept, `cls` is the label.
-    """
-
-    type: Literal["tars"]
-    url: str  # a tar, or a folder of them
-    captions: Literal["txt", "json", "none"] = "txt"
-    caption_field: str = "caption"  # of the json
-    labels: bool = False  # take `cls` members
-    annotations: bool = False  # take `annotations` of `json` members
-    keep_fields: tuple[str, ...] = ()  # of the json; they go into each sample's `json` and sidecar row
-    classes: tuple[str, ...] | str = ()
-    allow: tuple[str, ...] = ()
-
-
-class CocoConfig(Config):
-    """COCO's instances: images with their objects, and captions where a captions file is given.
-
-    Categories keep the names in `classes`' order, renumbered 0, 1, ... by rising COCO id.
-    """
-
-    type: Literal["coco"]
-    url: str  # instances_*.json
-    images: str  # folder of the images
-    captions: str | None = None  # captions_*.json
-    allow: tuple[str, ...] = ()
-
-
-SourceConfig = Annotated[
-    TableConfig | FolderConfig | ClassFoldersConfig | TarsConfig | CocoConfig, Field(discriminator="type")
-]
 
 
 class SplitsConfig(Config):
@@ -162,43 +84,6 @@ class CaptionConfig(Config):
     too_long: Literal["cut", "refuse"] = "cut"  # cut: at the last space within the limit
 
 
-class ScoreFilter(Config):
-    """Refuses pairs whose image and caption a CLIP model finds unlike (`score_too_low`).
-
-    The score is the cosine similarity, between -1 and 1. Give either an open_clip model or a run of stage `flip`.
-    """
-
-    type: Literal["clip_score"]
-    min_score: float = Field(ge=-1, le=1)
-    model: str | None = None  # open_clip's name, such as ViT-B-32
-    pretrained: str | None = None  # open_clip's tag or a weights file; a model of a hub, such as hf-hub:..., needs none
-    run: str | None = None  # run directory of stage flip, whose newest checkpoint is taken
-    batch: int = Field(default=64, gt=0)
-    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: a GPU where Ray has one
-
-    @model_validator(mode="after")
-    def _one_model(self) -> ScoreFilter:
-        if (self.model is None) == (self.run is None):
-            raise ValueError("give either model (with pretrained) or run")
-        if self.model is not None and self.pretrained is None and ":" not in self.model:
-            raise ValueError(f"{self.model} has no weights yet: give pretrained, open_clip's tag or a file")
-        return self
-
-
-class FunctionFilter(Config):
-    """A user's own `function(candidate) -> bool | str` by dotted name: see `data_prep.filters.judge.Candidate`.
-
-    True keeps the pair; False or a text, which is noted, refuses it (`function_refused`). What it raises stops the
-    build. It must be importable on every machine.
-    """
-
-    type: Literal["function"]
-    name: str
-
-
-FilterConfig = Annotated[ScoreFilter | FunctionFilter, Field(discriminator="type")]
-
-
 class WebConfig(Config):
     """How and from whom http(s) URLs are read."""
 
@@ -253,62 +138,31 @@ class PrepConfig(Config):
 
     name: str = "data set"
     output: str  # folder or s3:// prefix
-    source: SourceConfig
+    source: SerializeAsAny[SourceOptions]
     splits: SplitsConfig = SplitsConfig()
     dedup: DedupConfig = DedupConfig()
     image: ImageConfig = ImageConfig()
     caption: CaptionConfig = CaptionConfig()
-    filters: tuple[FilterConfig, ...] = ()  # applied in this order, each to what the ones before it left
+    # Applied in this order, each to what the ones before it left.
+    filters: tuple[SerializeAsAny[FilterOptions], ...] = ()
     shard: ShardConfig = ShardConfig()
     fetch: FetchConfig = FetchConfig()
     ray: RayConfig = RayConfig()
     seed: int = Field(default=0, ge=0)  # of the shuffle and of the splits
     max_failed: float = Field(default=0.2, ge=0, le=1)  # share of inputs that may fail before the build gives up
 
-    @model_validator(mode="before")
-    @classmethod
-    def _tables_are_usual(cls, document: Any) -> Any:
-        """A source without a type is a table."""
-        source = document.get("source") if isinstance(document, dict) else None
-        if isinstance(source, dict) and "type" not in source:
-            return document | {"source": {"type": "table", **source}}
-        return document
-
     @model_validator(mode="after")
     def _fits(self) -> PrepConfig:
         if self.caption.min_chars > self.caption.max_chars:
             raise ValueError("caption.min_chars is larger than caption.max_chars")
-        if self.own_splits and "splits" in self.model_fields_set:
+        if self.source.names_splits and "splits" in self.model_fields_set:
             raise ValueError("splits and source.split_column exclude each other: remove one")
         return self
 
     @property
-    def own_splits(self) -> bool:
-        """Whether the source says which split an input belongs to."""
-        return isinstance(self.source, TableConfig) and self.source.split_column is not None
-
-    @property
-    def has_captions(self) -> bool:
-        """Whether samples have captions."""
-        source = self.source
-        if isinstance(source, TableConfig):
-            return bool(source.caption_column)
-        if isinstance(source, CocoConfig):
-            return source.captions is not None
-        return isinstance(source, FolderConfig | TarsConfig) and source.captions != "none"
-
-    @property
-    def has_labels(self) -> bool:
-        """Whether samples have labels."""
-        source = self.source
-        if isinstance(source, TableConfig):
-            return source.label_column is not None
-        return isinstance(source, ClassFoldersConfig) or (isinstance(source, TarsConfig) and source.labels)
-
-    @property
     def needs_scan(self) -> bool:
         """Whether all images must be looked at before anything is written."""
-        by_content = not self.own_splits and self.splits.by == "content" and len(self.splits.shares) > 1
+        by_content = not self.source.names_splits and self.splits.by == "content" and len(self.splits.shares) > 1
         return by_content or self.dedup.drop != "none" or bool(self.dedup.evaluation)
 
     def content_settings(self) -> dict[str, Any]:

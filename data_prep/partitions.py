@@ -18,8 +18,10 @@ import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
-from data_prep.config import FunctionFilter, PrepConfig, RayConfig, ScoreFilter
-from data_prep.filters.judge import Scorers
+from data_prep.config import PrepConfig, RayConfig
+from data_prep.filters.candidate import Scorers
+from data_prep.filters.options import FilterOptions
+from pipeline.config import by_dotted_name
 from pipeline.errors import ResourceError, Stopped, UserError
 
 TaskT = TypeVar("TaskT")
@@ -107,7 +109,7 @@ def scorers(config: PrepConfig) -> Iterator[Scorers | None]:
     Raises:
         UserError: a model can't be loaded.
     """
-    numbers = [number for number, option in enumerate(config.filters) if isinstance(option, ScoreFilter)]
+    numbers = [number for number, option in enumerate(config.filters) if option.scorer is not None]
     if not numbers:
         yield None
         return
@@ -117,7 +119,7 @@ def scorers(config: PrepConfig) -> Iterator[Scorers | None]:
     import ray
 
     resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
-    places = [number for number in numbers if _wants_gpu(config.filters[number])]
+    places = [number for number in numbers if config.filters[number].wants_gpu]
     each, share = scorer_share(resources.get("GPU", 0.0), len(places), config.ray.scorers)
     handles: dict[int, list[Any]] = {}
     try:
@@ -138,7 +140,7 @@ def scorers(config: PrepConfig) -> Iterator[Scorers | None]:
                     ) from late
                 if error is not None:
                     raise error
-        yield _RayScorers(handles, [getattr(option, "batch", 1) for option in config.filters])
+        yield _RayScorers(handles, [option.batch_size for option in config.filters])
     finally:
         for handle in itertools.chain.from_iterable(handles.values()):
             with contextlib.suppress(Exception):
@@ -158,19 +160,15 @@ def scorer_share(num_gpus: float, num_filters: int, wanted: int | None) -> tuple
     return each, 1.0 if per_gpu == 1 else math.floor(1e4 / per_gpu) / 1e4
 
 
-def _wants_gpu(option: ScoreFilter | FunctionFilter) -> bool:
-    return isinstance(option, ScoreFilter) and option.device != "cpu"
-
-
 class _LocalScorers:
     """Models in this process."""
 
-    def __init__(self, options: Sequence[ScoreFilter | FunctionFilter]) -> None:
+    def __init__(self, options: Sequence[FilterOptions]) -> None:
         self._options = options
-        self._models = {n: load_scorer(o, n) for n, o in enumerate(options) if isinstance(o, ScoreFilter)}
+        self._models = {n: load_scorer(o, n) for n, o in enumerate(options) if o.scorer is not None}
 
     def scores(self, number: int, pairs: Sequence[tuple[bytes, str]]) -> list[float]:
-        size = getattr(self._options[number], "batch", 1)
+        size = self._options[number].batch_size
         return [score for some in _cut(pairs, size) for score in self._models[number].scores(some)]
 
 
@@ -200,7 +198,7 @@ def _cut(pairs: Sequence[tuple[bytes, str]], size: int) -> Iterator[Sequence[tup
 
 
 class _ScorerActor:
-    def __init__(self, option: ScoreFilter, number: int) -> None:
+    def __init__(self, option: FilterOptions, number: int) -> None:
         self._error: UserError | None = None
         try:
             self._scorer = load_scorer(option, number)
@@ -214,11 +212,11 @@ class _ScorerActor:
         return list(self._scorer.scores(pairs))
 
 
-def load_scorer(option: ScoreFilter, number: int) -> Any:
-    """The model of a filter; torch is imported only here."""
-    from data_prep.filters.score import ClipScorer
-
-    return ClipScorer(option, where=f"filters.{number}")
+def load_scorer(option: FilterOptions, number: int) -> Any:
+    """The model of a filter, imported only where it runs."""
+    assert option.scorer is not None
+    where = f"filters.{number}"
+    return by_dotted_name(option.scorer, where=where)(option, where=where)
 
 
 def _num_cpus() -> int:

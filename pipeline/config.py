@@ -10,22 +10,25 @@ that names the key and the nearest one that exists.
 
 from __future__ import annotations
 
+import builtins
 import difflib
 import importlib
 import importlib.resources
 import json
 import re
 import typing
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, TypeVar
 
 import pydantic
 import yaml
+from pydantic_core import PydanticCustomError
 
 from pipeline.errors import ConfigError
 
 ConfigT = TypeVar("ConfigT", bound="Config")
+TypedT = TypeVar("TypedT", bound="TypedOptions")
 ValueT = TypeVar("ValueT")
 Document = dict[str, Any]
 
@@ -53,6 +56,43 @@ class Config(pydantic.BaseModel):
             else:
                 raise ValueError(f"{former!r} is called {today!r} now: give that one alone")
         return current
+
+
+class TypedOptions(Config):
+    """Options of which there are several kinds: a document's `type` picks the class from a table.
+
+    The class that the kinds inherit from names the table, `types`, with each kind's options as "module:Class". That is
+    imported when a document picks it, so a kind's libraries slow down nobody else's start, and a new kind is a file and
+    a line of the table. Fields take `pydantic.SerializeAsAny[...]` of that class, or only its own fields are written.
+    """
+
+    types: ClassVar[Mapping[str, str]] = {}  # type -> "module:Class"
+    default_type: ClassVar[str | None] = None  # of documents without a type; None: they must have one
+
+    type: str
+
+    @classmethod
+    def class_of(cls: builtins.type[TypedT], name: str) -> builtins.type[TypedT]:
+        """The options class of kind `name`, a key of `types`."""
+        module, _, attribute = cls.types[name].partition(":")
+        options: builtins.type[TypedT] = getattr(importlib.import_module(module), attribute)
+        return options
+
+    @pydantic.model_validator(mode="wrap")
+    @classmethod
+    def _as_its_type(cls, document: Any, handler: Callable[[Any], Any]) -> Any:
+        if "types" not in cls.__dict__ or not isinstance(document, Mapping):
+            return handler(document)
+        name = document.get("type", cls.default_type)
+        if isinstance(name, str) and name in cls.types:
+            return cls.class_of(name).model_validate(document)
+        if name is None:
+            error: str | PydanticCustomError = "missing"
+        else:
+            error = PydanticCustomError("unknown_type", "unknown type {name!r}", {"name": name, "known": [*cls.types]})
+        raise pydantic.ValidationError.from_exception_data(
+            cls.__name__, [{"type": error, "loc": ("type",), "input": name}]
+        )
 
 
 class _ChangesOnResume:
@@ -192,7 +232,7 @@ def validate(cls: type[ConfigT], document: object, *, where: str, prefix: str = 
     try:
         return cls.model_validate(_plain(document))
     except pydantic.ValidationError as error:
-        raise _config_error(cls, error, where, prefix) from None
+        raise _config_error(cls, error, document, where, prefix) from None
 
 
 def dump(config: Config) -> str:
@@ -258,13 +298,13 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _config_error(cls: type[Config], error: pydantic.ValidationError, where: str, prefix: str) -> ConfigError:
+def _config_error(
+    cls: type[Config], error: pydantic.ValidationError, document: Mapping[str, Any], where: str, prefix: str
+) -> ConfigError:
     # A misspelt key that is required shows up twice: as unknown, which names the right one, and as missing.
     found = error.errors()
     first = next((item for item in found if item["type"] == "extra_forbidden"), found[0])
-    path, known = _spelt_out(cls, [str(part) for part in first["loc"]])
-    if first["type"] in ("union_tag_invalid", "union_tag_not_found"):
-        path.append(first["ctx"]["discriminator"].strip("'"))
+    path, known = _spelt_out(cls, [str(part) for part in first["loc"]], document)
     key = ".".join(([prefix] if prefix else []) + path)
     if first["type"] == "extra_forbidden":
         close = difflib.get_close_matches(path[-1], known, n=1, cutoff=0.5)
@@ -272,6 +312,10 @@ def _config_error(cls: type[Config], error: pydantic.ValidationError, where: str
         return ConfigError(f"unknown key {path[-1]!r}", where=_spot(where, key), fix=fix)
     if first["type"] == "missing":
         return ConfigError("required, but not given", where=_spot(where, key), fix=f"set {key}")
+    if first["type"] == "unknown_type":
+        close = difflib.get_close_matches(str(first["input"]), first["ctx"]["known"], n=1, cutoff=0.5)
+        fix = f"did you mean {close[0]!r}?" if close else f"use one of {', '.join(first['ctx']['known'])}"
+        return ConfigError(f"unknown type {first['input']!r}", where=_spot(where, key), fix=fix)
     message = first["msg"].removeprefix("Value error, ")
     message = message[0].lower() + message[1:]
     if first["type"] == "value_error":
@@ -279,26 +323,39 @@ def _config_error(cls: type[Config], error: pydantic.ValidationError, where: str
     return ConfigError(f"{message}, found {first['input']!r}", where=_spot(where, key), fix="correct the value")
 
 
-def _spelt_out(cls: type[Config], location: Sequence[str]) -> tuple[list[str], list[str]]:
-    """An error's location as a person writes it, and the field names of the options class that holds its last part.
+def _spelt_out(cls: type[Config], location: Sequence[str], document: Any) -> tuple[list[str], list[str]]:
+    """An error's location as a list of keys, and the field names of the options class that holds its last part.
 
-    Where a field takes one of several classes, pydantic puts the chosen one's tag into the location; nobody writes it.
     The fields are the outermost class's where the location isn't one of plain nesting.
     """
     path: list[str] = []
     at: type[Config] | None = cls
-    choices: dict[str, type[Config]] = {}
     for i, part in enumerate(location):
-        if choices and part in choices:
-            at, choices = choices[part], {}
-            continue
         path.append(part)
+        at = _class_for(at, document)
+        document = _item(document, part)
         if i < len(location) - 1 and not part.isdigit():
             field = at.model_fields.get(part) if at is not None else None
             classes = _classes_in(field.annotation) if field is not None else []
-            choices = {tag: member for member in classes for tag in _tags(member)} if len(classes) > 1 else {}
             at = classes[0] if len(classes) == 1 else None
     return path, list((at or cls).model_fields)
+
+
+def _class_for(cls: type[Config] | None, document: Any) -> type[Config] | None:
+    """The class that checks `document`: of typed options, the one that its type picks."""
+    if cls is not None and issubclass(cls, TypedOptions) and isinstance(document, Mapping):
+        name = document.get("type", cls.default_type)
+        return cls.class_of(name) if isinstance(name, str) and name in cls.types else cls
+    return cls
+
+
+def _item(document: Any, part: str) -> Any:
+    """What stands in a document under one part of a location; None where nothing does."""
+    if isinstance(document, Mapping):
+        return document.get(part)
+    if isinstance(document, Sequence) and part.isdigit() and int(part) < len(document):
+        return document[int(part)]
+    return None
 
 
 def _classes_in(annotation: Any) -> list[type[Config]]:
@@ -306,11 +363,6 @@ def _classes_in(annotation: Any) -> list[type[Config]]:
     if isinstance(annotation, type) and issubclass(annotation, Config):
         return [annotation]
     return [cls for argument in typing.get_args(annotation) for cls in _classes_in(argument)]
-
-
-def _tags(cls: type[Config]) -> tuple[str, ...]:
-    field = cls.model_fields.get("type")
-    return typing.get_args(field.annotation) if field is not None else ()
 
 
 def _spot(where: str, key: str) -> str:

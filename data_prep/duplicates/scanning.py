@@ -94,14 +94,14 @@ def with_decisions(
     positions: np.ndarray[Any, np.dtype[np.int64]],
     splits: Sequence[str],
     *,
-    own_splits: bool,
+    names_splits: bool,
 ) -> pa.RecordBatch:
     """Inputs with what was found about them and decided.
 
     Args:
         start: place of the batch's first input among all that were judged.
         positions: of all that were judged.
-        own_splits: the source says which split an input belongs to.
+        names_splits: the source says which split an input belongs to.
     """
     verdicts: list[bytes | None] = []
     for i, (reason, message) in enumerate(
@@ -113,7 +113,7 @@ def with_decisions(
         verdicts.append(json.dumps([reason, message]).encode() if reason is not None else None)
     columns = {name: found.column(name) for name in ("sha256",)}
     columns["verdict"] = pa.array(verdicts, pa.binary())
-    if not own_splits:
+    if not names_splits:
         chosen = decisions.splits[start : start + inputs.num_rows]
         columns["split"] = pa.array([splits[number].encode() for number in chosen], pa.binary())
     kept = found.column("held").is_valid()

@@ -9,7 +9,7 @@ from typing import TypeVar
 import torch
 from PIL import Image
 
-from data_prep.config import ScoreFilter
+from data_prep.filters.clip_score import ClipScoreFilter
 from pipeline.data.batch import RawSample
 from pipeline.data.images.decode import decode
 from pipeline.errors import ConfigError
@@ -22,7 +22,7 @@ Scores = Callable[[Sequence[bytes], Sequence[str]], torch.Tensor]
 
 
 class ClipScorer:
-    """A model that scores pairs; see `ScoreFilter`.
+    """A model that scores pairs; see `ClipScoreFilter`.
 
     Args:
         where: the filter's key in the configuration, for messages.
@@ -31,7 +31,7 @@ class ClipScorer:
         ConfigError: the model can't be had.
     """
 
-    def __init__(self, options: ScoreFilter, *, where: str) -> None:
+    def __init__(self, options: ClipScoreFilter, *, where: str) -> None:
         wanted = options.device if options.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
         if wanted == "cuda" and not torch.cuda.is_available():
             raise ConfigError("no GPU here", where=f"{where}.device", fix="set device: cpu, or run where there is one")
@@ -48,7 +48,7 @@ class ClipScorer:
             return [float(score) for score in self._scores(images, captions).float().cpu()]
 
 
-def _open_clip(options: ScoreFilter, device: torch.device, where: str) -> Scores:
+def _open_clip(options: ClipScoreFilter, device: torch.device, where: str) -> Scores:
     import open_clip
 
     assert options.model is not None
@@ -77,7 +77,7 @@ def _open_clip(options: ScoreFilter, device: torch.device, where: str) -> Scores
     return scores
 
 
-def _flip_run(options: ScoreFilter, device: torch.device, where: str) -> Scores:
+def _flip_run(options: ClipScoreFilter, device: torch.device, where: str) -> Scores:
     from pipeline.convert.weights import Weights, build
     from pipeline.run_dir import RunDir
     from pipeline.stages.flip import FlipStage

@@ -13,9 +13,10 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from data_prep.account import REASONS, Refused
-from data_prep.config import FolderConfig, PrepConfig
+from data_prep.config import PrepConfig
 from data_prep.fetch.inputs import Fetched, Wanted, fetch_all
-from data_prep.filters.judge import Candidate, Scorers, judge
+from data_prep.filters.candidate import Candidate, Scorers
+from data_prep.filters.judge import judge
 from data_prep.plan.planning import Partition
 from data_prep.samples import captions, images
 from data_prep.samples.annotations import follow_image, parse_annotations
@@ -31,7 +32,6 @@ from data_prep.shards.commit import (
     sample_key,
     stage,
 )
-from data_prep.sources.archives import json_captions
 from data_prep.sources.base import AllowedPlaces, Input
 from pipeline import storage
 from pipeline.errors import StorageError
@@ -186,26 +186,14 @@ def read_texts(job: SegmentJob, item: Input, sidecar: bytes | None = None) -> Te
     Raises:
         Refused: one of them can't be used.
     """
-    config = job.config
+    source = job.config.source
+    row = item if sidecar is None else source.with_text(item, sidecar)
     return Texts(
-        captions=_captions(config, _with_sidecar(config, item, sidecar)) if config.has_captions else (),
-        label=parse_label(item["label"], job.classes) if config.has_labels else None,
+        captions=_captions(job.config, row) if source.has_captions else (),
+        label=parse_label(item["label"], job.classes) if source.has_labels else None,
         annotations=parse_annotations(item["annotations"]),
         extra=json.loads(item["extra"]) if item["extra"] is not None else {},
     )
-
-
-def _with_sidecar(config: PrepConfig, item: Input, sidecar: bytes | None) -> Input:
-    if sidecar is None or not isinstance(config.source, FolderConfig):
-        return item
-    if config.source.captions == "txt":
-        return {**item, "caption": sidecar}
-    try:
-        facts = json.loads(sidecar)
-    except ValueError as error:
-        raise Refused("caption_not_text", f"the sidecar is no JSON ({error})") from None
-    value = facts.get(config.source.caption_field) if isinstance(facts, dict) else None
-    return {**item, **json_captions(value)}
 
 
 def _captions(config: PrepConfig, item: Input) -> tuple[str, ...]:

@@ -10,12 +10,21 @@ import io
 import json
 import tarfile
 from collections.abc import Iterator, Mapping
-from typing import IO, Any
+from typing import IO, Any, Literal
 
 import pyarrow as pa
 
-from data_prep.config import TarsConfig
-from data_prep.sources.base import AllowedPlaces, RangedFile, batches_of, places_below, read_classes, refuse_if_empty
+from data_prep.sources.base import (
+    AllowedPlaces,
+    RangedFile,
+    Source,
+    batches_of,
+    json_captions,
+    places_below,
+    read_classes,
+    refuse_if_empty,
+)
+from data_prep.sources.options import SourceOptions
 from pipeline import storage
 from pipeline.data.reading.tar import IMAGE_EXTENSIONS, key_and_extension
 from pipeline.errors import DataError
@@ -25,10 +34,38 @@ _MAX_TEXT_BYTES = 64 * 2**20  # SA-1B's JSONs hold a hundred masks and more
 _READ_AHEAD_BYTES = 2**20
 
 
-class TarsSource:
-    """The samples of tars, in the order of the tars' names and of their members. See `TarsConfig`."""
+class TarsOptions(SourceOptions):
+    """Existing WebDataset tars, as img2dataset, DataComp or SA-1B make them: their samples are sharded anew.
 
-    def __init__(self, options: TarsConfig) -> None:
+    A sample is what shares a name up to its first dot. Captions come from `txt`, or from `caption_field` of the
+    `json`; `annotations` of the `json` (SA-1B's masks) are kept, `cls` is the label.
+    """
+
+    type: Literal["tars"]
+    url: str  # a tar, or a folder of them
+    captions: Literal["txt", "json", "none"] = "txt"
+    caption_field: str = "caption"  # of the json
+    labels: bool = False  # take `cls` members
+    annotations: bool = False  # take `annotations` of `json` members
+    keep_fields: tuple[str, ...] = ()  # of the json; they go into each sample's `json` and sidecar row
+    classes: tuple[str, ...] | str = ()
+
+    def open(self) -> Source:
+        return TarsSource(self)
+
+    @property
+    def has_captions(self) -> bool:
+        return self.captions != "none"
+
+    @property
+    def has_labels(self) -> bool:
+        return self.labels
+
+
+class TarsSource:
+    """The samples of tars, in the order of the tars' names and of their members. See `TarsOptions`."""
+
+    def __init__(self, options: TarsOptions) -> None:
         self.options = options
 
     def check(self) -> None:
@@ -107,15 +144,6 @@ class TarsSource:
         if options.keep_fields:
             row["extra"] = json.dumps({name: facts.get(name) for name in options.keep_fields}).encode()
         yield row
-
-
-def json_captions(value: Any) -> dict[str, bytes]:
-    """A caption field's value, a text or a list of them, as columns of `sources.SCHEMA`."""
-    if isinstance(value, str):
-        return {"caption": value.encode("utf-8", "surrogatepass")}
-    if isinstance(value, list):
-        return {"captions": json.dumps([text for text in value if isinstance(text, str)]).encode()}
-    return {}
 
 
 def _facts(data: bytes) -> dict[str, Any]:

@@ -17,7 +17,6 @@ import numpy as np
 import pyarrow as pa
 
 from data_prep.account import Refused
-from data_prep.config import ClassFoldersConfig, CocoConfig, FolderConfig, SourceConfig, TableConfig, TarsConfig
 from pipeline import storage
 from pipeline.errors import DataError
 
@@ -112,26 +111,6 @@ def places_below(folder: str, allow: Sequence[str], witness: str | None) -> Allo
     return AllowedPlaces(folder, tuple(place.rstrip("/") + "/" for place in (own, *further)), witness)
 
 
-def open_source(options: SourceConfig) -> Source:
-    """The source that `options` describe."""
-    from data_prep.sources.archives import TarsSource
-    from data_prep.sources.coco import CocoSource
-    from data_prep.sources.folders import ClassFoldersSource, FolderSource
-    from data_prep.sources.tables import TableSource
-
-    match options:
-        case TableConfig():
-            return TableSource(options)
-        case FolderConfig():
-            return FolderSource(options)
-        case ClassFoldersConfig():
-            return ClassFoldersSource(options)
-        case TarsConfig():
-            return TarsSource(options)
-        case CocoConfig():
-            return CocoSource(options)
-
-
 def nulls(field: pa.Field, rows: int) -> pa.Array:
     """A column without values."""
     return pa.nulls(rows, field.type)
@@ -220,3 +199,12 @@ def read_classes(url: str) -> tuple[str, ...]:
     if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
         raise DataError("the class names are no list of texts", where=url, fix='write a JSON list like ["cat", "dog"]')
     return tuple(names)
+
+
+def json_captions(value: Any) -> dict[str, bytes]:
+    """A caption field's value, a text or a list of them, as columns of `SCHEMA`."""
+    if isinstance(value, str):
+        return {"caption": value.encode("utf-8", "surrogatepass")}
+    if isinstance(value, list):
+        return {"captions": json.dumps([text for text in value if isinstance(text, str)]).encode()}
+    return {}

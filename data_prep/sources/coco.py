@@ -5,23 +5,42 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow as pa
 
-from data_prep.config import CocoConfig
-from data_prep.sources.base import AllowedPlaces, batches_of, places_below
+from data_prep.sources.base import AllowedPlaces, Source, batches_of, places_below
+from data_prep.sources.options import SourceOptions
 from pipeline import storage
 from pipeline.errors import DataError
 
 
+class CocoOptions(SourceOptions):
+    """COCO's instances: images with their objects, and captions where a captions file is given.
+
+    Categories keep the names in `classes`' order, renumbered 0, 1, ... by rising COCO id.
+    """
+
+    type: Literal["coco"]
+    url: str  # instances_*.json
+    images: str  # folder of the images
+    captions: str | None = None  # captions_*.json
+
+    def open(self) -> Source:
+        return CocoSource(self)
+
+    @property
+    def has_captions(self) -> bool:
+        return self.captions is not None
+
+
 class CocoSource:
-    """The images of an instances file by rising id, those without objects too. See `CocoConfig`.
+    """The images of an instances file by rising id, those without objects too. See `CocoOptions`.
 
     COCO's files are single JSON documents, so this source holds one in memory.
     """
 
-    def __init__(self, options: CocoConfig) -> None:
+    def __init__(self, options: CocoOptions) -> None:
         self.options = options
         self._document: dict[str, Any] | None = None
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import abc
 import itertools
+import json
 import posixpath
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow as pa
 
-from data_prep.config import ClassFoldersConfig, FolderConfig
-from data_prep.sources.base import AllowedPlaces, batches_of, places_below, refuse_if_empty
+from data_prep.account import Refused
+from data_prep.sources.base import AllowedPlaces, Source, batches_of, json_captions, places_below, refuse_if_empty
+from data_prep.sources.options import SourceOptions
 from pipeline import storage
 from pipeline.errors import DataError
 
@@ -19,10 +21,51 @@ IMAGE_ENDINGS = frozenset({"jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "t
 _ROW_BYTES = 100  # of a listed image, for planning
 
 
+class FolderOptions(SourceOptions):
+    """All images below a folder or s3:// prefix, each with its `.txt` (caption) or `.json` beside it.
+
+    A `.json` may hold `caption`, or the field named by `caption_field`; the rest of it is left alone.
+    """
+
+    type: Literal["folder"]
+    captions: Literal["txt", "json", "none"] = "txt"
+    caption_field: str = "caption"  # of the json
+
+    def open(self) -> Source:
+        return FolderSource(self)
+
+    @property
+    def has_captions(self) -> bool:
+        return self.captions != "none"
+
+    def with_text(self, row: Mapping[str, Any], text: bytes) -> Mapping[str, Any]:
+        if self.captions == "txt":
+            return {**row, "caption": text}
+        try:
+            facts = json.loads(text)
+        except ValueError as error:
+            raise Refused("caption_not_text", f"the sidecar is no JSON ({error})") from None
+        value = facts.get(self.caption_field) if isinstance(facts, dict) else None
+        return {**row, **json_captions(value)}
+
+
+class ClassFoldersOptions(SourceOptions):
+    """ImageNet's layout: one folder per class below `url`; labels number the folders in the order of their names."""
+
+    type: Literal["class_folders"]
+
+    def open(self) -> Source:
+        return ClassFoldersSource(self)
+
+    @property
+    def has_labels(self) -> bool:
+        return True
+
+
 class _FolderListing(abc.ABC):
     """A source whose inputs are what a folder's listing names."""
 
-    options: FolderConfig | ClassFoldersConfig
+    options: FolderOptions | ClassFoldersOptions
 
     def batches(self) -> Iterator[pa.RecordBatch]:
         return batches_of(self._rows())
@@ -39,14 +82,14 @@ class _FolderListing(abc.ABC):
 
 
 class FolderSource(_FolderListing):
-    """Every image below a folder, with its text beside it. See `FolderConfig`.
+    """Every image below a folder, with its text beside it. See `FolderOptions`.
 
     Only names are listed here; tasks read the texts together with the images.
     """
 
-    options: FolderConfig
+    options: FolderOptions
 
-    def __init__(self, options: FolderConfig) -> None:
+    def __init__(self, options: FolderOptions) -> None:
         self.options = options
 
     def check(self) -> None:
@@ -68,11 +111,11 @@ class FolderSource(_FolderListing):
 
 
 class ClassFoldersSource(_FolderListing):
-    """One folder per class, as ImageNet lies on disks. See `ClassFoldersConfig`."""
+    """One folder per class, as ImageNet lies on disks. See `ClassFoldersOptions`."""
 
-    options: ClassFoldersConfig
+    options: ClassFoldersOptions
 
-    def __init__(self, options: ClassFoldersConfig) -> None:
+    def __init__(self, options: ClassFoldersOptions) -> None:
         self.options = options
         self._classes: tuple[str, ...] | None = None
 

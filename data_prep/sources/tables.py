@@ -10,15 +10,24 @@ import itertools
 import json
 import posixpath
 from collections.abc import Iterator, Sequence
-from typing import IO, Any
+from typing import IO, Any, Literal
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
 
-from data_prep.config import TableConfig
-from data_prep.sources.base import BATCH_ROWS, SCHEMA, AllowedPlaces, RangedFile, nulls, places_below, read_classes
+from data_prep.sources.base import (
+    BATCH_ROWS,
+    SCHEMA,
+    AllowedPlaces,
+    RangedFile,
+    Source,
+    nulls,
+    places_below,
+    read_classes,
+)
+from data_prep.sources.options import SourceOptions
 from pipeline import storage
 from pipeline.errors import DataError, StorageError
 
@@ -27,10 +36,44 @@ _LIST_MARK = b"\xff"  # in no UTF-8: tells a JSON list from a text that looks li
 _ENDINGS = {".parquet": "parquet", ".csv": "csv", ".tsv": "tsv", ".jsonl": "jsonl", ".ndjson": "jsonl"}
 
 
-class TableSource:
-    """One table, or a folder of tables of one format. See `TableConfig`."""
+class TableOptions(SourceOptions):
+    """Pairs listed in a table: one row per image, the columns chosen by name.
 
-    def __init__(self, options: TableConfig) -> None:
+    An image's URL may be relative to the table's folder, an absolute path, `s3://`, or `https://` and `http://`.
+    """
+
+    type: Literal["table"] = "table"
+    url: str  # a file, or a folder of files of one format, taken in the order of their names
+    format: Literal["auto", "parquet", "csv", "tsv", "jsonl"] = "auto"  # auto: by the name's ending; .gz may follow
+    url_column: str = "url"
+    # One column, whose cells may be lists, or several; None: images without captions, no `txt` members.
+    caption_column: str | tuple[str, ...] | None = "caption"
+    label_column: str | None = None  # an integer, or a name out of `classes`
+    split_column: str | None = None  # the row's split by name; None: `splits`
+    annotations_column: str | None = None  # JSON: a list of COCO annotations in pixels of the upright image
+    keep_columns: tuple[str, ...] = ()  # go into each sample's `json` and sidecar row as they are
+    classes: tuple[str, ...] | str = ()  # names of the labels 0, 1, ..., or where a JSON list of them lies
+
+    def open(self) -> Source:
+        return TableSource(self)
+
+    @property
+    def names_splits(self) -> bool:
+        return self.split_column is not None
+
+    @property
+    def has_captions(self) -> bool:
+        return bool(self.caption_column)
+
+    @property
+    def has_labels(self) -> bool:
+        return self.label_column is not None
+
+
+class TableSource:
+    """One table, or a folder of tables of one format. See `TableOptions`."""
+
+    def __init__(self, options: TableOptions) -> None:
         self.options = options
         self._files: tuple[storage.Entry, ...] | None = None
 
@@ -120,7 +163,7 @@ class TableSource:
         return {"captions": pa.array([json.dumps(row).encode() for row in texts], pa.binary())} if found else {}
 
 
-def _table_files(options: TableConfig) -> tuple[storage.Entry, ...]:
+def _table_files(options: TableOptions) -> tuple[storage.Entry, ...]:
     url = options.url
     if not url.endswith("/"):
         with contextlib.suppress(FileNotFoundError):
@@ -155,7 +198,7 @@ def _format_by_name(url: str) -> str | None:
     return _ENDINGS.get(posixpath.splitext(url.removesuffix(".gz"))[1].lower())
 
 
-def _format_of(url: str, options: TableConfig) -> str:
+def _format_of(url: str, options: TableOptions) -> str:
     kind = _format_by_name(url) if options.format == "auto" else options.format
     if kind is None:
         raise DataError(

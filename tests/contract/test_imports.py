@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ast
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -156,6 +156,38 @@ def all_imports() -> Iterator[Import]:
         yield from imports_of(path.read_text(), module_name(path), is_package=path.name == "__init__.py")
 
 
+def import_graph(imports: Iterable[Import]) -> dict[str, set[str]]:
+    """Each module of ours with the ones that it imports."""
+    modules = set(map(module_name, source_files()))
+    graph: dict[str, set[str]] = {module: set() for module in modules}
+    for item in imports:
+        if item.target in modules and item.target != item.importer:
+            graph.setdefault(item.importer, set()).add(item.target)
+    return graph
+
+
+def circles(graph: Mapping[str, set[str]]) -> list[list[str]]:
+    """Modules that import each other, directly or over others."""
+    reached = {module: _reachable(graph, module) for module in graph}
+    groups = {
+        frozenset(other for other in reached[module] if module in reached.get(other, set()))
+        for module in graph
+        if module in reached[module]
+    }
+    return sorted(sorted(group) for group in groups)
+
+
+def _reachable(graph: Mapping[str, set[str]], start: str) -> set[str]:
+    """The modules that `start` imports, directly or over others."""
+    seen: set[str] = set()
+    pending = [start]
+    while pending:
+        for target in graph.get(pending.pop(), set()) - seen:
+            seen.add(target)
+            pending.append(target)
+    return seen
+
+
 def test_every_import_keeps_direction_and_fences() -> None:
     broken = sorted({rule for found in all_imports() if found.importer for rule in broken_rules(found)})
     # The comparison benches measure against other people's packages, fenced ones among them.
@@ -227,6 +259,26 @@ def test_a_planted_breach_is_found(importer: str, source: str, word: str) -> Non
 )
 def test_a_rightful_import_passes(importer: str, source: str) -> None:
     assert not [rule for found in imports_of(source, importer) for rule in broken_rules(found)]
+
+
+def test_no_modules_import_each_other() -> None:
+    """A table of names ("module:Class") that are imported when they are picked takes the place of such imports."""
+    assert circles(import_graph(all_imports())) == []
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "from data_prep import build",
+        "def f():\n    import data_prep.build",
+        "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from data_prep.build import Build",
+    ],
+)
+def test_a_planted_circle_is_found(source: str) -> None:
+    planted = imports_of(source, "data_prep.plan.spill")  # which `build` imports over `plan.planning`
+    found = circles(import_graph([*all_imports(), *planted]))
+    assert len(found) == 1
+    assert {"data_prep.build", "data_prep.plan.planning", "data_prep.plan.spill"} <= set(found[0])
 
 
 def test_files_are_named_after_concepts() -> None:

@@ -13,8 +13,8 @@ import yaml
 from PIL import Image
 
 from data_prep.build import build
-from data_prep.config import ScoreFilter
-from data_prep.filters.judge import Candidate
+from data_prep.filters.candidate import Candidate
+from data_prep.filters.clip_score import ClipScoreFilter
 from data_prep.partitions import scorer_share
 from launch.predict import load_stage
 from pipeline.config import validate
@@ -202,6 +202,6 @@ def test_scorers_of_all_filters_fit_on_the_gpus_at_once(
 
 def test_a_model_filter_names_one_model() -> None:
     with pytest.raises(ValueError, match="either model"):
-        ScoreFilter(type="clip_score", min_score=0.1)
+        ClipScoreFilter(type="clip_score", min_score=0.1)
     with pytest.raises(ValueError, match="give pretrained"):
-        ScoreFilter(type="clip_score", min_score=0.1, model=MODEL)
+        ClipScoreFilter(type="clip_score", min_score=0.1, model=MODEL)

@@ -7,9 +7,8 @@ import pyarrow.parquet
 import pytest
 
 from data_prep.account import Refused
-from data_prep.config import TableConfig
 from data_prep.sources.base import AllowedPlaces, RangedFile
-from data_prep.sources.tables import TableSource
+from data_prep.sources.tables import TableOptions, TableSource
 from pipeline.errors import DataError
 from tests.support.prep_cases import write_table
 
@@ -41,7 +40,7 @@ def write_as(folder: Path, ending: str) -> Path:
 
 @pytest.mark.parametrize("ending", ["parquet", "csv", "tsv", "jsonl", "csv.gz", "jsonl.gz"])
 def test_every_format_gives_the_same_inputs(tmp_path: Path, ending: str) -> None:
-    source = TableSource(TableConfig(url=str(write_as(tmp_path, ending))))
+    source = TableSource(TableOptions(url=str(write_as(tmp_path, ending))))
     source.check()
     found = rows(source)
     assert [row["position"] for row in found] == [0, 1, 2, 3, 4]
@@ -52,7 +51,7 @@ def test_every_format_gives_the_same_inputs(tmp_path: Path, ending: str) -> None
 def test_a_byte_order_mark_is_no_part_of_the_first_column(tmp_path: Path) -> None:
     path = tmp_path / "pairs.csv"
     path.write_bytes(b"\xef\xbb\xbfurl,caption\nimages/1.jpg,one\n")
-    source = TableSource(TableConfig(url=str(path)))
+    source = TableSource(TableOptions(url=str(path)))
     source.check()
     assert rows(source)[0]["url"] == b"images/1.jpg"
 
@@ -60,14 +59,14 @@ def test_a_byte_order_mark_is_no_part_of_the_first_column(tmp_path: Path) -> Non
 def test_a_folder_of_tables_is_read_in_the_order_of_names(tmp_path: Path) -> None:
     for name, first in (("b", 2), ("a", 0)):
         write_table(tmp_path / f"{name}.parquet", url=[f"{first}.jpg", f"{first + 1}.jpg"], caption=["x", "y"])
-    found = rows(TableSource(TableConfig(url=str(tmp_path))))
+    found = rows(TableSource(TableOptions(url=str(tmp_path))))
     assert [(row["position"], row["url"]) for row in found] == [(i, b"%d.jpg" % i) for i in range(4)]
 
 
 def test_a_table_is_streamed_in_batches(tmp_path: Path) -> None:
     count = 40_000
     path = write_table(tmp_path / "big.parquet", url=["x"] * count, caption=["y"] * count)
-    sizes = [batch.num_rows for batch in TableSource(TableConfig(url=str(path))).batches()]
+    sizes = [batch.num_rows for batch in TableSource(TableOptions(url=str(path))).batches()]
     assert sum(sizes) == count
     assert max(sizes) < count / 2
 
@@ -75,11 +74,11 @@ def test_a_table_is_streamed_in_batches(tmp_path: Path) -> None:
 def test_broken_texts_reach_the_rows_as_bytes(tmp_path: Path) -> None:
     table = pa.table({"url": pa.array([b"a.jpg"], pa.binary()), "caption": pa.array([b"caf\xe9"], pa.binary())})
     pa.parquet.write_table(table, tmp_path / "raw.parquet")
-    assert rows(TableSource(TableConfig(url=str(tmp_path / "raw.parquet"))))[0]["caption"] == b"caf\xe9"
+    assert rows(TableSource(TableOptions(url=str(tmp_path / "raw.parquet"))))[0]["caption"] == b"caf\xe9"
     (tmp_path / "raw.csv").write_bytes(b"url,caption\na.jpg,caf\xe9\n")
-    assert rows(TableSource(TableConfig(url=str(tmp_path / "raw.csv"))))[0]["caption"] == b"caf\xe9"
+    assert rows(TableSource(TableOptions(url=str(tmp_path / "raw.csv"))))[0]["caption"] == b"caf\xe9"
     (tmp_path / "raw.jsonl").write_bytes(b'{"url": "a.jpg", "caption": "lone \\ud800"}\n')
-    assert rows(TableSource(TableConfig(url=str(tmp_path / "raw.jsonl"))))[0]["caption"] == b"lone \xed\xa0\x80"
+    assert rows(TableSource(TableOptions(url=str(tmp_path / "raw.jsonl"))))[0]["caption"] == b"lone \xed\xa0\x80"
 
 
 def test_numbers_categories_and_nested_values_become_text(tmp_path: Path) -> None:
@@ -93,7 +92,7 @@ def test_numbers_categories_and_nested_values_become_text(tmp_path: Path) -> Non
         }
     )
     pa.parquet.write_table(table, tmp_path / "t.parquet")
-    options = TableConfig(url=str(tmp_path / "t.parquet"), label_column="label", annotations_column="boxes")
+    options = TableOptions(url=str(tmp_path / "t.parquet"), label_column="label", annotations_column="boxes")
     row = rows(TableSource(options))[0]
     assert (row["url"], row["label"]) == (b"a.jpg", b"7")
     assert json.loads(row["annotations"]) == boxes  # type: ignore[arg-type]
@@ -117,23 +116,23 @@ def test_numbers_categories_and_nested_values_become_text(tmp_path: Path) -> Non
 def test_a_bad_table_is_one_clear_message(tmp_path: Path, name: str, content: bytes, message: str) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=message) as error:
-        TableSource(TableConfig(url=str(tmp_path / name))).check()
+        TableSource(TableOptions(url=str(tmp_path / name))).check()
     assert name in error.value.where
 
 
 def test_a_missing_table_names_its_neighbour(tmp_path: Path) -> None:
     (tmp_path / "pairs.csv").write_text("url,caption\n")
     with pytest.raises(DataError, match=r"no such table.*did you mean .*pairs\.csv"):
-        TableSource(TableConfig(url=str(tmp_path / "pears.csv"))).check()
+        TableSource(TableOptions(url=str(tmp_path / "pears.csv"))).check()
 
 
 def test_class_names_come_from_the_settings_or_a_file(tmp_path: Path) -> None:
     (tmp_path / "classes.json").write_text('["cat", "dog"]')
     (tmp_path / "wrong.json").write_text('{"cat": 0}')
-    assert TableSource(TableConfig(url="t.csv", classes=("cat", "dog"))).classes() == ("cat", "dog")
-    assert TableSource(TableConfig(url="t.csv", classes=str(tmp_path / "classes.json"))).classes() == ("cat", "dog")
+    assert TableSource(TableOptions(url="t.csv", classes=("cat", "dog"))).classes() == ("cat", "dog")
+    assert TableSource(TableOptions(url="t.csv", classes=str(tmp_path / "classes.json"))).classes() == ("cat", "dog")
     with pytest.raises(DataError, match="no list of texts"):
-        TableSource(TableConfig(url="t.csv", classes=str(tmp_path / "wrong.json"))).classes()
+        TableSource(TableOptions(url="t.csv", classes=str(tmp_path / "wrong.json"))).classes()
 
 
 def test_rows_may_name_only_allowed_places(tmp_path: Path) -> None:
@@ -142,7 +141,7 @@ def test_rows_may_name_only_allowed_places(tmp_path: Path) -> None:
     (tmp_path / "secret.jpg").write_bytes(b"x")
     (inside / "link.jpg").symlink_to(tmp_path / "secret.jpg")
     (inside / "t.csv").write_text("url,caption\n")
-    places = TableSource(TableConfig(url=str(inside / "t.csv"))).places()
+    places = TableSource(TableOptions(url=str(inside / "t.csv"))).places()
     assert places.resolve(b"a/b.jpg") == str(inside / "a/b.jpg")
     assert places.resolve(str(inside / "c.jpg").encode()) == str(inside / "c.jpg")
     for url, reason in [
@@ -159,7 +158,7 @@ def test_rows_may_name_only_allowed_places(tmp_path: Path) -> None:
         with pytest.raises(Refused) as refused:
             places.resolve(url)
         assert refused.value.reason == reason, url
-    wider = TableSource(TableConfig(url=str(inside / "t.csv"), allow=("s3://bucket/open", str(tmp_path)))).places()
+    wider = TableSource(TableOptions(url=str(inside / "t.csv"), allow=("s3://bucket/open", str(tmp_path)))).places()
     assert wider.resolve(b"../secret.jpg") == str(tmp_path / "secret.jpg")
     assert wider.resolve(b"s3://bucket/open/a.jpg") == "s3://bucket/open/a.jpg"
     for url in (b"s3://bucket/opened/a.jpg", b"s3://bucket/open/../closed/a.jpg", b"s3://other/open/a.jpg"):
