@@ -17,7 +17,7 @@ from pipeline.train.config import TrainConfig
 
 if TYPE_CHECKING:
     from pipeline.data.order.mixture import Source
-    from pipeline.stages.base import LabelUse
+    from pipeline.stages.label_use import LabelUse
 
 Plan = tuple[dict[str, Any], list[str]]  # as a document, and as lines for people
 

@@ -16,9 +16,12 @@ from pipeline.convert.weights import Weights, build
 from pipeline.data.batch import Example, RawSample, collate, derive_seed
 from pipeline.data.images.decode import UnreadableSample, read_header
 from pipeline.errors import CheckpointError, ConfigError
+from pipeline.pictures.attention import attention_pictures
+from pipeline.pictures.picture import Picture
 from pipeline.report.sheet import sheet
-from pipeline.stages.base import QUESTION, Answer, Picture, Stage
-from pipeline.stages.images import ImageOptions, attention_pictures
+from pipeline.stages.base import Stage
+from pipeline.stages.images import ImageOptions
+from pipeline.stages.questions import QUESTION, Answer
 
 FORMAT, FORMAT_VERSION = "vitrail.predictions", 1
 DOCUMENT = "predictions.json"

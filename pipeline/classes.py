@@ -30,7 +30,8 @@ from pipeline.config import Config
 from pipeline.data.manifest import Manifest, read_manifest
 from pipeline.errors import CheckpointError, ConfigError, DataError, UserError
 from pipeline.stages import stage_class
-from pipeline.stages.base import LEARNT, DataFacts, LabelUse, Stage
+from pipeline.stages.base import DataFacts, Stage
+from pipeline.stages.label_use import LEARNT, LabelUse
 
 TRAIN = "train"
 """What evaluations call the training set."""

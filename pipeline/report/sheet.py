@@ -7,7 +7,7 @@ import math
 
 from PIL import Image, ImageDraw, ImageFont
 
-from pipeline.stages.base import Picture
+from pipeline.pictures.picture import Picture
 
 PANEL_SIDE = 224  # pixels that a small panel's shorter side is enlarged to
 MAX_SIDE = 1024  # and that a large panel's longer side is reduced to

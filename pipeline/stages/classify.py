@@ -24,8 +24,11 @@ from pipeline.models.pixels import normalize
 from pipeline.models.trunk.block import initialize
 from pipeline.models.trunk.pooling import AttentionPool, Pooling, pool
 from pipeline.models.trunk.vit import ViT
-from pipeline.stages.base import Answer, DataFacts, Losses, Picture, Stage
-from pipeline.stages.images import ImageOptions, class_answers, image_transform, labelled_pictures, require_classes
+from pipeline.pictures.classification import labelled_pictures
+from pipeline.pictures.picture import Picture
+from pipeline.stages.base import DataFacts, Losses, Stage
+from pipeline.stages.images import ImageOptions, image_transform, require_classes
+from pipeline.stages.questions import Answer, class_answers
 
 TOKENS = ("trunk.cls_token", "trunk.reg_token", "trunk.pos_embed", "attn_pool.latent")
 
@@ -35,10 +38,10 @@ class ClassifyOptions(ImageOptions):
 
     crop_scale: tuple[float, float] = (0.08, 1.0)
     pooling: Literal["avg", "cls", "avg_with_cls", "map"] = "avg"
-    pre_logits: bool = False  # a linear layer of the trunk's width and tanh before the head
+    pre_logits: bool = False  # a linear layer of the trunk's width, and tanh, before the head
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     head_init_std: float = Field(default=2e-5, ge=0)
-    mixup: float = Field(default=0.0, ge=0)  # a of Beta(a, a); with cutmix, each pair does one of the two
+    mixup: float = Field(default=0.0, ge=0)  # a of Beta(a, a); with cutmix too, each pair gets one of the two
     cutmix: float = Field(default=0.0, ge=0)
     auto_augment: str = ""  # timm's name of a policy, such as rand-m9-mstd0.5-inc1 or original
     random_erase: float = Field(default=0.0, ge=0, le=1)  # share of the training images
@@ -50,7 +53,8 @@ class ClassifyOptions(ImageOptions):
             raise ValueError("pooling cls needs model.cls_token")
         if self.auto_augment and not POLICY.fullmatch(self.auto_augment):
             raise ValueError(
-                f"no augmentation {self.auto_augment!r}; use timm's rand-m9-mstd0.5-inc1 and its like, original, v0, 3a"
+                f"no augmentation is called {self.auto_augment!r};"
+                " use one of timm's: original, v0, 3a, or one like rand-m9-mstd0.5-inc1"
             )
         return self
 
@@ -58,10 +62,9 @@ class ClassifyOptions(ImageOptions):
 class ClassifyStage(Stage[ClassifyOptions]):
     """Trunk and linear head.
 
-    With pooling `avg` the patches are averaged before a norm of its own, `fc_norm`, and the trunk has no final norm;
-    with `cls` the trunk's norm stays and its first token goes to the head; with `avg_with_cls` the norm stays and all
-    tokens are averaged after it, as FLIP's code does and, without a cls token, SimpleViT; with `map` the norm stays and
-    attention pools.
+    With pooling `avg` the patches are averaged, then normalised by `fc_norm`, and the trunk has no final norm. All
+    others follow the trunk's final norm: `cls` takes the first token; `avg_with_cls` averages all tokens, as in FLIP's
+    code and, without a cls token, in SimpleViT; `map` pools by attention.
     """
 
     options_class: ClassVar[type[Config]] = ClassifyOptions
@@ -84,7 +87,7 @@ class ClassifyStage(Stage[ClassifyOptions]):
         nn.init.zeros_(self.head.bias)
 
     def loss(self, batch: Batch) -> Losses:
-        """Cross-entropy, smoothed; of mixed images against mixed labels."""
+        """Cross-entropy with smoothed labels; with mixup or cutmix, of mixed images and labels."""
         assert batch.images is not None
         assert batch.labels is not None
         pixels = normalize(batch.images, self.options.pixels)
@@ -115,7 +118,7 @@ class ClassifyStage(Stage[ClassifyOptions]):
         return self.scores_of_pixels(normalize(images, self.options.pixels))
 
     def scores_of_pixels(self, pixels: Float[Tensor, "b 3 h w"], seeds: Tensor | None = None) -> Float[Tensor, "b c"]:
-        """Logits in fp32, of normalised images."""
+        """Logits of normalised images, in fp32."""
         tokens = self.trunk(pixels, seeds=seeds)
         if self.attn_pool is not None:
             features = self.attn_pool(tokens)
@@ -127,12 +130,12 @@ class ClassifyStage(Stage[ClassifyOptions]):
         return scores.float()
 
     def transform(self, train: bool) -> Transform:
-        """Random crop, mirroring and what the options name in training, the centre otherwise; labels."""
+        """Random crop, mirroring and the configured augmentation in training, the centre otherwise; labels."""
         policy, erase = self.options.auto_augment, self.options.random_erase
         return image_transform(self.options, self.data, train=train, labels=True, policy=policy, erase=erase)
 
     def evaluations(self) -> Mapping[str, Evaluation]:
-        """Top-1, top-5, loss and confusion."""
+        """Top-1, top-5, loss and the confusion matrix."""
         return {"classification": ClassificationEvaluation(self.data.classes)}
 
     def pictures(self, batch: Batch, predictions: Predictions) -> list[Picture]:
@@ -140,7 +143,7 @@ class ClassifyStage(Stage[ClassifyOptions]):
         return labelled_pictures(batch, predictions["best"][:, 0], self.data.classes)
 
     def answer(self, batch: Batch, question: Config) -> list[Answer]:
-        """The likeliest classes with their probabilities."""
+        """The most likely classes with their probabilities."""
         assert batch.images is not None
         return class_answers(batch, self.scores(batch.images), self.data.classes)
 

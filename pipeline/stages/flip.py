@@ -32,13 +32,16 @@ from pipeline.models.text.tower import TextConfig, TextMasking, TextTower
 from pipeline.models.trunk.masking import random_masking
 from pipeline.models.trunk.pooling import AttentionPool, pool
 from pipeline.models.trunk.vit import ViT
-from pipeline.stages.base import QUESTION, Answer, ContrastiveStage, DataFacts, LabelUse, Losses, Picture, Question
+from pipeline.pictures.classification import captioned
+from pipeline.pictures.picture import Picture
+from pipeline.pictures.retrieval import caption_pictures
+from pipeline.stages.base import ContrastiveStage, DataFacts, Losses
 from pipeline.stages.features import feature_evaluations, feature_label_use
 from pipeline.stages.images import ImageOptions, captioned_transform, with_labels
+from pipeline.stages.label_use import LabelUse
+from pipeline.stages.questions import QUESTION, Answer, Question
 
 LOGIT_SCALE_MAX = math.log(100)
-NUM_PICTURES = 6
-NUM_FOUND = 4  # images shown for a caption
 
 log = logging.getLogger("vitrail")
 
@@ -49,12 +52,12 @@ ClassNames = str | tuple[str, ...]
 
 @functools.cache
 def warn_alone() -> None:
-    """Once a process."""
-    log.warning("a batch of one pair has no negatives: nothing can be learnt from it; raise data.global_batch")
+    """Warn about a global batch of one pair, once per process."""
+    log.warning("a batch of one pair has no negatives, so nothing can be learnt from it; raise data.global_batch")
 
 
 class RatioFrom(Config):
-    """A mask ratio that holds from a number of samples on."""
+    """A mask ratio, and the number of samples seen after which it applies."""
 
     from_samples: int = Field(ge=0)
     ratio: Ratio
@@ -64,9 +67,9 @@ class FlipOptions(ImageOptions):
     """Options of stage `flip`."""
 
     crop_scale: tuple[float, float] = (0.5, 1.0)
-    mask_ratio: Ratio | tuple[RatioFrom, ...] = 0.5  # of patches, in training; or by samples seen, the first from 0 on
-    pooling: Literal["cls", "avg", "avg_with_cls", "map"] = "avg_with_cls"  # after the final norm; FLIP's averages all
-    projection: bool = True  # of images, without bias; SigLIP has none
+    mask_ratio: Ratio | tuple[RatioFrom, ...] = 0.5  # of patches, in training; or a schedule by samples seen, from 0 on
+    pooling: Literal["cls", "avg", "avg_with_cls", "map"] = "avg_with_cls"  # after the final norm; FLIP averages all
+    projection: bool = True  # of image features, without bias; SigLIP has none
     embed_dim: int = Field(default=512, gt=0)
     text: TextConfig = TextConfig()
     text_mask_ratio: Ratio = 0.0  # of a context's tokens, in training
@@ -74,18 +77,18 @@ class FlipOptions(ImageOptions):
     loss: Literal["clip", "siglip"] = "clip"
     init_scale: float | None = Field(default=None, ge=1, le=100)  # of the logits; None: 1/0.07 for clip, 10 for siglip
     init_bias: float = -10.0  # of siglip's logits
-    freeze: tuple[str, ...] = ()  # parameters whose names begin so aren't trained
-    decay_positions: bool = True  # weight decay also for trained position tables, as open_clip; the official FLIP: no
+    freeze: tuple[str, ...] = ()  # parameters whose names begin with one of these aren't trained
+    decay_positions: bool = True  # weight decay for trained position tables too, as open_clip; the official FLIP: no
     evaluate: tuple[Measure, ...] = ("zeroshot", "retrieval")
     templates: str | tuple[str, ...] = "openai_imagenet"  # prompts, or the name of a list of open_clip's
-    class_names: ClassNames | dict[str, ClassNames] = ()  # for zero-shot: imagenet (open_clip's), a file; (): as the
-    # data call them; or any of these by name of the evaluation set, where sets have classes of their own
+    class_names: ClassNames | dict[str, ClassNames] = ()  # for zero-shot: imagenet (open_clip's), a file or a list; ():
+    # the data's names; or a mapping from evaluation sets to any of these, where sets have different classes
 
     @model_validator(mode="after")
     def _possible(self) -> FlipOptions:
         starts = [step.from_samples for step in self.mask_schedule]
         if not starts or starts[0] != 0 or starts != sorted(set(starts)):
-            raise ValueError(f"mask_ratio must begin from_samples 0 and rise, found {starts}")
+            raise ValueError(f"mask_ratio must begin with from_samples 0 and rise, not {starts}")
         for step in self.mask_schedule:
             if self.model.num_kept(step.ratio) < 1:
                 raise ValueError(f"mask_ratio {step.ratio} keeps none of {self.model.num_patches} patches")
@@ -109,19 +112,19 @@ class FlipOptions(ImageOptions):
         return (RatioFrom(from_samples=0, ratio=self.mask_ratio),)
 
     def mask_ratio_at(self, samples: int) -> float:
-        """The mask ratio of a batch that comes after this many samples."""
+        """The mask ratio of a batch after this many samples."""
         return [step.ratio for step in self.mask_schedule if step.from_samples <= samples][-1]
 
 
 class FlipQuestion(Question):
-    """What the images are compared with."""
+    """Texts that the images are compared with."""
 
     texts: tuple[str, ...] = ()
-    embedding: bool = False  # give the image's embedding too
+    embedding: bool = False  # also return the image's embedding
 
 
 class FlipStage(ContrastiveStage[FlipOptions]):
-    """Two towers that put an image and its caption close together."""
+    """An image tower and a text tower with a common embedding space."""
 
     options_class: ClassVar[type[Config]] = FlipOptions
     question_class: ClassVar[type[Config]] = FlipQuestion
@@ -140,32 +143,32 @@ class FlipStage(ContrastiveStage[FlipOptions]):
         try:
             self.text = TextTower(options.text, options.embed_dim, self.tokenizer.vocabulary)
         except ValueError as error:
-            raise ConfigError(str(error), where="options.text", fix="give tokenizer and tower that match") from None
+            raise ConfigError(str(error), where="options.text", fix="make tokenizer and tower match") from None
         # One element rather than none: DeepSpeed can't take parameters without a dimension.
         scale = options.init_scale or (1 / 0.07 if options.loss == "clip" else 10.0)
         self.logit_scale = nn.Parameter(torch.full((1,), math.log(scale)))
         self.logit_bias: nn.Parameter | None = None
         if options.loss == "siglip":
             self.logit_bias = nn.Parameter(torch.full((1,), options.init_bias))
-        # A set is measured by its own classes; one that names none by the training data's.
-        self.labels = {name: own or data.classes for name, own in data.sets.items()} or {"": data.classes}
+        # Each set is evaluated with its own classes; one that names none, with the training data's.
+        self.labels = {name: set_classes or data.classes for name, set_classes in data.sets.items()} or {
+            "": data.classes
+        }
         self.prompted = names_of_sets(options.class_names, self.labels)
 
     @classmethod
     def label_use(cls, options: Config) -> LabelUse | None:
-        """Neighbours' labels and the linear probe's, where they are asked for; zero-shot classification goes by each
-        set's own classes.
-        """
+        """Only kNN and the linear probe need common classes; zero-shot classification uses each set's own."""
         assert isinstance(options, FlipOptions)
         return feature_label_use(options.evaluate)
 
     @property
     def schedule_changes(self) -> tuple[int, ...]:
-        """Samples from which on another mask ratio holds."""
+        """Numbers of samples after which the mask ratio changes."""
         return tuple(step.from_samples for step in self.options.mask_schedule)
 
     def embed(self, batch: Batch) -> tuple[Tensor, ...]:
-        """Normalised embeddings of masked images and of their captions, [B,E] each, fp32."""
+        """Normalised embeddings of masked images and of their captions, [B,E] each, in fp32."""
         assert batch.images is not None
         assert batch.text is not None
         keep, text_keep = None, None
@@ -181,7 +184,7 @@ class FlipStage(ContrastiveStage[FlipOptions]):
     def contrast(self, embedded: tuple[tuple[Tensor, ...], Float[Tensor, " b"]]) -> Losses:
         """The loss against all ranks' pairs; `logit_scale` (and `logit_bias`) are logged as parts."""
         (images, texts), weight = embedded
-        # The engine holds the master under the limit, but low-precision copies follow a step later.
+        # The engine clamps the fp32 master, but low-precision copies follow one step later.
         scale = self.logit_scale.float().clamp(*self.limits["logit_scale"]).exp()
         if self.logit_bias is None:
             each = clip_loss(images, texts, weight, scale)
@@ -196,8 +199,8 @@ class FlipStage(ContrastiveStage[FlipOptions]):
         return Losses(total, parts)
 
     def predict(self, batch: Batch) -> Predictions:
-        """`image_embedding` of whole images, their `features` before the projection, and `text_embedding` [B,E], for
-        what the batch holds; `text`, `labels`.
+        """`image_embedding` [B,E] of whole images and their `features` [B,D] before the projection; `text_embedding`
+        [B,E] and `text`; and `labels`: each if the batch holds it.
         """
         predictions: dict[str, Tensor] = {}
         if batch.images is not None:
@@ -210,7 +213,7 @@ class FlipStage(ContrastiveStage[FlipOptions]):
     def embed_images(
         self, images: Tensor, keep: Int[Tensor, "b k"] | None = None, seeds: Tensor | None = None
     ) -> Float[Tensor, "b e"]:
-        """Normalised embeddings of uint8 images [B,3,H,W], from the patches at `keep` or all of them."""
+        """Normalised embeddings of uint8 images [B,3,H,W], from the patches at `keep` or from all."""
         return self._project(self.image_features(images, keep, seeds))
 
     def image_features(
@@ -225,17 +228,17 @@ class FlipStage(ContrastiveStage[FlipOptions]):
         return pool(tokens, self.options.pooling)
 
     def embed_texts(self, text: Int[Tensor, "b l"], keep: Tensor | None = None) -> Float[Tensor, "b e"]:
-        """Normalised embeddings of tokens, of those at `keep` or all of them."""
+        """Normalised embeddings of texts, from the tokens at `keep` or from all."""
         return F.normalize(self.text(text, keep).float(), dim=-1)
 
     def transform(self, train: bool) -> Transform:
-        """Images and tokens; in evaluation labels, where one of the sets has any and something looks at them."""
+        """Images and tokens; in evaluation also labels, if a set has any and an evaluation needs them."""
         read = not train and any(measure != "retrieval" for measure in self.options.evaluate)
         num_classes = max(map(len, self.labels.values())) if read else 0
         return captioned_transform(self.options, train=train, num_classes=num_classes, tokenizer=self.tokenizer)
 
     def evaluations(self) -> Mapping[str, Evaluation]:
-        """Zero-shot classification, retrieval both ways, nearest neighbours and a linear probe, as asked for."""
+        """Those of zero-shot classification, retrieval both ways, kNN and a linear probe that `evaluate` names."""
         wanted = self.options.evaluate
         evaluations: dict[str, Evaluation] = {}
         if "zeroshot" in wanted or "retrieval" in wanted:
@@ -248,28 +251,17 @@ class FlipStage(ContrastiveStage[FlipOptions]):
         return evaluations
 
     def pictures(self, batch: Batch, predictions: Predictions) -> list[Picture]:
-        """For a few captions of the batch, the images of the batch that fit best."""
-        assert batch.images is not None
-        if batch.text is None:
-            return []
-        present = (batch.weight > 0).nonzero().flatten().cpu()
-        texts, images = (predictions[name].float().cpu()[present] for name in ("text_embedding", "image_embedding"))
-        best = (texts[:NUM_PICTURES] @ images.T).topk(min(NUM_FOUND, len(present)), dim=1).indices
-        pictures = []
-        for i, row in enumerate(best.tolist()):
-            panels = [("its own image", batch.images[present[i]].cpu())]
-            panels += [(f"found {k + 1}", batch.images[present[j]].cpu()) for k, j in enumerate(row)]
-            pictures.append(Picture(self.tokenizer.decode(batch.text[present[i]]), tuple(panels)))
-        return pictures
+        """For a few captions of the batch, the images of the batch that match best."""
+        return caption_pictures(batch, predictions, self.tokenizer.decode)
 
     def answer(self, batch: Batch, question: FlipQuestion) -> list[Answer]:
-        """How well each text asked for fits each image: cosine, and probability (among the texts, or by SigLIP's
-        loss of each by itself).
+        """The match of each text with each image: its cosine, and its probability (among the texts; with SigLIP's loss,
+        of each text by itself).
         """
         assert batch.images is not None
         if not question.texts and not question.embedding:
-            fix = "ask what is in the images: texts=[a cat, a dog], or embedding=true"
-            raise ConfigError("nothing to compare the images with", where=QUESTION, fix=fix)
+            fix = "ask with texts=[a cat, a dog], or for the images' embeddings with embedding=true"
+            raise ConfigError("the question names no texts to compare the images with", where=QUESTION, fix=fix)
         images = self.embed_images(batch.images)
         answers = [Answer({"embedding": row} if question.embedding else {}) for row in images.tolist()]
         if not question.texts:
@@ -284,17 +276,17 @@ class FlipStage(ContrastiveStage[FlipOptions]):
                 for j in order
             ]
             caption = f"{question.texts[order[0]]} ({shares[i, order[0]]:.0%})"
-            answers[i] = answer._replace(pictures=(Picture(caption, ((caption, batch.images[i].cpu()),)),))
+            answers[i] = answer._replace(pictures=(captioned(caption, caption, batch.images[i]),))
         return answers
 
     @property
     def frozen(self) -> tuple[str, ...]:
-        """What `freeze` names."""
+        """The prefixes in `freeze`."""
         return self.options.freeze
 
     @property
     def text_options(self) -> TextConfig:
-        """The text tower's."""
+        """Options of the text tower."""
         return self.options.text
 
     def weight_decay_exempt(self, name: str, parameter: Tensor) -> bool:

@@ -32,12 +32,10 @@ from pipeline.models.trunk.masking import (
     take,
 )
 from pipeline.models.trunk.vit import Tokens, ViT
-from pipeline.stages.base import DataFacts, Losses, Picture
+from pipeline.pictures.patches import reconstruction_pictures
+from pipeline.pictures.picture import Picture
+from pipeline.stages.base import DataFacts, Losses
 from pipeline.stages.features import FeatureOptions, FeatureStage
-
-NUM_PICTURES = 8
-GRAY = 128  # of masked patches in pictures
-
 
 Ratio = Annotated[float, Field(gt=0, lt=1)]
 
@@ -47,8 +45,9 @@ class MaeOptions(FeatureOptions):
 
     decoder: DecoderConfig = DecoderConfig()
     masking: Literal["random", "block", "grid"] = "random"
-    mask_ratio: Ratio | tuple[Ratio, Ratio] = 0.75  # of a pair, every step draws one between; evaluation: the middle
-    predict_ratio: Ratio | None = None  # share of all patches predicted in training; None: all that are masked
+    mask_ratio: Ratio | tuple[Ratio, Ratio] = 0.75  # a pair is a range: each step draws from it, evaluation takes the
+    # middle
+    predict_ratio: Ratio | None = None  # share of all patches predicted in training; None: all masked ones
     norm_pix: bool = True
     evaluate: tuple[Literal["reconstruction", "knn"], ...] = ("reconstruction",)
 
@@ -56,7 +55,7 @@ class MaeOptions(FeatureOptions):
     def _masks_something(self) -> MaeOptions:
         low, high = self.ratios
         if low > high:
-            raise ValueError(f"mask_ratio must be low to high, found {low} to {high}")
+            raise ValueError(f"mask_ratio must be low to high, not {low} to {high}")
         for ratio in self.ratios:
             num_kept = self.model.num_kept(ratio)
             if not 0 < num_kept < self.model.num_patches:
@@ -79,10 +78,12 @@ class MaeOptions(FeatureOptions):
     def _predicts_something(self) -> MaeOptions:
         if self.predict_ratio is not None:
             if self.decoder.attention != "cross":
-                raise ValueError("predict_ratio needs decoder.attention cross: others' mask tokens see each other")
+                raise ValueError(
+                    "predict_ratio needs decoder.attention: cross, where mask tokens don't attend to each other"
+                )
             if not 0 < (self.num_predicted or 0) <= self.model.num_patches - self.model.num_kept(self.ratios[0]):
                 raise ValueError(
-                    f"predict_ratio {self.predict_ratio} must leave a patch, and can't exceed what is masked"
+                    f"predict_ratio {self.predict_ratio} must predict a patch, and no more than are masked"
                 )
         return self
 
@@ -98,19 +99,19 @@ class MaeOptions(FeatureOptions):
 
     @property
     def num_predicted(self) -> int | None:
-        """Patches predicted in training, if not all that are masked."""
+        """Number of patches predicted in training; None: all masked ones."""
         return None if self.predict_ratio is None else int(self.model.num_patches * self.predict_ratio)
 
 
 class MaeStage(FeatureStage[MaeOptions]):
-    """Pretraining; afterwards `encode` gives features and `reconstruct` fills in what a mask hides."""
+    """Trunk and decoder; after pretraining, `encode` gives features and `reconstruct` fills in masked patches."""
 
     options_class: ClassVar[type[Config]] = MaeOptions
 
     def __init__(self, options: MaeOptions, data: DataFacts) -> None:
         super().__init__(options, data)
         maps = options.decoder.feature_maps
-        # As in the official CrossMAE, a trunk that is read at every block has no norm after the last one.
+        # As in the official CrossMAE, a trunk that is tapped at every block has no norm after the last one.
         self.trunk = ViT(options.model.model_copy(update={"final_norm": False}) if maps else options.model)
         self.decoder = decoder(options.decoder, options.model)
         self.taps = tuple(range(-1, options.model.shape.depth)) if maps else ()
@@ -137,19 +138,19 @@ class MaeStage(FeatureStage[MaeOptions]):
         predictions = {
             "reconstruction_mse": self.errors(pixels, masking, prediction),
             "mask": mask_picture(masking),
-            "reconstruction": self._put_back(batch.images, pixels, masking, prediction),
+            "reconstruction": self._filled_in(batch.images, pixels, masking, prediction),
         }
         return self.with_features(predictions, pixels, batch)
 
     def encode(self, images: UInt8[Tensor, "b 3 h w"]) -> Tokens:
-        """Features of whole images: nothing is masked, patches come in image order."""
+        """Features of whole images: nothing is masked, and patches are in image order."""
         tokens: Tokens = self.trunk(normalize(images, self.options.pixels))
         return tokens
 
     def reconstruct(self, images: UInt8[Tensor, "b 3 h w"], mask: Bool[Tensor, "b n"]) -> UInt8[Tensor, "b 3 h w"]:
-        """The images with the patches where `mask` is True replaced by what the others suggest.
+        """The images with the patches where `mask` is True replaced by their prediction from the others.
 
-        With `norm_pix` the network predicts normalised patches; they get the mean and spread of the true ones, as in
+        With `norm_pix` the network predicts normalised patches; they get the mean and deviation of the true ones, as in
         the paper's figures.
 
         Raises:
@@ -157,10 +158,10 @@ class MaeStage(FeatureStage[MaeOptions]):
         """
         pixels = normalize(images, self.options.pixels)
         masking = masking_from_mask(mask)
-        return self._put_back(images, pixels, masking, self.predict_patches(pixels, masking))
+        return self._filled_in(images, pixels, masking, self.predict_patches(pixels, masking))
 
     def masking(self, batch: Batch) -> Masking:
-        """The batch's masks, from its seeds; how many patches, from its position, so that all ranks agree."""
+        """The batch's masks, drawn from its seeds; a random ratio is drawn from its position, the same on all ranks."""
         assert batch.images is not None
         p = self.options.model.patch_size
         grid = (batch.images.shape[2] // p, batch.images.shape[3] // p)
@@ -176,7 +177,7 @@ class MaeStage(FeatureStage[MaeOptions]):
     def predict_patches(
         self, pixels: Float[Tensor, "b 3 h w"], masking: Masking, seeds: Tensor | None = None
     ) -> Float[Tensor, "b m P"]:
-        """The network's prediction of the masked patches from the kept ones, in `masking.masked`'s order."""
+        """The network's prediction of the masked patches from the visible ones, in the order of `masking.masked`."""
         prediction: Tensor = self.decoder(self.trunk(pixels, keep=masking.keep, taps=self.taps, seeds=seeds), masking)
         return prediction
 
@@ -187,29 +188,16 @@ class MaeStage(FeatureStage[MaeOptions]):
         target = take(patchify(pixels, self.options.model.patch_size), masking.masked)
         return masked_mse(prediction, normalize_patches(target) if self.options.norm_pix else target)
 
-    def own_evaluations(self) -> Mapping[str, Evaluation]:
+    def objective_evaluations(self) -> Mapping[str, Evaluation]:
         """Reconstruction error with masks from the samples' seeds."""
         return {"reconstruction": MeanEvaluation("reconstruction_mse")}
 
     def pictures(self, batch: Batch, predictions: Predictions) -> list[Picture]:
         """Original, masked and reconstructed images of the first samples."""
-        assert batch.images is not None
-        p = self.options.model.patch_size
-        shown = (batch.weight > 0).nonzero().flatten()[:NUM_PICTURES].cpu()
-        pictures = []
-        for i in shown.tolist():
-            image = batch.images[i].cpu()
-            grid = (image.shape[1] // p, image.shape[2] // p)
-            hidden = predictions["mask"][i].cpu().view(grid).repeat_interleave(p, 0).repeat_interleave(p, 1)
-            panels = (
-                ("original", image),
-                ("masked", image.masked_fill(hidden, GRAY)),
-                ("reconstructed", predictions["reconstruction"][i].cpu()),
-            )
-            pictures.append(Picture(f"sample {int(batch.ids[i])}", panels))
-        return pictures
+        return reconstruction_pictures(batch, predictions, self.options.model.patch_size)
 
-    def _put_back(self, images: Tensor, pixels: Tensor, masking: Masking, prediction: Tensor) -> Tensor:
+    def _filled_in(self, images: Tensor, pixels: Tensor, masking: Masking, prediction: Tensor) -> Tensor:
+        """The images with masked patches replaced by their prediction; see `reconstruct`."""
         p = self.options.model.patch_size
         patches = patchify(pixels, p)
         prediction = prediction.to(patches.dtype)

@@ -1,8 +1,7 @@
 """Position prediction (MP3, Zhai et al. 2022, arXiv 2207.07611): which place of the image each patch comes from.
 
-Patches enter without positions. All of them ask, but only a random subset, the context, answers: in every layer keys
-and values come from it alone. So patches outside the context are placed by what they look like beside it, without
-seeing each other.
+Patches enter without positions. All of them are queries, but in every layer only a random subset, the context, serves
+as keys and values. So each patch outside the context is placed by its content and the context alone.
 
 Legend: B samples, N patches and as many places, C patches of the context, D width.
 """
@@ -13,7 +12,7 @@ from collections.abc import Mapping
 from typing import ClassVar, Literal, NamedTuple
 
 import torch
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Float, Int
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -22,19 +21,18 @@ from pipeline.config import Config
 from pipeline.data.batch import Batch
 from pipeline.evaluate.base import Evaluation, Predictions
 from pipeline.evaluate.mean import MeanEvaluation
-from pipeline.models.pixels import normalize, patchify, unpatchify
+from pipeline.models.pixels import normalize
 from pipeline.models.trunk.block import initialize
 from pipeline.models.trunk.masking import Masking, mask_picture, random_masking
 from pipeline.models.trunk.vit import ViT
-from pipeline.stages.base import DataFacts, Losses, Picture
+from pipeline.pictures.patches import position_pictures
+from pipeline.pictures.picture import Picture
+from pipeline.stages.base import DataFacts, Losses
 from pipeline.stages.features import FeatureOptions, FeatureStage
-
-NUM_PICTURES = 8
-GRAY = 128  # of places without a patch in pictures
 
 
 class Mp3Options(FeatureOptions):
-    """Options of stage `mp3`. `model.position` is for the stages that continue from its weights: here there is none."""
+    """Options of stage `mp3`. It uses no positions: `model.position` is for stages that start from its weights."""
 
     context_ratio: float = Field(default=0.25, gt=0, le=1)  # share of the patches that serve as keys and values
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
@@ -44,24 +42,24 @@ class Mp3Options(FeatureOptions):
     def _possible(self) -> Mp3Options:
         if self.num_context < 1:
             raise ValueError(
-                f"context_ratio {self.context_ratio} leaves none of {self.model.num_patches} patches as context"
+                f"context_ratio {self.context_ratio} leaves no context of {self.model.num_patches} patches"
             )
         if self.model.num_patches < 2:
-            raise ValueError("an image of one patch has nothing to predict; use a smaller patch_size")
+            raise ValueError("with a single patch there is nothing to predict; use a smaller patch_size")
         if self.model.patch_embed == "conv_stem" or self.model.spatial:
-            raise ValueError("a conv_stem, windows, conv_blocks and relative_positions give the positions away")
+            raise ValueError("a conv_stem, windows, conv_blocks and relative_positions reveal the positions")
         return self
 
     @property
     def num_context(self) -> int:
-        """Patches of the context."""
+        """Number of patches in the context."""
         return int(self.model.num_patches * self.context_ratio)
 
 
 class Guesses(NamedTuple):
-    """What a prediction says of every patch."""
+    """The predicted place of every patch."""
 
-    place: Int[Tensor, "b n"]  # the likeliest place
+    place: Int[Tensor, "b n"]  # the most likely place
     confidence: Float[Tensor, "b n"]  # its probability
     loss: Float[Tensor, "b n"]  # cross-entropy
 
@@ -87,8 +85,8 @@ class Mp3Stage(FeatureStage[Mp3Options]):
         return Losses(total, {"cross_entropy": total.detach(), "position_top1": right.detach()})
 
     def predict(self, batch: Batch) -> Predictions:
-        """`position_loss` and `position_top1` [B], the share of patches put in their place, with contexts as in
-        training; `place` and `confidence` [B,N]; `outside` [B,N], true for patches outside the context; for kNN
+        """`position_loss` and `position_top1` [B], the share of patches whose place is predicted right, with contexts
+        as in training; `place` and `confidence` [B,N]; `outside` [B,N], True for patches outside the context; for kNN
         `features` [B,D] with every patch in the context, and `labels`.
         """
         assert batch.images is not None
@@ -105,7 +103,7 @@ class Mp3Stage(FeatureStage[Mp3Options]):
         return self.with_features(predictions, pixels, batch)
 
     def context(self, batch: Batch) -> Masking:
-        """The batch's contexts (the kept ones), from its seeds."""
+        """The batch's contexts (`keep`), drawn from its seeds."""
         return random_masking(batch.seeds, self.options.model.num_patches, self.options.num_context)
 
     def scores(
@@ -115,27 +113,16 @@ class Mp3Stage(FeatureStage[Mp3Options]):
         scores: Tensor = self.head(self.trunk(pixels, context=context, seeds=seeds).patches)
         return scores.float() if scores.dtype.itemsize < 4 else scores
 
-    def own_evaluations(self) -> Mapping[str, Evaluation]:
-        """Share of patches put in their place, and the loss."""
+    def objective_evaluations(self) -> Mapping[str, Evaluation]:
+        """The share of patches whose place is predicted right, and the loss."""
         return {
             "position_top1": MeanEvaluation("position_top1"),
             "position_loss": MeanEvaluation("position_loss"),
         }
 
     def pictures(self, batch: Batch, predictions: Predictions) -> list[Picture]:
-        """Original, context, and every patch where it is believed to belong: of several at a place the surest shows."""
-        assert batch.images is not None
-        p = self.options.model.patch_size
-        rows, columns = self.options.model.grid
-        pictures = []
-        for i in (batch.weight > 0).nonzero().flatten()[:NUM_PICTURES].tolist():
-            image = batch.images[i].cpu()
-            outside = predictions["outside"][i].cpu().view(rows, columns)
-            hidden = outside.repeat_interleave(p, 0).repeat_interleave(p, 1)
-            placed = put_in_place(image, predictions["place"][i].cpu(), predictions["confidence"][i].cpu(), p)
-            panels = (("original", image), ("context", image.masked_fill(hidden, GRAY)), ("placed", placed))
-            pictures.append(Picture(f"sample {int(batch.ids[i])}", panels))
-        return pictures
+        """Original, context, and every patch at its predicted place."""
+        return position_pictures(batch, predictions, self.options.model.patch_size)
 
     def _guesses(self, scores: Float[Tensor, "b n n"], label_smoothing: float = 0.0) -> Guesses:
         b, n, _ = scores.shape
@@ -146,15 +133,3 @@ class Mp3Stage(FeatureStage[Mp3Options]):
 
     def _right(self, guesses: Guesses) -> Tensor:
         return guesses.place == torch.arange(guesses.place.shape[1], device=guesses.place.device)
-
-
-def put_in_place(
-    image: UInt8[Tensor, "3 h w"], place: Int[Tensor, " n"], confidence: Float[Tensor, " n"], patch_size: int
-) -> UInt8[Tensor, "3 h w"]:
-    """The image's patches moved to the places given; the surest of those at one place, gray where there is none."""
-    patches = patchify(image.unsqueeze(0).float(), patch_size)[0]
-    canvas = torch.full_like(patches, GRAY)
-    for number in confidence.argsort().tolist():
-        canvas[place[number]] = patches[number]
-    grid = (image.shape[1] // patch_size, image.shape[2] // patch_size)
-    return unpatchify(canvas.unsqueeze(0), grid)[0].to(torch.uint8)

@@ -1,4 +1,4 @@
-"""Linear probing: what a frozen trunk's features are worth (MAE, appendix A.1), or raw pixels in their place.
+"""Linear probing: the quality of a frozen trunk's features (MAE, appendix A.1), or of raw pixels instead.
 
 Legend: B samples, C classes, D features, H heads.
 """
@@ -25,19 +25,22 @@ from pipeline.models.noise import uniform
 from pipeline.models.pixels import normalize
 from pipeline.models.trunk.pooling import Pooling, pool
 from pipeline.models.trunk.vit import ViT
-from pipeline.stages.base import QUESTION, Answer, DataFacts, Losses, Picture, Question, Stage
-from pipeline.stages.images import ImageOptions, class_answers, image_transform, labelled_pictures, require_classes
+from pipeline.pictures.classification import labelled_pictures
+from pipeline.pictures.picture import Picture
+from pipeline.stages.base import DataFacts, Losses, Stage
+from pipeline.stages.images import ImageOptions, image_transform, require_classes
+from pipeline.stages.questions import QUESTION, Answer, Question, class_answers
 
 
 class ProbeOptions(ImageOptions):
     """Options of stage `probe`."""
 
     features: Literal["trunk", "pixels"] = "trunk"
-    pixels_side: int = Field(default=16, gt=0)  # features `pixels` are the image at this height and width
+    pixels_side: int = Field(default=16, gt=0)  # features `pixels` are the image resized to this height and width
     pooling: Pooling = "cls"
-    lr_multipliers: tuple[float, ...] = (0.1, 0.3, 1.0, 3.0, 10.0)  # of the learning rate, a head for each
+    lr_multipliers: tuple[float, ...] = (0.1, 0.3, 1.0, 3.0, 10.0)  # of the learning rate, one head for each
     head_init_std: float = Field(default=0.01, ge=0)
-    shuffled_labels: bool = False  # control: train on labels that say nothing about the image
+    shuffled_labels: bool = False  # as a control, train on labels that are independent of the image
 
     @model_validator(mode="after")
     def _possible(self) -> ProbeOptions:
@@ -51,15 +54,15 @@ class ProbeOptions(ImageOptions):
 
 
 class ProbeQuestion(Question):
-    """Which head is to answer."""
+    """The choice of the head that answers."""
 
     head: int | None = Field(default=None, ge=0)  # from 0; None: the middle one
 
 
 class ProbeStage(Stage[ProbeOptions]):
-    """Linear heads over standardised features of a trunk that stays as it is.
+    """Linear heads on standardised features of a frozen trunk.
 
-    One forward of the trunk feeds all heads. They share nothing else, unless gradients are clipped by their common
+    One forward pass of the trunk feeds all heads. They share nothing else, unless gradients are clipped by their common
     norm: leave `optim.clip_grad` at 0.
     """
 
@@ -104,7 +107,7 @@ class ProbeStage(Stage[ProbeOptions]):
 
     @torch.no_grad()
     def features(self, images: UInt8[Tensor, "b 3 h w"]) -> Float[Tensor, "b d"]:
-        """What the heads see, before standardisation."""
+        """The heads' input before standardisation."""
         pixels = normalize(images, self.options.pixels)
         if self.options.features == "pixels":
             side = self.options.pixels_side
@@ -116,7 +119,7 @@ class ProbeStage(Stage[ProbeOptions]):
         return image_transform(self.options, self.data, train=train, labels=True)
 
     def evaluations(self) -> Mapping[str, Evaluation]:
-        """Accuracy of the head that `validation` picks, and of every head."""
+        """Accuracy of the head selected on `validation`, and of every head."""
         return {"probe": ProbeEvaluation(self.data.classes, self._head_names())}
 
     def pictures(self, batch: Batch, predictions: Predictions) -> list[Picture]:
@@ -124,7 +127,7 @@ class ProbeStage(Stage[ProbeOptions]):
         return labelled_pictures(batch, predictions["best"][:, len(self.heads) // 2, 0], self.data.classes)
 
     def answer(self, batch: Batch, question: ProbeQuestion) -> list[Answer]:
-        """The likeliest classes with their probabilities, by one of the heads."""
+        """The most likely classes with their probabilities, by one of the heads."""
         assert batch.images is not None
         head = len(self.heads) // 2 if question.head is None else question.head
         if head >= len(self.heads):
@@ -135,11 +138,11 @@ class ProbeStage(Stage[ProbeOptions]):
 
     @property
     def frozen(self) -> tuple[str, ...]:
-        """The trunk: nothing in it may depend on the step."""
+        """The trunk: only the heads are trained."""
         return ("trunk.",)
 
     def lr_scale(self, name: str) -> float:
-        """Head i learns at `lr_multipliers[i]` times the common rate."""
+        """Head i has `lr_multipliers[i]` times the common learning rate."""
         return self.options.lr_multipliers[int(name.split(".")[1])] if name.startswith("heads.") else 1.0
 
     def _head_names(self) -> list[str]:

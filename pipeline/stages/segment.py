@@ -22,7 +22,9 @@ from pipeline.evaluate.segmentation import SegmentationEvaluation, class_map
 from pipeline.models.detection.pyramid import HeadNorm, as_map, quarter_taps
 from pipeline.models.segmenter import LinearSegmenter, UPerNet
 from pipeline.models.trunk.vit import ViT
-from pipeline.stages.base import DataFacts, Losses, Picture, Stage
+from pipeline.pictures.class_maps import class_map_pictures
+from pipeline.pictures.picture import Picture
+from pipeline.stages.base import DataFacts, Losses, Stage
 from pipeline.stages.dense import (
     DenseOptions,
     PlacedExample,
@@ -32,7 +34,6 @@ from pipeline.stages.dense import (
     instances_of,
 )
 from pipeline.stages.images import require_classes
-from pipeline.stages.overlays import class_map_pictures
 
 BACKGROUND = "background"
 MAX_PICTURES = 8
@@ -43,9 +44,9 @@ class SegmentOptions(DenseOptions):
 
     head: Literal["linear", "upernet"] = "linear"
     channels: int = Field(default=512, gt=0)  # of UPerNet
-    head_norm: HeadNorm = "layer"  # of UPerNet; the papers have batch norm
-    freeze_trunk: bool = False  # train the head alone, the linear protocol
-    jitter: tuple[float, float] = (0.5, 2.0)  # range of the factor an image is resized by, in training
+    head_norm: HeadNorm = "layer"  # of UPerNet; the papers use batch norm
+    freeze_trunk: bool = False  # train only the head (the linear protocol)
+    jitter: tuple[float, float] = (0.5, 2.0)  # range of the factor an image is resized by in training
 
     @model_validator(mode="after")
     def _dense(self) -> SegmentOptions:
@@ -54,7 +55,7 @@ class SegmentOptions(DenseOptions):
 
 
 class SegmentStage(Stage[SegmentOptions]):
-    """Trunk and head; the classes of a data set's objects and a background."""
+    """Trunk and head; the classes are those of the data set's objects, and a background."""
 
     options_class: ClassVar[type[Config]] = SegmentOptions
     class_rows: ClassVar[tuple[str, int] | None] = ("head.head.weight", 1)
@@ -74,13 +75,13 @@ class SegmentStage(Stage[SegmentOptions]):
         )
 
     def loss(self, batch: Batch) -> Losses:
-        """Cross-entropy of each image's own pixels, padding left out."""
+        """Cross-entropy averaged over each image's pixels, without padding."""
         logits = self.logits(batch)
         canvas = self.options.model.image_hw
         losses, right = [], []
-        for scores, one in zip(logits, instances_of(batch), strict=True):
-            height, width = content_size(one, canvas)
-            truth = class_map(one, canvas)[:height, :width].to(scores.device)
+        for scores, instances in zip(logits, instances_of(batch), strict=True):
+            height, width = content_size(instances, canvas)
+            truth = class_map(instances, canvas)[:height, :width].to(scores.device)
             shown = scores[:, :height, :width]
             losses.append(F.cross_entropy(shown.unsqueeze(0), truth.unsqueeze(0)))
             right.append((shown.detach().argmax(0) == truth).float().mean())
@@ -92,7 +93,7 @@ class SegmentStage(Stage[SegmentOptions]):
         return {"map": self.logits(batch).argmax(1)}
 
     def logits(self, batch: Batch) -> Float[Tensor, "b k h w"]:
-        """Of every pixel of the images at hand, in fp32."""
+        """Logits of every pixel of the batch's images, in fp32."""
         tokens = self.trunk(content_pixels(batch, self.options), taps=self.taps, seeds=batch.seeds)
         maps = tuple(as_map(x, tokens.grid) for x in tokens.taps or (tokens.patches,))
         logits = self.head(maps).float()
@@ -111,7 +112,7 @@ class SegmentStage(Stage[SegmentOptions]):
         return {"segmentation": SegmentationEvaluation(self.classes)}
 
     def pictures(self, batch: Batch, predictions: Predictions) -> list[Picture]:
-        return class_map_pictures(batch, predictions["map"].cpu(), self.classes, most=MAX_PICTURES)
+        return class_map_pictures(batch, predictions["map"].cpu(), most=MAX_PICTURES)
 
     @property
     def frozen(self) -> tuple[str, ...]:

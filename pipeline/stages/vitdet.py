@@ -2,8 +2,8 @@
 
 Legend: B images, D detections of an image, M side of a predicted mask, K classes.
 
-Losses are sums over images of each image's own mean, as in detectron2 with one image on a GPU, and anchors and regions
-are sampled from the images' seeds: gradients are the same for any number of ranks.
+Losses are sums over images of each image's mean, as in detectron2 with one image per GPU, and anchors and regions are
+sampled from the images' seeds, so gradients are the same for any number of ranks.
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ from pipeline.models.detection.proposals import DetectorConfig, ProposalNetwork,
 from pipeline.models.detection.pyramid import NUM_LEVELS, SimplePyramid, TappedPyramid, as_map, quarter_taps
 from pipeline.models.detection.rcnn import BoxHeads, Detections, level_strides, pool
 from pipeline.models.trunk.vit import ViT
-from pipeline.stages.base import Answer, DataFacts, Losses, Picture, Question, Stage
+from pipeline.pictures.detections import detection_pictures
+from pipeline.pictures.picture import Picture
+from pipeline.stages.base import DataFacts, Losses, Stage
 from pipeline.stages.dense import (
     DenseOptions,
     PlacedExample,
@@ -37,7 +39,7 @@ from pipeline.stages.dense import (
     instances_of,
 )
 from pipeline.stages.images import require_classes
-from pipeline.stages.overlays import detection_pictures
+from pipeline.stages.questions import Answer, Question
 
 MAX_PICTURES = 8
 
@@ -46,9 +48,9 @@ class VitDetOptions(DenseOptions):
     """Options of stage `vitdet`."""
 
     detector: DetectorConfig = DetectorConfig()
-    pyramid: Literal["simple", "fpn"] = "simple"  # ViTDet's; FPN on four taps, as in Li et al. 2021
+    pyramid: Literal["simple", "fpn"] = "simple"  # simple: ViTDet's; fpn: on four taps, as in Li et al. 2021
     jitter: tuple[float, float] = (0.1, 2.0)  # range of large-scale jitter's factor, in training
-    decay_norms: bool = False  # weight decay for norms and the position table too, as ViTDet-H has it
+    decay_norms: bool = False  # weight decay for norms and the position table too, as in ViTDet-H
 
     @model_validator(mode="after")
     def _detects(self) -> VitDetOptions:
@@ -56,14 +58,14 @@ class VitDetOptions(DenseOptions):
         height, width = self.model.image_hw
         step = 4 * self.model.patch_size
         if height % step or width % step:
-            raise ValueError(f"a pyramid needs image_size in multiples of 4 patches, {step} pixels")
+            raise ValueError(f"the pyramid needs an image_size that is a multiple of 4 patches, {step} pixels")
         return self
 
 
 class DetectionQuestion(Question):
-    """What a detector may be asked beside the images."""
+    """Which detections to return."""
 
-    above: float = 0.5  # score of what is told and drawn; 0 tells everything that passed the score threshold
+    above: float = 0.5  # only those with a higher score; 0: all that pass detector.score_threshold
 
 
 class VitDetStage(Stage[VitDetOptions]):
@@ -94,42 +96,46 @@ class VitDetStage(Stage[VitDetOptions]):
         self._exempt = frozenset(exempt_from_decay(self))
 
     def loss(self, batch: Batch) -> Losses:
-        """Losses of proposals, classes, boxes and masks, each image's own mean."""
+        """Losses of proposals, classes, boxes and masks: means over each image, summed over images."""
         levels = self.levels(batch)
-        targets = [targets_of(one, levels[0].device) for one in instances_of(batch)]
+        targets = [targets_of(instances, levels[0].device) for instances in instances_of(batch)]
         sizes = [self.options.model.image_hw] * len(batch)
-        found = self.rpn(levels)
-        parts = dict(zip(("rpn_class", "rpn_box"), self.rpn.losses(found, targets, batch.seeds), strict=True))
-        proposals = self.rpn.propose(found, sizes)
+        anchors = self.rpn(levels)
+        parts = dict(zip(("rpn_class", "rpn_box"), self.rpn.losses(anchors, targets, batch.seeds), strict=True))
+        proposals = self.rpn.propose(anchors, sizes)
         boxes = self.boxes.losses(levels[:-1], proposals, targets, sizes, batch.seeds)
         parts |= {"class": boxes.classes, "box": boxes.boxes}
         if self.masks is not None:
-            regions = pool(levels[:-1], [one.boxes for one in boxes.objects], self.strides, POOLED_SIDE)
-            truth = [decoded_masks(one, self.options.model.image_hw, levels[0].device) for one in instances_of(batch)]
+            regions = pool(levels[:-1], [sampled.boxes for sampled in boxes.objects], self.strides, POOLED_SIDE)
+            truth = [
+                decoded_masks(instances, self.options.model.image_hw, levels[0].device)
+                for instances in instances_of(batch)
+            ]
             parts["mask"] = mask_losses(self.masks(regions), boxes.objects, truth)
         summed = {name: (values * batch.weight).sum() for name, values in parts.items()}
         return Losses(torch.stack(list(summed.values())).sum(), {name: v.detach() for name, v in summed.items()})
 
     def predict(self, batch: Batch) -> Predictions:
-        """Detections, best first and padded to the most there may be: `boxes` [B,D,4] in pixels of the image at hand,
-        `scores` and `classes` [B,D], `counts` [B], and `masks` [B,D,M,M] as probabilities.
+        """Detections, best first and padded to the largest possible number: `boxes` [B,D,4] in pixels of the batch's
+        images, `scores` and `classes` [B,D], `counts` [B], and `masks` [B,D,M,M] as probabilities.
         """
         levels = self.levels(batch)
-        sizes = [content_size(one, self.options.model.image_hw) for one in instances_of(batch)]
+        sizes = [content_size(instances, self.options.model.image_hw) for instances in instances_of(batch)]
         proposals = self.rpn.propose(self.rpn(levels), sizes)
-        found: list[Detections] = self.boxes(levels[:-1], proposals, sizes)
-        out = _padded(found, self.options.detector.detections)
+        detections: list[Detections] = self.boxes(levels[:-1], proposals, sizes)
+        predictions = _padded(detections, self.options.detector.detections)
         if self.masks is not None:
-            logits = self.masks(pool(levels[:-1], [one.boxes for one in found], self.strides, POOLED_SIDE))
-            classes = torch.cat([one.classes for one in found])
-            own = logits[torch.arange(len(logits), device=logits.device), classes].sigmoid()
-            masks = own.new_zeros(*out["scores"].shape, *own.shape[1:])
+            regions = pool(levels[:-1], [image.boxes for image in detections], self.strides, POOLED_SIDE)
+            logits = self.masks(regions)
+            classes = torch.cat([image.classes for image in detections])
+            probabilities = logits[torch.arange(len(logits), device=logits.device), classes].sigmoid()
+            masks = probabilities.new_zeros(*predictions["scores"].shape, *probabilities.shape[1:])
             start = 0
-            for i, one in enumerate(found):
-                masks[i, : len(one.scores)] = own[start : start + len(one.scores)]
-                start += len(one.scores)
-            out["masks"] = masks
-        return out
+            for i, count in enumerate(predictions["counts"].tolist()):
+                masks[i, :count] = probabilities[start : start + count]
+                start += count
+            predictions["masks"] = masks
+        return predictions
 
     def levels(self, batch: Batch) -> tuple[Float[Tensor, "b f _ _"], ...]:
         """The pyramid's maps of a batch, finest first."""
@@ -150,14 +156,17 @@ class VitDetStage(Stage[VitDetOptions]):
         return PlacedExample(Fitted(self.options.model.image_hw))
 
     def answer(self, batch: Batch, question: DetectionQuestion) -> list[Answer]:
-        """What is found, as COCO's results in pixels of the image, with the class's name."""
-        predictions = self.predict(batch)
-        pictures = detection_pictures(batch, predictions, self.data.classes, most=len(batch), above=question.above)
-        found = stored_detections(predictions, batch)
+        """Detections, as COCO's results in pixels of the stored image, with the name of the class."""
+        predictions, classes, min_score = self.predict(batch), self.data.classes, question.above
+        pictures = detection_pictures(batch, predictions, classes, most=len(batch), min_score=min_score)
+        detections = stored_detections(predictions, batch)
         answers = []
-        for i, picture in zip(sorted(found), pictures, strict=True):
-            kept = [one for one in found[i] if one["score"] > question.above]
-            named = [{"class": self.data.classes[one["category_id"]], **readable(one)} for one in kept]
+        for i, picture in zip(sorted(detections), pictures, strict=True):
+            named = [
+                {"class": classes[result["category_id"]], **readable(result)}
+                for result in detections[i]
+                if result["score"] > min_score
+            ]
             answers.append(Answer({"detections": named}, (picture,)))
         return answers
 
@@ -168,27 +177,27 @@ class VitDetStage(Stage[VitDetOptions]):
         return detection_pictures(batch, predictions, self.data.classes, most=MAX_PICTURES)
 
     def weight_decay_exempt(self, name: str, parameter: Tensor) -> bool:
-        """As detectron2's ViTDet recipes: norms and the position table, but no biases and no channel norms."""
+        """As in detectron2's ViTDet recipes: norms and the position table, but not biases or channel norms."""
         return not self.options.decay_norms and name in self._exempt
 
 
 def exempt_from_decay(stage: nn.Module) -> list[str]:
-    """Names of the parameters that detectron2 wouldn't decay: of norms by class, and the position table.
+    """Names of the parameters that detectron2 doesn't decay: those of norms, by class, and the position table.
 
-    The norms between the convolutions of a `residual` are channel norms there, which it decays.
+    The norms in a `residual` are channel norms in detectron2, which it decays.
     """
     norms = (nn.LayerNorm, nn.GroupNorm, BatchNorm)
-    found = [
+    exempt = [
         f"{module}.{name}"
         for module, part in stage.named_modules()
         if isinstance(part, norms) and ".residual." not in module
         for name, _ in part.named_parameters()
     ]
-    return [*found, "trunk.pos_embed"]
+    return [*exempt, "trunk.pos_embed"]
 
 
 def targets_of(instances: Instances, device: torch.device) -> Targets:
-    """An image's objects; crowd regions are nobody's target."""
+    """An image's objects, without crowd regions."""
     single = instances.crowd == 0
     return Targets(instances.boxes[single].to(device), instances.labels[single].to(device))
 
@@ -199,14 +208,14 @@ def decoded_masks(instances: Instances, size: tuple[int, int], device: torch.dev
     return decode_masks(single, size).to(device)
 
 
-def _padded(found: Sequence[Detections], most: int) -> dict[str, Tensor]:
+def _padded(detections: Sequence[Detections], most: int) -> dict[str, Tensor]:
     """Detections of equal shape for every image; absent ones have score 0."""
-    first = found[0]
-    boxes = first.boxes.new_zeros(len(found), most, 4)
-    scores = first.scores.new_zeros(len(found), most)
-    classes = first.classes.new_zeros(len(found), most)
-    for i, one in enumerate(found):
-        count = len(one.scores)
-        boxes[i, :count], scores[i, :count], classes[i, :count] = one.boxes, one.scores, one.classes
-    counts = torch.tensor([len(one.scores) for one in found], device=boxes.device)
+    like = detections[0]
+    boxes = like.boxes.new_zeros(len(detections), most, 4)
+    scores = like.scores.new_zeros(len(detections), most)
+    classes = like.classes.new_zeros(len(detections), most)
+    for i, image in enumerate(detections):
+        count = len(image.scores)
+        boxes[i, :count], scores[i, :count], classes[i, :count] = image.boxes, image.scores, image.classes
+    counts = torch.tensor([len(image.scores) for image in detections], device=boxes.device)
     return {"boxes": boxes, "scores": scores, "classes": classes, "counts": counts}

@@ -19,7 +19,7 @@ from pipeline.data.reading.cache import RangeCache
 from pipeline.data.reading.takedown import Takedown, read_takedown
 from pipeline.errors import DataError
 from pipeline.ranks import World
-from pipeline.stages.base import LabelUse
+from pipeline.stages.label_use import LabelUse
 from pipeline.train.config import DataConfig, SourceConfig
 
 log = logging.getLogger("vitrail")

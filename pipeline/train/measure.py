@@ -9,7 +9,8 @@ from typing import Any
 
 from pipeline import ranks
 from pipeline.data.batch import Batch
-from pipeline.stages.base import Picture, Stage
+from pipeline.pictures.picture import Picture
+from pipeline.stages.base import Stage
 from pipeline.train.config import TrainConfig
 from pipeline.train.data import RunData
 from pipeline.train.engine.base import Engine

@@ -27,6 +27,7 @@ DIRECTION: tuple[tuple[str, ...], ...] = (
     ("pipeline.run_dir",),
     ("pipeline.data",),
     ("pipeline.models", "pipeline.losses", "pipeline.evaluate"),
+    ("pipeline.pictures",),
     ("pipeline.stages",),
     ("pipeline.classes",),
     ("pipeline.convert",),
@@ -211,6 +212,7 @@ def test_pipeline_itself_imports_nothing_of_ours() -> None:
         ("pipeline.data.loader", "from pipeline.train import loop", "may not import pipeline.train"),
         ("pipeline.stages.mae", "import pipeline.train.loop", "may not import pipeline.train"),
         ("pipeline.losses.masks", "def f():\n    from pipeline import stages", "may not import pipeline.stages"),
+        ("pipeline.pictures.patches", "from pipeline.stages.base import Stage", "may not import pipeline.stages"),
         (
             "pipeline.models.trunk.vit",
             "import importlib\nimportlib.import_module('launch.cli')",

@@ -18,8 +18,9 @@ from PIL import Image
 from pipeline.classes import class_parameters
 from pipeline.config import validate
 from pipeline.errors import ConfigError
+from pipeline.pictures.picture import Picture
 from pipeline.stages import STAGES, stage_class
-from pipeline.stages.base import DataFacts, Picture
+from pipeline.stages.base import DataFacts
 
 pytestmark = pytest.mark.timeout(900)  # one fixture does everything
 CLASSES = ("dark", "red", "green", "blue")

@@ -80,5 +80,5 @@ def test_augmentation_is_for_training() -> None:
 
 
 def test_an_unknown_policy_is_refused() -> None:
-    with pytest.raises(ConfigError, match="no augmentation 'randaugment'"):
+    with pytest.raises(ConfigError, match="no augmentation is called 'randaugment'"):
         build(auto_augment="randaugment")

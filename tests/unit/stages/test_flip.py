@@ -245,7 +245,7 @@ def test_siglip_has_a_bias_that_starts_as_the_papers() -> None:
     ("changes", "message"),
     [
         ({"mask_ratio": 0.99}, "keeps none of 16 patches"),
-        ({"mask_ratio": [{"from_samples": 5, "ratio": 0.5}]}, "must begin from_samples 0"),
+        ({"mask_ratio": [{"from_samples": 5, "ratio": 0.5}]}, "must begin with from_samples 0"),
         ({"class_names": ["one", "two"]}, "2 names for the data's 3 classes"),
         ({"class_names": "nowhere.txt"}, "no such file"),
         ({"templates": "imagenets"}, "no list of templates"),

@@ -10,8 +10,10 @@ from pipeline.config import validate
 from pipeline.data.batch import Batch
 from pipeline.errors import ConfigError
 from pipeline.models.pixels import normalize, patchify, unpatchify
+from pipeline.pictures.patches import put_in_place
+from pipeline.pictures.picture import GRAY
 from pipeline.stages.base import DataFacts
-from pipeline.stages.mp3 import GRAY, Mp3Options, Mp3Stage, put_in_place
+from pipeline.stages.mp3 import Mp3Options, Mp3Stage
 
 MODEL = {"width": 32, "depth": 2, "heads": 2, "image_size": 32, "patch_size": 8}
 
@@ -117,11 +119,11 @@ def test_features_for_neighbours_come_from_whole_images() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"context_ratio": 0.05}, "none of 16 patches"),
+        ({"context_ratio": 0.05}, "no context of 16 patches"),
         ({"context_ratio": 0.0}, "context_ratio"),
-        ({"model": MODEL | {"patch_size": 32}, "context_ratio": 1.0}, "one patch"),
-        ({"model": MODEL | {"patch_embed": "conv_stem"}}, "give the positions away"),
-        ({"model": MODEL | {"relative_positions": True, "cls_token": False}}, "give the positions away"),
+        ({"model": MODEL | {"patch_size": 32}, "context_ratio": 1.0}, "a single patch"),
+        ({"model": MODEL | {"patch_embed": "conv_stem"}}, "reveal the positions"),
+        ({"model": MODEL | {"relative_positions": True, "cls_token": False}}, "reveal the positions"),
     ],
 )
 def test_impossible_options_are_refused(changes: dict[str, object], message: str) -> None:

@@ -8,11 +8,11 @@ from torch import Tensor
 
 from pipeline.data.batch import Batch
 from pipeline.errors import ConfigError
+from pipeline.evaluate.click_trials import click_trials
 from pipeline.models.sam.predictor import EmbeddedImages
 from pipeline.models.sam.prompts import ABSENT, Prompts
 from pipeline.stages.dense import instances_of
 from pipeline.stages.sam import SamStage
-from pipeline.stages.sam_trials import click_trials
 from tests.support.sam_batches import SIDE, batch, objects, tiny_stage
 
 THREE = (objects((2, 3, 12, 14), (15, 1, 30, 20)), objects(), objects((0, 0, 9, 30)))
@@ -27,13 +27,13 @@ def gradients(stage: SamStage, given: object) -> dict[str, Tensor | None]:
 def test_the_loop_asks_eleven_times_and_brings_eight_new_points(monkeypatch: pytest.MonkeyPatch) -> None:
     stage = tiny_stage()
     asked: list[Prompts] = []
-    ask = SamStage.ask
+    ask = SamStage.round
 
     def watched(self: SamStage, embedded: object, prompts: Prompts, *rest: object, **how: object) -> object:
         asked.append(prompts)
         return ask(self, embedded, prompts, *rest, **how)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(SamStage, "ask", watched)
+    monkeypatch.setattr(SamStage, "round", watched)
     stage.loss(batch(*THREE))
     assert len(asked) == 11
     assert asked[0].masks is None
@@ -169,7 +169,7 @@ def test_objects_that_an_evaluation_passes_over_are_counted() -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"clicks": 0, "repeats": 0}, "1 or more"),
+        ({"clicks": 0, "repeats": 0}, "at least 1"),
         ({"freeze": ["trunk", "neck", "prompt_encoder", "mask_decoder"]}, "nothing to train"),
         ({"jitter": [2.0, 0.1]}, "low <= high"),
         ({"sam": {"channels": 20}}, "multiple of 8"),

@@ -188,7 +188,7 @@ def test_a_detector_of_boxes_alone_trains_evaluates_and_is_drawn_on_data_without
     assert figures["heldout/box_ap"] > 0.9
     assert not any("mask" in name for name in figures)
     (picture,) = stage.pictures(evaluate, predict(evaluate))
-    assert [caption for caption, _ in picture.panels] == ["there is", "found"]
+    assert [caption for caption, _ in picture.panels] == ["annotated", "detected"]
 
 
 def test_images_without_objects_train_the_background() -> None:
@@ -237,8 +237,8 @@ def test_padding_is_zero_after_normalising_whatever_its_colour() -> None:
     ("changes", "message"),
     [
         ({"model": MODEL | {"cls_token": True}}, "cls_token"),
-        ({"model": MODEL | {"image_size": 80}}, "multiples of 4 patches, 64 pixels"),
-        ({"crop_scale": (0.5, 1.0)}, "crop_scale means nothing"),
+        ({"model": MODEL | {"image_size": 80}}, "a multiple of 4 patches, 64 pixels"),
+        ({"crop_scale": (0.5, 1.0)}, "doesn't use crop_scale"),
         ({"jitter": (0.0, 1.0)}, "jitter"),
     ],
 )

@@ -11,7 +11,7 @@ from pipeline.config import validate
 from pipeline.models.trunk.attention_maps import attention_map, attention_weights, rollout
 from pipeline.models.trunk.config import ModelConfig
 from pipeline.models.trunk.vit import ViT
-from pipeline.stages.images import heated
+from pipeline.pictures.attention import heat_map
 from tests.support.convert_peers import shaken
 
 TINY = {"width": 32, "depth": 3, "heads": 2, "image_size": 32, "patch_size": 8}
@@ -85,7 +85,7 @@ def test_heat_is_brightest_where_the_weight_is() -> None:
     weights = torch.zeros(4, 4)
     weights[1, 2] = 1
     image = torch.full((3, 32, 32), 100, dtype=torch.uint8)
-    bright = heated(image, weights).float().sum(0)
+    bright = heat_map(image, weights).float().sum(0)
     hot = torch.zeros(32, 32, dtype=torch.bool)
     hot[8:16, 16:24] = True
     assert bright[hot].min() > bright[~hot].max()

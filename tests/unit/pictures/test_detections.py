@@ -6,13 +6,13 @@ import torch
 from torch import Tensor
 
 from pipeline.data.batch import Batch, Instances
-from pipeline.stages.overlays import detection_pictures
+from pipeline.pictures.detections import detection_pictures
 
 NOTHING = torch.zeros(0, dtype=torch.int64)
 NOBODY = Instances(boxes=torch.zeros(0, 4), labels=NOTHING, masks=(), crowd=NOTHING)
 
 
-def found(scores: list[float], above: float | None) -> tuple[Tensor, Tensor]:
+def detected_panel(scores: list[float], min_score: float | None) -> tuple[Tensor, Tensor]:
     """The picture of a gray image with detections of such scores, and the image as large as it."""
     image = torch.full((1, 3, 256, 256), 128, dtype=torch.uint8)
     batch = Batch(
@@ -25,8 +25,8 @@ def found(scores: list[float], above: float | None) -> tuple[Tensor, Tensor]:
         "classes": torch.zeros(1, len(scores), dtype=torch.int64),
         "counts": torch.tensor([len(scores)]),
     }
-    (picture,) = detection_pictures(batch, predictions, ("thing",), most=1, above=above)
-    return dict(picture.panels)["found"], image[0]
+    (picture,) = detection_pictures(batch, predictions, ("thing",), most=1, min_score=min_score)
+    return dict(picture.panels)["detected"], image[0]
 
 
 def drawn(picture: Tensor, image: Tensor, corner: int) -> bool:
@@ -35,22 +35,22 @@ def drawn(picture: Tensor, image: Tensor, corner: int) -> bool:
 
 
 def test_sure_detections_are_drawn_and_no_others() -> None:
-    picture, image = found([0.9, 0.3], None)
+    picture, image = detected_panel([0.9, 0.3], None)
     assert drawn(picture, image, 10)
     assert not drawn(picture, image, 50)
 
 
 def test_an_unsure_detector_shows_its_best_guess() -> None:
-    picture, image = found([0.3, 0.2], None)
+    picture, image = detected_panel([0.3, 0.2], None)
     assert drawn(picture, image, 10)
     assert not drawn(picture, image, 50)
 
 
 def test_a_threshold_that_was_asked_for_holds() -> None:
-    picture, image = found([0.3, 0.2], 0.5)
+    picture, image = detected_panel([0.3, 0.2], 0.5)
     assert torch.equal(picture, image)
 
 
 def test_nothing_found_is_nothing_drawn() -> None:
-    picture, image = found([], None)
+    picture, image = detected_panel([], None)
     assert torch.equal(picture, image)
