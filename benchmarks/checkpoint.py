@@ -71,13 +71,13 @@ class _Saver:
 
     def __init__(self, engine: Any, url: str) -> None:
         from pipeline.train.checkpoints import commits
-        from pipeline.train.checkpoints.saving import Checkpoints
+        from pipeline.train.checkpoints.saving import CheckpointWriter
 
         self.engine = engine
         self.url = url
         attempt = commits.begin_attempt(url, 0, enforced=True)
         assert attempt is not None
-        self.checkpoints = Checkpoints(url, attempt, keep_last=1, keep_every_samples=None, info={})
+        self.checkpoints = CheckpointWriter(url, attempt, keep_last=1, keep_every_samples=None, info={})
         self.step = 0
 
     def begin(self) -> None:

@@ -95,7 +95,7 @@ def verify_dataset(url: str, say: Callable[[str], None]) -> tuple[dict[str, Any]
 
 def list_runs(folder: str) -> tuple[list[dict[str, Any]], list[str]]:
     """Every run directory in a folder: its state, its newest valid checkpoint, and why it isn't going on."""
-    from pipeline.train.checkpoints.survey import survey
+    from pipeline.train.checkpoints.listing import list_checkpoints
 
     documents = []
     lines = []
@@ -103,7 +103,7 @@ def list_runs(folder: str) -> tuple[list[dict[str, Any]], list[str]]:
         url = storage.join(folder, name)
         status = RunDir(url).status()
         state = state_of(status)
-        saved = survey(_checkpoints_of(url, status))
+        saved = list_checkpoints(_checkpoints_of(url, status))
         resumable = saved.checkpoints[0].step if saved.checkpoints else None
         documents.append({"name": name, **status, "state": state, "resumable_step": resumable})
         lines.append(
@@ -137,14 +137,14 @@ def report_on(sources: Sequence[str], out: str) -> str:
 
 
 def _describe_run(url: str, *, verify: bool) -> Told:
-    from pipeline.train.checkpoints.survey import survey
+    from pipeline.train.checkpoints.listing import list_checkpoints
 
     status = RunDir(url).status()
     status["state"] = state_of(status)
     figures = figures_of(url)
     lines = [f"{key:<16} {value}" for key, value in status.items() if value not in (None, "")]
     lines += [f"{name:<32} {value:.4g}" for name, value in figures.items()]
-    saved = survey(_checkpoints_of(url, status), verify=verify)
+    saved = list_checkpoints(_checkpoints_of(url, status), verify=verify)
     for attempt in saved.attempts:
         lines.append(f"attempt {attempt.number:<8} began at step {attempt.resumed_step}")
     for number, one in enumerate(saved.checkpoints):

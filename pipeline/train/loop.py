@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Literal, Protocol, runtime_checkable
 
 from pipeline.data.loader import Loader
-from pipeline.train.checkpoints.saving import Checkpoints
+from pipeline.train.checkpoints.saving import CheckpointWriter
 from pipeline.train.config import TrainConfig
 from pipeline.train.engine.base import Engine
 from pipeline.train.guards import Guards
@@ -29,7 +29,7 @@ def run_loop(
     engine: Engine,
     loader: Loader,
     schedule: Callable[[int], float],
-    checkpoints: Checkpoints,
+    checkpoints: CheckpointWriter,
     measure: Measure,
     meter: Meter,
     stop: StopSignal,
@@ -75,5 +75,5 @@ def run_loop(
             checkpoints.save(state.step, list(engine.snapshot()), engine.facts(), state.document())
     watch("save")
     meter.flush()
-    checkpoints.finish(last=(state.step, list(engine.snapshot()), engine.facts(), state.document()))
+    checkpoints.finish(state.step, list(engine.snapshot()), engine.facts(), state.document())
     return state, "done" if due.done(state) else "stopped"

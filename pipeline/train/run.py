@@ -20,7 +20,7 @@ from pipeline import ranks
 from pipeline.run_dir import RunDir
 from pipeline.train.checkpoints.commits import Attempt
 from pipeline.train.checkpoints.restore import read_weights, weights_digest
-from pipeline.train.checkpoints.saving import Checkpoints
+from pipeline.train.checkpoints.saving import CheckpointWriter
 from pipeline.train.config import TrainConfig
 from pipeline.train.engine.deepspeed_engine import DeepSpeedEngine
 from pipeline.train.engine.deepspeed_setup import join_group
@@ -135,7 +135,7 @@ class Training:
         if ranks.world().rank == 0:
             tracker = Tracker(run_dir, attempt.number, start.state.step, config.length_samples)
             run_dir.write_status(**status_at_start(self._setup, start, self._engine.facts(), self._attempt_hint))
-        checkpoints = Checkpoints(
+        checkpoints = CheckpointWriter(
             self._setup.checkpoints_url,
             attempt,
             keep_last=config.checkpoint.keep_last,

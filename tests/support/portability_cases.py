@@ -12,7 +12,7 @@ from pipeline import ranks
 from pipeline.errors import StorageError
 from pipeline.train.checkpoints import commits
 from pipeline.train.checkpoints.restore import load_newest
-from pipeline.train.checkpoints.saving import Checkpoints
+from pipeline.train.checkpoints.saving import CheckpointWriter
 from pipeline.train.engine.deepspeed_engine import DeepSpeedEngine
 from tests.support import engine_cases as cases
 
@@ -32,8 +32,8 @@ def train(engine: DeepSpeedEngine, start: int, stop: int) -> None:
 def save(engine: DeepSpeedEngine, url: str) -> None:
     attempt = ranks.from_first(partial(commits.begin_attempt, url, 0, enforced=True))
     assert attempt is not None
-    checkpoints = Checkpoints(url, attempt, keep_last=1, keep_every_samples=None, info={"ema": {}})
-    checkpoints.finish(last=(3, list(engine.snapshot()), engine.facts(), {"step": 3, "samples": 3}))
+    checkpoints = CheckpointWriter(url, attempt, keep_last=1, keep_every_samples=None, info={"ema": {}})
+    checkpoints.finish(3, list(engine.snapshot()), engine.facts(), {"step": 3, "samples": 3})
     checkpoints.close()
 
 
@@ -88,7 +88,7 @@ def save_where_rank_1_cannot(url: str) -> tuple[int, str, float]:
     engine = build(2, "fp32")
     attempt = ranks.from_first(partial(commits.begin_attempt, url, 0, enforced=True))
     assert attempt is not None
-    checkpoints = Checkpoints(url, attempt, keep_last=2, keep_every_samples=None, info={"ema": {}})
+    checkpoints = CheckpointWriter(url, attempt, keep_last=2, keep_every_samples=None, info={"ema": {}})
     real, patience = storage.write, saving.ATTEMPTS_PER_WRITE
 
     def failing(path: str, data: Any) -> None:
@@ -100,7 +100,7 @@ def save_where_rank_1_cannot(url: str) -> tuple[int, str, float]:
     began = time.monotonic()
     try:
         checkpoints.save(1, list(engine.snapshot()), engine.facts(), {"step": 1, "samples": 1})
-        checkpoints.finish(last=(2, list(engine.snapshot()), engine.facts(), {"step": 2, "samples": 2}))
+        checkpoints.finish(2, list(engine.snapshot()), engine.facts(), {"step": 2, "samples": 2})
     finally:
         storage.write, saving.ATTEMPTS_PER_WRITE = real, patience
         checkpoints.close()
@@ -113,7 +113,7 @@ def two_checkpoints(url: str) -> None:
     engine = build(2, "fp32")
     attempt = ranks.from_first(partial(commits.begin_attempt, url, 0, enforced=True))
     assert attempt is not None
-    checkpoints = Checkpoints(url, attempt, keep_last=2, keep_every_samples=None, info={"ema": {}})
+    checkpoints = CheckpointWriter(url, attempt, keep_last=2, keep_every_samples=None, info={"ema": {}})
     for step in (3, 6):
         train(engine, step - 3, step)
         state = {"step": step, "samples": step * GLOBAL_BATCH}
@@ -121,6 +121,6 @@ def two_checkpoints(url: str) -> None:
             checkpoints.save(step, list(engine.snapshot()), engine.facts(), state)
             checkpoints.wait_copied()
         else:
-            checkpoints.finish(last=(step, list(engine.snapshot()), engine.facts(), state))
+            checkpoints.finish(step, list(engine.snapshot()), engine.facts(), state)
     checkpoints.close()
     engine.close()

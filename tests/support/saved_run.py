@@ -7,7 +7,7 @@ import multiprocessing
 from torch import Tensor
 
 from pipeline.train.checkpoints.commits import begin_attempt
-from pipeline.train.checkpoints.saving import Checkpoints
+from pipeline.train.checkpoints.saving import CheckpointWriter
 from pipeline.train.engine.base import Fragment, TensorFacts
 
 
@@ -24,6 +24,6 @@ def _save(url: str, state: dict[str, Tensor]) -> None:
     assert attempt is not None
     fragments = [Fragment(name, 0, v.numel(), {"value": v.reshape(-1)}, {}) for name, v in state.items()]
     facts = {name: TensorFacts(tuple(v.shape), "parameter", str(v.dtype)) for name, v in state.items()}
-    checkpoints = Checkpoints(url, attempt, keep_last=1, keep_every_samples=None, info={})
-    checkpoints.finish((3, fragments, facts, {}))
+    checkpoints = CheckpointWriter(url, attempt, keep_last=1, keep_every_samples=None, info={})
+    checkpoints.finish(3, fragments, facts, {})
     checkpoints.close()

@@ -1,8 +1,8 @@
 """Which checkpoints of a run may be resumed: attempts, commits, and the fence between them.
 
-Every start of a run is an *attempt*. It begins by creating `attempts/NNNNNN.json`, create-only, which says the step it
-resumed from. A commit of attempt a at step s doesn't count if a later attempt resumed from a step below s: so
-whatever a dead attempt still writes can't matter. Rank 0 does all of this.
+Every start of a run is an *attempt*. It begins by creating `attempts/NNNNNN.json`, create-only, with the step that it
+resumed from. A commit of attempt a at step s is void once a later attempt has resumed from a step below s: so nothing
+that a dead attempt still writes can matter. Only rank 0 calls these functions.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pipeline import storage
 from pipeline.errors import CheckpointError
 from pipeline.train.checkpoints.fragments import COMMIT_NAME, FORMAT_VERSION
 
-WEAK_WAIT_S = 1.0  # for rivals' records to show in a listing, on stores that ignore If-None-Match
+WEAK_WAIT_S = 1.0  # for the records of other jobs to show in a listing, on stores that ignore If-None-Match
 _COMMIT = re.compile(rf"step-(\d+)/(\d+)-[0-9a-f]+/{re.escape(COMMIT_NAME)}$")
 _ATTEMPT = re.compile(r"attempts/(\d+)(?:-[0-9a-f]+)?\.json$")
 
@@ -35,7 +35,7 @@ class Attempt(NamedTuple):
 
     @property
     def folder(self) -> str:
-        """Name of its folder below each step's."""
+        """Name of its folder in the folder of each step."""
         return f"{self.number:06d}-{self.id}"
 
 
@@ -49,21 +49,21 @@ class Commit(NamedTuple):
 
     @property
     def progress(self) -> Mapping[str, Any]:
-        """What the loop saved: step, samples, cursor, counters."""
+        """The loop's state: step, samples, cursor, counters."""
         progress: Mapping[str, Any] = self.document["progress"]
         return progress
 
 
-class Found(NamedTuple):
-    """Commits that count, newest first, and why others don't."""
+class FoundCommits(NamedTuple):
+    """Commits that can be resumed, newest first, and why the others can't."""
 
     commits: list[Commit]
     skipped: list[str]
 
 
 def read_attempts(url: str) -> list[Attempt]:
-    """Attempts recorded below checkpoints folder `url`, by number; of rivals for one number the lowest id counts."""
-    found: dict[int, Attempt] = {}
+    """Attempts recorded in checkpoints folder `url`, by number; of several with the same number, that of lowest id."""
+    attempts: dict[int, Attempt] = {}
     for entry in storage.entries(storage.join(url, "attempts")):
         match = _ATTEMPT.search(entry.url)
         if not match:
@@ -73,20 +73,21 @@ def read_attempts(url: str) -> list[Attempt]:
             attempt = Attempt(int(match[1]), str(document["id"]), int(document["resumed_step"]))
         except (FileNotFoundError, ValueError, KeyError):
             continue
-        rival = found.get(attempt.number)
+        rival = attempts.get(attempt.number)
         if rival is None or attempt.id < rival.id:
-            found[attempt.number] = attempt
-    return [found[number] for number in sorted(found)]
+            attempts[attempt.number] = attempt
+    return [attempts[number] for number in sorted(attempts)]
 
 
-def find_commits(url: str, known: dict[str, Commit] | None = None) -> Found:
-    """Read all commits below checkpoints folder `url` and sort out those that can't be resumed.
+def find_commits(url: str, known: dict[str, Commit] | None = None) -> FoundCommits:
+    """Read all commits in checkpoints folder `url`, and tell those that can be resumed from the others.
 
-    Looks at commit files and at the presence and size of the files they name; contents are verified when loaded.
+    Reads the commit files, and checks the presence and size of the files they name; contents are verified on loading.
 
     Args:
         url: the checkpoints folder.
-        known: commits read before, by path, which aren't read again, as a commit never changes; new ones are added.
+        known: commits that were read before, by path: a commit never changes, so they aren't read again. New ones are
+            added.
     """
     known = {} if known is None else known
     attempts = read_attempts(url)
@@ -100,7 +101,7 @@ def find_commits(url: str, known: dict[str, Commit] | None = None) -> Found:
         commit, reason = (known[path], "") if path in known else _read_commit(path)
         if commit is not None:
             known[path] = commit
-            reason = _lacking(commit, sizes)
+            reason = _missing_file(commit, sizes)
         if commit is not None and not reason:
             fence = [a for a in attempts if a.number > commit.attempt and a.resumed_step < commit.step]
             if not fence:
@@ -109,11 +110,11 @@ def find_commits(url: str, known: dict[str, Commit] | None = None) -> Found:
             reason = f"attempt {fence[0].number} has resumed from step {fence[0].resumed_step} since"
         skipped.append(f"step {int(match[1])} of attempt {int(match[2])}: {reason}")
     commits.sort(key=lambda c: (c.step, c.attempt), reverse=True)
-    return Found(commits, skipped)
+    return FoundCommits(commits, skipped)
 
 
 def read_commit(folder: str) -> tuple[Commit | None, str]:
-    """The commit of one checkpoint's folder, or why it is none; the fence isn't looked at.
+    """The commit of one checkpoint's folder, or why it can't be used; later attempts don't matter here.
 
     Raises:
         FileNotFoundError: there is no commit file.
@@ -123,19 +124,19 @@ def read_commit(folder: str) -> tuple[Commit | None, str]:
         raise FileNotFoundError(path)
     commit, reason = _read_commit(path)
     if commit is not None:
-        reason = _lacking(commit, {entry.url: entry.size_bytes for entry in storage.entries(folder)})
+        reason = _missing_file(commit, {entry.url: entry.size_bytes for entry in storage.entries(folder)})
     return (None if reason else commit), reason
 
 
 def begin_attempt(url: str, resumed_step: int, *, enforced: bool) -> Attempt | None:
-    """Record a new attempt; None when another one took the number, and what to resume must be looked up again.
+    """Record a new attempt; None when another job took its number first, so that there may be a newer checkpoint.
 
     Args:
         url: the checkpoints folder.
         resumed_step: step of the commit that will be resumed, 0 for none.
-        enforced: whether the store refuses create-only writes onto existing objects. Elsewhere each rival writes a
-            file of its own, waits and lists: the lowest id has the number. That is weaker, since a rival may be
-            slower than the wait.
+        enforced: whether the store refuses to create what exists. With other stores each job writes a file of its own,
+            waits and lists: the lowest id has the number. That is less reliable, since another job may be slower than
+            the wait.
     """
     attempts = read_attempts(url)
     attempt = Attempt(attempts[-1].number + 1 if attempts else 1, secrets.token_hex(4), resumed_step)
@@ -156,18 +157,18 @@ def begin_attempt(url: str, resumed_step: int, *, enforced: bool) -> Attempt | N
 
 
 def write_commit(folder: str, document: Mapping[str, Any]) -> None:
-    """Create the commit file of `folder`, the last one of a checkpoint. A lost reply looks like a conflict."""
+    """Create the commit file of `folder`, the last file of a checkpoint."""
     path = storage.join(folder, COMMIT_NAME)
     whole = {"format": "vitrail.checkpoint", "format_version": FORMAT_VERSION, **document}
-    text = json.dumps({**whole, "sha256": _own_hash(whole)}).encode()
-    if not storage.create(path, text) and storage.read(path) != text:
+    text = json.dumps({**whole, "sha256": _document_hash(whole)}).encode()
+    if not storage.create(path, text) and storage.read(path) != text:  # the same text: only the reply was lost
         raise CheckpointError(
             "another process committed here", where=path, fix="let only one job work on a run at a time"
         )
 
 
 def delete_checkpoint(folder: str) -> None:
-    """Remove a checkpoint; its commit goes first, so that a half-removed one is none."""
+    """Remove a checkpoint, its commit first: without it the rest is no checkpoint."""
     storage.delete(storage.join(folder, COMMIT_NAME))
     for entry in list(storage.entries(folder)):
         storage.delete(entry.url)
@@ -184,14 +185,14 @@ def retire(
     keep_every_samples: int | None,
     known: dict[str, Commit] | None = None,
 ) -> None:
-    """Delete checkpoints that needn't be kept: all but the newest `keep_last`, one per `keep_every_samples`, and
-    what earlier attempts left without a valid commit. The newest valid one always stays. `known` as `find_commits`'.
+    """Delete checkpoints but the newest `keep_last` and one per `keep_every_samples`, and what earlier attempts left
+    without a valid commit. The newest valid checkpoint always stays. `known` as in `find_commits`.
     """
-    found = find_commits(url, known)
-    keep = {commit.url for commit in found.commits[:keep_last]}
+    commits, _ = find_commits(url, known)
+    keep = {commit.url for commit in commits[:keep_last]}
     if keep_every_samples:
         marks: dict[int, str] = {}
-        for commit in found.commits:  # the oldest at or past each mark is kept, and the loop goes newest first
+        for commit in commits:  # newest first: the oldest at or past each mark is the last to be noted
             marks[int(commit.progress["samples"]) // keep_every_samples] = commit.url
         keep |= {folder for mark, folder in marks.items() if mark > 0}
     folders = {}
@@ -199,20 +200,20 @@ def retire(
         match = re.search(r"^(.*/step-\d+/(\d+)-[0-9a-f]+)/[^/]+$", entry.url)
         if match:
             folders[match[1]] = int(match[2])
-    committed = {commit.url for commit in found.commits}
+    committed = {commit.url for commit in commits}
     for folder, number in folders.items():
         stale = folder not in committed and number < attempt.number
         if stale or (folder in committed and folder not in keep):
             delete_checkpoint(folder)
 
 
-def _own_hash(document: Mapping[str, Any]) -> str:
-    """Of a commit without its hash, in a form that JSON's freedoms don't change."""
+def _document_hash(document: Mapping[str, Any]) -> str:
+    """sha256 of a commit without its own hash, in a canonical form of JSON."""
     return hashlib.sha256(json.dumps(document, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-def _lacking(commit: Commit, sizes: Mapping[str, int]) -> str:
-    """Which of the commit's files isn't there in its size; "" when all are. `sizes` by URL."""
+def _missing_file(commit: Commit, sizes: Mapping[str, int]) -> str:
+    """The first of the commit's files that is missing or of another size, in words; "" for none. `sizes` by URL."""
     for file in commit.document["files"]:
         size = sizes.get(f"{commit.url}/{file['name']}")
         if size is None:
@@ -223,19 +224,19 @@ def _lacking(commit: Commit, sizes: Mapping[str, int]) -> str:
 
 
 def _read_commit(path: str) -> tuple[Commit | None, str]:
-    """The commit at `path`, or why it is none."""
+    """The commit at `path`, or why it can't be used."""
     folder = path.removesuffix(f"/{COMMIT_NAME}")
     try:
         document = json.loads(storage.read(path))
         if document["format_version"] > FORMAT_VERSION:
             return None, f"written by a newer version (format {document['format_version']})"
-        if document["format_version"] != 1 and document.pop("sha256") != _own_hash(document):
+        if document["format_version"] != 1 and document.pop("sha256") != _document_hash(document):
             return None, f"its {COMMIT_NAME} was altered"
         commit = Commit(folder, int(document["step"]), int(document["attempt"]), document)
         _ = document["tensors"], document["progress"]
         _ = [(file["name"], file["size_bytes"]) for file in document["files"]]
     except FileNotFoundError:
-        return None, "removed meanwhile"
+        return None, "removed in the meantime"
     except (ValueError, KeyError, TypeError) as error:
         return None, f"its {COMMIT_NAME} can't be read ({error!r})"
     return commit, ""

@@ -1,8 +1,8 @@
-"""Bytes of a checkpoint: fragments of one rank in a safetensors file, and a table that says what lies where.
+"""A checkpoint in bytes: the fragments of one rank in a safetensors file, and a table of what lies where.
 
     step-000000000120/000003-9f2c51ab/      data of attempt 3 at step 120
         rank-00000.safetensors              the fragments' tensors
-        rank-00000.table.json               name, span, group settings; place, type and sha256 of each tensor
+        rank-00000.table.json               name, span, group settings; offset, type and sha256 of each tensor
         rank-00000.receipt.json             size and sha256 of the two, written after them
         commit.json                         written last, create-only: progress, facts of all tensors, all receipts
 
@@ -39,39 +39,39 @@ DTYPES = {
 }
 
 
-class Damaged(Exception):  # noqa: N818 -- a finding about a checkpoint, answered by falling back to an older one
+class Damaged(Exception):  # noqa: N818 -- no error of the program: the caller falls back to an older checkpoint
     """A checkpoint isn't what its commit says: something is missing, cut short or altered."""
 
 
-class Place(NamedTuple):
-    """Where one tensor of a fragment lies in its file."""
+class StoredTensor(NamedTuple):
+    """One tensor of a fragment in its file."""
 
     key: str
     dtype: str
-    offset: int
+    offset: int  # bytes from the start of the file
     size_bytes: int
 
 
-class Plan(NamedTuple):
-    """Layout of one rank's file: its header, and the place of every fragment's tensors."""
+class FileLayout(NamedTuple):
+    """Layout of one rank's file: its header, and where every fragment's tensors lie."""
 
     header: bytes
-    places: list[list[Place]]  # by fragment
+    tensors: list[list[StoredTensor]]  # by fragment
     size_bytes: int
 
 
-class Row(NamedTuple):
-    """One fragment as the table tells it."""
+class StoredFragment(NamedTuple):
+    """One fragment as a row of the table describes it."""
 
     span: Span
     group: dict[str, float]
-    places: list[tuple[Place, str]]  # with sha256
+    tensors: list[tuple[StoredTensor, str]]  # with sha256
 
 
-def plan_file(fragments: Sequence[Fragment]) -> Plan:
+def lay_out(fragments: Sequence[Fragment]) -> FileLayout:
     """Lay fragments out as a safetensors file."""
     entries: dict[str, Any] = {}
-    relative: list[list[Place]] = [[] for _ in fragments]
+    after_header: list[list[StoredTensor]] = [[] for _ in fragments]
     order = sorted(
         ((i, key) for i, fragment in enumerate(fragments) for key in fragment.tensors),
         key=lambda x: -fragments[x[0]].tensors[x[1]].element_size(),  # wide types first: everything stays aligned
@@ -87,43 +87,54 @@ def plan_file(fragments: Sequence[Fragment]) -> Plan:
             "shape": [tensor.numel()],
             "data_offsets": [at, at + size],
         }
-        relative[i].append(Place(key, dtype, at, size))
+        after_header[i].append(StoredTensor(key, dtype, at, size))
         at += size
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     header = len(text).to_bytes(8, "little") + text
-    places = [[place._replace(offset=place.offset + len(header)) for place in one] for one in relative]
-    return Plan(header, places, len(header) + at)
+    tensors = [
+        [stored._replace(offset=stored.offset + len(header)) for stored in of_fragment] for of_fragment in after_header
+    ]
+    return FileLayout(header, tensors, len(header) + at)
 
 
-def copy_to_host(fragments: Sequence[Fragment], plan: Plan, buffer: Tensor) -> None:
-    """Fill `buffer` (uint8, at least `plan.size_bytes`) with the file; the fragments aren't needed afterwards."""
-    header = torch.frombuffer(bytearray(plan.header), dtype=torch.uint8)
-    buffer[: len(plan.header)].copy_(header)
-    for fragment, places in zip(fragments, plan.places, strict=True):
-        for place in places:
-            if place.size_bytes:
-                source = fragment.tensors[place.key].detach().contiguous().view(-1).view(torch.uint8)
-                buffer[place.offset : place.offset + place.size_bytes].copy_(source, non_blocking=True)
+def copy_to_host(fragments: Sequence[Fragment], layout: FileLayout, buffer: Tensor) -> None:
+    """Fill `buffer` (uint8, at least `layout.size_bytes`) with the file; the fragments aren't needed afterwards."""
+    header = torch.frombuffer(bytearray(layout.header), dtype=torch.uint8)
+    buffer[: len(layout.header)].copy_(header)
+    for fragment, tensors in zip(fragments, layout.tensors, strict=True):
+        for stored in tensors:
+            if stored.size_bytes:
+                source = fragment.tensors[stored.key].detach().contiguous().view(-1).view(torch.uint8)
+                buffer[stored.offset : stored.offset + stored.size_bytes].copy_(source, non_blocking=True)
     if any(tensor.is_cuda for fragment in fragments for tensor in fragment.tensors.values()):
         torch.cuda.synchronize()
 
 
-def table_of(fragments: Iterable[tuple[Span, Mapping[str, float]]], plan: Plan, data: memoryview, file: str) -> bytes:
-    """The table of a filled buffer."""
+def table_of(
+    fragments: Iterable[tuple[Span, Mapping[str, float]]], layout: FileLayout, data: memoryview, file: str
+) -> bytes:
+    """The table of a filled buffer.
+
+    Args:
+        fragments: span and group settings of each.
+        layout: of the file.
+        data: the file's contents.
+        file: its name.
+    """
     rows = []
-    for (span, group), places in zip(fragments, plan.places, strict=True):
-        tensors = {
-            place.key: {
-                "dtype": place.dtype,
-                "offset": place.offset,
-                "size_bytes": place.size_bytes,
-                "sha256": _sha256(data[place.offset : place.offset + place.size_bytes]),
+    for (span, group), tensors in zip(fragments, layout.tensors, strict=True):
+        described = {
+            stored.key: {
+                "dtype": stored.dtype,
+                "offset": stored.offset,
+                "size_bytes": stored.size_bytes,
+                "sha256": _sha256(data[stored.offset : stored.offset + stored.size_bytes]),
             }
-            for place in places
+            for stored in tensors
         }
         rows.append(
-            {"name": span.name, "start": span.start, "stop": span.stop, "group": dict(group), "tensors": tensors}
+            {"name": span.name, "start": span.start, "stop": span.stop, "group": dict(group), "tensors": described}
         )
     document = {"format": "vitrail.fragments", "format_version": FORMAT_VERSION, "file": file, "fragments": rows}
     return json.dumps(document, separators=(",", ":")).encode()
@@ -135,8 +146,8 @@ def receipt_of(files: Mapping[str, bytes | memoryview]) -> bytes:
     return json.dumps({"files": rows}).encode()
 
 
-def parse_table(text: bytes, sha256: str) -> tuple[str, list[Row]]:
-    """The data file's name and the rows of a table whose hash is known from the commit.
+def parse_table(text: bytes, sha256: str) -> tuple[str, list[StoredFragment]]:
+    """The data file's name and the fragments of a table whose hash is known from the commit.
 
     Raises:
         Damaged: the text isn't what was committed.
@@ -144,22 +155,23 @@ def parse_table(text: bytes, sha256: str) -> tuple[str, list[Row]]:
     if _sha256(text) != sha256:
         raise Damaged("a table was altered")
     document = json.loads(text)
-    rows = []
+    fragments = []
     for row in document["fragments"]:
-        places = [
-            (Place(key, t["dtype"], t["offset"], t["size_bytes"]), t["sha256"]) for key, t in row["tensors"].items()
+        tensors = [
+            (StoredTensor(key, t["dtype"], t["offset"], t["size_bytes"]), t["sha256"])
+            for key, t in row["tensors"].items()
         ]
-        rows.append(Row(Span(row["name"], row["start"], row["stop"]), row["group"], places))
-    return document["file"], rows
+        fragments.append(StoredFragment(Span(row["name"], row["start"], row["stop"]), row["group"], tensors))
+    return document["file"], fragments
 
 
-def fetch_rows(
-    rows: Sequence[Row], read_range: Callable[[int, int], bytes], keys: frozenset[str] | None = None
+def fetch(
+    fragments: Sequence[StoredFragment], read_range: Callable[[int, int], bytes], keys: frozenset[str] | None = None
 ) -> list[Fragment]:
-    """Read rows of one file in few requests, and verify every tensor.
+    """Read fragments of one file in few requests, and verify every tensor.
 
     Args:
-        rows: what is wanted.
+        fragments: the wanted ones.
         read_range: reads bytes [start, stop) of the file.
         keys: tensors wanted of each fragment; None for all.
 
@@ -168,14 +180,14 @@ def fetch_rows(
     """
     wanted = sorted(
         (
-            (place, digest, i)
-            for i, row in enumerate(rows)
-            for place, digest in row.places
-            if not keys or place.key in keys
+            (stored, digest, i)
+            for i, fragment in enumerate(fragments)
+            for stored, digest in fragment.tensors
+            if not keys or stored.key in keys
         ),
         key=lambda x: x[0].offset,
     )
-    tensors: list[dict[str, Tensor]] = [{} for _ in rows]
+    tensors: list[dict[str, Tensor]] = [{} for _ in fragments]
     at = 0
     while at < len(wanted):
         start = stop = wanted[at][0].offset
@@ -186,21 +198,24 @@ def fetch_rows(
                 break
             stop, last = max(stop, end), last + 1
         data = memoryview(read_range(start, stop))
-        for place, digest, i in wanted[at:last]:
-            part = data[place.offset - start : place.offset - start + place.size_bytes]
-            if len(part) != place.size_bytes or _sha256(part) != digest:
-                raise Damaged(f"{rows[i].span.name} ({place.key}) was cut short or altered")
-            dtype = DTYPES[place.dtype][0]
-            empty = not place.size_bytes
-            tensors[i][place.key] = (
+        for stored, digest, i in wanted[at:last]:
+            part = data[stored.offset - start : stored.offset - start + stored.size_bytes]
+            if len(part) != stored.size_bytes or _sha256(part) != digest:
+                raise Damaged(f"{fragments[i].span.name} ({stored.key}) was cut short or altered")
+            dtype = DTYPES[stored.dtype][0]
+            empty = not stored.size_bytes
+            tensors[i][stored.key] = (
                 torch.empty(0, dtype=dtype) if empty else torch.frombuffer(bytearray(part), dtype=dtype)
             )
         at = last
-    return [Fragment(*row.span, own, row.group) for row, own in zip(rows, tensors, strict=True)]
+    return [
+        Fragment(*fragment.span, of_fragment, fragment.group)
+        for fragment, of_fragment in zip(fragments, tensors, strict=True)
+    ]
 
 
-class Gathered:
-    """Fragments in host memory, from which any span they cover can be read."""
+class LoadedFragments:
+    """Fragments in host memory, from which any span that they cover can be read."""
 
     def __init__(self, fragments: Iterable[Fragment]) -> None:
         self._by_name: dict[str, list[Fragment]] = {}
@@ -208,10 +223,10 @@ class Gathered:
             self._by_name.setdefault(fragment.name, []).append(fragment)
 
     def read(self, name: str, start: int, stop: int) -> Fragment:
-        """The span, put together from the pieces that overlap it.
+        """The span, joined from the fragments that overlap it.
 
         Raises:
-            Damaged: a part of it is nowhere.
+            Damaged: no fragment holds some part of it.
         """
         pieces = sorted(
             (f for f in self._by_name.get(name, []) if f.start < stop and f.stop > start), key=lambda f: f.start
@@ -231,11 +246,11 @@ class Gathered:
         return Fragment(name, start, stop, joined, pieces[0].group)
 
 
-def uncovered(wanted: Iterable[Span], rows: Iterable[Row]) -> list[Span]:
-    """The wanted spans that rows don't hold completely."""
+def uncovered(wanted: Iterable[Span], fragments: Iterable[StoredFragment]) -> list[Span]:
+    """The wanted spans that the fragments don't hold completely."""
     held: dict[str, list[tuple[int, int]]] = {}
-    for row in rows:
-        held.setdefault(row.span.name, []).append((row.span.start, row.span.stop))
+    for fragment in fragments:
+        held.setdefault(fragment.span.name, []).append((fragment.span.start, fragment.span.stop))
     missing = []
     for span in wanted:
         at = span.start
@@ -247,11 +262,11 @@ def uncovered(wanted: Iterable[Span], rows: Iterable[Row]) -> list[Span]:
     return missing
 
 
-def overlaps(row: Row, wanted: Mapping[str, Sequence[Span]]) -> bool:
-    """Whether a row holds a part of a wanted span (grouped by name)."""
+def overlaps(fragment: StoredFragment, wanted: Mapping[str, Sequence[Span]]) -> bool:
+    """Whether a fragment holds a part of a wanted span (by name); empty spans are parts of every fragment of theirs."""
     return any(
-        (s.start < row.span.stop and s.stop > row.span.start) or s.start == s.stop
-        for s in wanted.get(row.span.name, ())
+        (span.start < fragment.span.stop and span.stop > fragment.span.start) or span.start == span.stop
+        for span in wanted.get(fragment.span.name, ())
     )
 
 

@@ -1,4 +1,4 @@
-"""Reading saved state back: on any number of ranks to go on with a run, or as consolidated weights.
+"""Reading saved state back: to continue a run on any number of ranks, or as consolidated weights.
 
 `pipeline.train.checkpoints.saving` writes what is read here.
 """
@@ -17,10 +17,9 @@ from torch import Tensor
 from pipeline import ranks, storage
 from pipeline.convert.files import read_header
 from pipeline.errors import CheckpointError, StorageError
-from pipeline.train.checkpoints import commits as committed
 from pipeline.train.checkpoints import fragments as fmt
-from pipeline.train.checkpoints.commits import Commit
-from pipeline.train.checkpoints.fragments import Damaged, Gathered
+from pipeline.train.checkpoints.commits import Commit, FoundCommits, find_commits, read_commit
+from pipeline.train.checkpoints.fragments import Damaged, LoadedFragments, StoredFragment
 from pipeline.train.engine.base import Fragment, Read, Span, TensorFacts
 
 SOURCES = "give a run directory with a finished checkpoint, a checkpoint folder or a safetensors file"
@@ -31,40 +30,40 @@ log = logging.getLogger("vitrail")
 
 
 class LoadedCheckpoint(NamedTuple):
-    """A checkpoint whose parts a rank wants are in its host memory, verified."""
+    """A checkpoint of which everything that this rank wants is in host memory, and verified."""
 
     commit: Commit
     read: Read
 
 
-def load(commit: Commit, wanted: Sequence[Span]) -> Gathered:
+def load(commit: Commit, wanted: Sequence[Span]) -> LoadedFragments:
     """Read what covers `wanted` into host memory and verify it.
 
-    Tables are read beginning with this rank's own number, and no further than needed: on the same layout that is one.
+    Tables are read from this rank's number on, and no more than needed: only one if ranks and ZeRO stage are the same.
 
     Raises:
         Damaged: something is missing or altered.
     """
     files = {file["name"]: file for file in commit.document["files"]}
     tables = sorted(name for name in files if name.endswith(".table.json"))
-    here = ranks.world().rank % max(1, len(tables))
+    first = ranks.world().rank % max(1, len(tables))
     by_name: dict[str, list[Span]] = {}
     for span in wanted:
         by_name.setdefault(span.name, []).append(span)
     missing: Sequence[Span] = wanted
-    rows: list[fmt.Row] = []
+    read: list[StoredFragment] = []
     fragments: list[Fragment] = []
-    for name in [*tables[here:], *tables[:here]]:
+    for name in [*tables[first:], *tables[:first]]:
         if not missing:
             break
-        file, own = fmt.parse_table(_read(commit, name), files[name]["sha256"])
-        needed = [row for row in own if fmt.overlaps(row, by_name)]
-        fragments += fmt.fetch_rows(needed, _reader(commit, file))
-        rows += needed
-        missing = fmt.uncovered(missing, rows)
+        file, stored = fmt.parse_table(_read(commit, name), files[name]["sha256"])
+        needed = [fragment for fragment in stored if fmt.overlaps(fragment, by_name)]
+        fragments += fmt.fetch(needed, _reader(commit, file))
+        read += needed
+        missing = fmt.uncovered(missing, read)
     if missing:
         raise Damaged(f"{missing[0].name} isn't in the checkpoint")
-    return Gathered(fragments)
+    return LoadedFragments(fragments)
 
 
 def load_newest(
@@ -75,45 +74,31 @@ def load_newest(
     *,
     accept: Callable[[Commit], None] = lambda commit: None,
 ) -> LoadedCheckpoint | None:
-    """The newest commit that every rank can read and verify what it wants of; None when there are no checkpoints.
+    """The newest checkpoint of which every rank can read and verify what it wants; None when there are no checkpoints.
 
-    Collective; nothing is applied yet. What is skipped is logged with the reason.
+    Collective; nothing is applied yet. Checkpoints that are skipped are logged with the reason.
 
     Args:
-        url: the checkpoints folder; another run's directory or one checkpoint serve too.
+        url: the checkpoints folder, a run directory, or one checkpoint.
         wanted: what this rank reads.
-        known: the tensors the model has, to tell a checkpoint of another model from a damaged one.
+        known: the tensors of the model, to tell a checkpoint of another model from a damaged one.
         at_most: the newest step that will do; then None also if all are newer.
-        accept: raises UserError for a checkpoint that must not be gone on with, from what its commit tells.
+        accept: raises UserError for a checkpoint that must not be continued, going by its commit.
 
     Raises:
         CheckpointError: there are checkpoints, but none can be used.
     """
-    found = ranks.from_first(lambda: _found_at(url))
-    skipped = list(found.skipped)
-    for commit in found.commits:
+    commits, skipped = ranks.from_first(lambda: _commits_at(url))
+    for commit in commits:
         if at_most is not None and commit.step > at_most:
             continue
         accept(commit)
         _check_model(commit, known)
-        gathered: Gathered | None = None
-        reason, refusal = "", None
-        try:
-            gathered = load(commit, wanted)
-        except (Damaged, FileNotFoundError, ValueError, KeyError) as error:
-            reason = str(error) or repr(error)
-        except StorageError as error:  # it may be whole, only out of reach: falling back would throw work away
-            refusal = error
-        answers = ranks.gather((reason, refusal))
-        for _, theirs in answers:
-            if theirs is not None:
-                raise theirs
-        reasons = [text for text, _ in answers if text]
-        if not reasons:
-            assert gathered is not None
+        fragments, damage = _load_on_all_ranks(commit, wanted)
+        if fragments is not None:
             _log_skipped(skipped)
-            return LoadedCheckpoint(commit, gathered.read)
-        skipped.append(f"step {commit.step} of attempt {commit.attempt}: {reasons[0]}")
+            return LoadedCheckpoint(commit, fragments.read)
+        skipped.append(f"step {commit.step} of attempt {commit.attempt}: {damage}")
     _log_skipped(skipped)
     if skipped and at_most is None:
         raise CheckpointError(
@@ -124,6 +109,28 @@ def load_newest(
     return None
 
 
+def _load_on_all_ranks(commit: Commit, wanted: Sequence[Span]) -> tuple[LoadedFragments | None, str]:
+    """`load` on every rank; None, and what is damaged, if it is for some rank. Collective.
+
+    Raises:
+        StorageError: some rank can't reach the checkpoint, which may be whole: falling back would throw work away.
+    """
+    fragments: LoadedFragments | None = None
+    damage, unreachable = "", None
+    try:
+        fragments = load(commit, wanted)
+    except (Damaged, FileNotFoundError, ValueError, KeyError) as error:
+        damage = str(error) or repr(error)
+    except StorageError as error:
+        unreachable = error
+    answers = ranks.gather((damage, unreachable))
+    for _, error_of_rank in answers:
+        if error_of_rank is not None:
+            raise error_of_rank
+    damages = [damage_of_rank for damage_of_rank, _ in answers if damage_of_rank]
+    return (None, damages[0]) if damages else (fragments, "")
+
+
 class SavedWeights(NamedTuple):
     """Consolidated weights (fp32) and buffers, in host memory."""
 
@@ -131,10 +138,10 @@ class SavedWeights(NamedTuple):
     which: Literal["ema", "raw"]  # the moving average, or the weights as trained
     url: str  # the checkpoint they come from
     step: int  # 0 for a bare file
-    info: Mapping[str, Any]  # what the run told of itself, {} for a bare file
+    info: Mapping[str, Any]  # what the checkpoint says about its run, {} for a bare file
 
     def describe(self) -> str:
-        """For people: which weights of which step."""
+        """Which weights of which step, for people."""
         kind = "moving average of the weights" if self.which == "ema" else "weights"
         return f"{kind} at step {self.step}" if self.info else "weights of the file"
 
@@ -150,17 +157,17 @@ def read_saved(url: str, which: Which = "auto") -> SavedWeights:
     Args:
         url: a run directory, its checkpoints folder, one checkpoint, or a safetensors file.
         which: "ema" for the moving average, "raw" for the weights as trained, "auto" for the average where the run
-            keeps one; buffers and frozen parameters that have no average are as they are.
+            keeps one; buffers and frozen parameters that have no average are read as they are.
 
     Raises:
-        CheckpointError: there are none, or no valid ones, or no moving average though it was asked for.
+        CheckpointError: there are none, or no valid ones, or no moving average though `which` is "ema".
     """
     if url.endswith(".safetensors"):
         import safetensors.torch
 
         return SavedWeights(safetensors.torch.load(storage.read(url)), "raw", url, 0, {})
-    skipped: list[str] = []
-    for commit in _commits_at(url, skipped):
+    commits, skipped = _commits_at(url)
+    for commit in commits:
         info = commit.document.get("info", {})
         if which == "ema" and not info.get("ema"):
             raise CheckpointError(
@@ -183,47 +190,47 @@ def read_saved(url: str, which: Which = "auto") -> SavedWeights:
 
 
 def read_info(url: str) -> dict[str, Any]:
-    """What the newest commit at `url` (as for `read_weights`) tells of the run that made it; of a file of ours its
-    `stage`, `options` and `classes`, {} for any other.
+    """What the newest commit at `url` (as for `read_weights`) says about its run: `RunSetup.checkpoint_info`. Of a file
+    that `vitrail convert` wrote: `stage`, `options` and `classes`; of any other: {}.
     """
     if url.endswith(".safetensors"):
         return read_header(url)
-    newest = next(iter(_commits_at(url, [])), None)
-    return {} if newest is None else dict(newest.document.get("info", {}))
+    commits, _ = _commits_at(url)
+    return dict(commits[0].document.get("info", {})) if commits else {}
 
 
 def read_state(url: str) -> dict[str, Fragment]:
-    """Everything the newest valid checkpoint at `url` (as for `read_saved`) holds, by tensor: canonical, the same
-    whatever ZeRO stage, world size and precision it was saved at.
+    """Everything in the newest valid checkpoint at `url` (as for `read_saved`), by the name of the parameter or buffer.
 
-    Each is one fragment over the whole tensor: the fp32 value, the optimizer's moments, the moving average, and the
-    group's settings.
+    The result doesn't depend on the ZeRO stage, world size and precision that the checkpoint was saved with. Each value
+    is one fragment over the whole tensor: the fp32 value, the optimizer's moments, the moving average, and the group's
+    settings.
 
     Raises:
         CheckpointError: there are none, or no valid ones.
     """
-    skipped: list[str] = []
-    for commit in _commits_at(url, skipped):
+    commits, skipped = _commits_at(url)
+    for commit in commits:
         try:
-            gathered = _gathered(commit, lambda row: row)
+            fragments = _read_all(commit)
             sizes = {name: torch.Size(facts["shape"]).numel() for name, facts in commit.document["tensors"].items()}
-            return {name: gathered.read(name, 0, size) for name, size in sizes.items()}
+            return {name: fragments.read(name, 0, size) for name, size in sizes.items()}
         except (Damaged, FileNotFoundError, ValueError, KeyError) as error:
             skipped.append(f"step {commit.step}: {error}")
     raise CheckpointError(f"no valid checkpoint ({'; '.join(skipped) or 'none at all'})", where=url, fix=SOURCES)
 
 
 def damage_of(commit: Commit) -> str:
-    """What is wrong with a checkpoint's files when all of them are read; "" for nothing."""
+    """Read all of a checkpoint's files; what is wrong with them, "" for nothing."""
     try:
-        _gathered(commit, lambda row: row)
+        _read_all(commit)
     except (Damaged, FileNotFoundError, ValueError, KeyError) as error:
         return str(error) or repr(error)
     return ""
 
 
 def state_digest(state: Mapping[str, Fragment]) -> str:
-    """sha256 of a whole state: every tensor's name, type and bits, and its group's settings."""
+    """sha256 of a whole state: name, type and bits of every tensor, and the settings of its group."""
     total = hashlib.sha256()
     for name in sorted(state):
         fragment = state[name]
@@ -236,7 +243,7 @@ def state_digest(state: Mapping[str, Fragment]) -> str:
 
 
 def weights_digest(weights: Mapping[str, Tensor]) -> str:
-    """sha256 of names, types, shapes and values, in the order of the names."""
+    """sha256 of weights: names, types, shapes and values, in the order of the names."""
     total = hashlib.sha256()
     for name in sorted(weights):
         value = weights[name].detach().contiguous().cpu()
@@ -245,68 +252,63 @@ def weights_digest(weights: Mapping[str, Tensor]) -> str:
     return total.hexdigest()
 
 
-def _found_at(url: str) -> committed.Found:
-    skipped: list[str] = []
-    commits = _commits_at(url, skipped)
-    return committed.Found(commits, skipped)
-
-
-def _commits_at(url: str, skipped: list[str]) -> list[Commit]:
+def _commits_at(url: str) -> FoundCommits:
     """Commits at a run directory, a checkpoints folder or a single checkpoint, newest first."""
     try:
-        commit, reason = committed.read_commit(url)
-        skipped += [f"{url}: {reason}"] if reason else []
-        return [commit] if commit is not None else []
+        commit, reason = read_commit(url)
+        return FoundCommits([], [f"{url}: {reason}"]) if commit is None else FoundCommits([commit], [])
     except FileNotFoundError:
         pass
-    places = [storage.join(url, "checkpoints"), url]
+    folders = [storage.join(url, "checkpoints"), url]
     try:
-        elsewhere = json.loads(storage.read(storage.join(url, "status.json"))).get("checkpoints")
-        places[:0] = [elsewhere] if elsewhere else []
+        recorded = json.loads(storage.read(storage.join(url, "status.json"))).get("checkpoints")
+        folders[:0] = [recorded] if recorded else []
     except (FileNotFoundError, ValueError):
         pass
-    for place in places:
-        found = committed.find_commits(place)
-        skipped += found.skipped
-        if found.commits or found.skipped:
-            return found.commits
-    return []
+    for folder in folders:
+        commits, skipped = find_commits(folder)
+        if commits or skipped:
+            return FoundCommits(commits, skipped)
+    return FoundCommits([], [])
 
 
 def _consolidated(commit: Commit, which: Literal["ema", "raw"]) -> dict[str, Tensor]:
-    gathered = _gathered(commit, lambda row: _only(row, which))
+    fragments = _read_all(commit, lambda fragment: _value_alone(fragment, which))
     weights = {}
     for name, facts in commit.document["tensors"].items():
         shape = torch.Size(facts["shape"])
-        weights[name] = gathered.read(name, 0, shape.numel()).tensors["value"].view(shape)
+        weights[name] = fragments.read(name, 0, shape.numel()).tensors["value"].view(shape)
     return weights
 
 
-def _gathered(commit: Commit, wanted: Callable[[fmt.Row], fmt.Row]) -> Gathered:
-    """All fragments of a checkpoint, verified; `wanted` may drop some of a row's tensors."""
+def _read_all(
+    commit: Commit, select: Callable[[StoredFragment], StoredFragment] = lambda fragment: fragment
+) -> LoadedFragments:
+    """All fragments of a checkpoint, verified; `select` may drop some of a fragment's tensors."""
     files = {file["name"]: file for file in commit.document["files"]}
     fragments: list[Fragment] = []
     for name in sorted(name for name in files if name.endswith(".table.json")):
-        file, rows = fmt.parse_table(_read(commit, name), files[name]["sha256"])
-        fragments += fmt.fetch_rows([wanted(row) for row in rows], _reader(commit, file))
-    return Gathered(fragments)
+        file, stored = fmt.parse_table(_read(commit, name), files[name]["sha256"])
+        fragments += fmt.fetch([select(fragment) for fragment in stored], _reader(commit, file))
+    return LoadedFragments(fragments)
 
 
-def _only(row: fmt.Row, which: Literal["ema", "raw"]) -> fmt.Row:
-    """The row with its value alone, or with its average in the place of the value."""
-    places = {place.key: (place, digest) for place, digest in row.places}
-    place, digest = places.get("ema", places["value"]) if which == "ema" else places["value"]
-    return row._replace(places=[(place._replace(key="value"), digest)])
+def _value_alone(fragment: StoredFragment, which: Literal["ema", "raw"]) -> StoredFragment:
+    """The fragment with its value alone, or with its moving average as the value."""
+    tensors = {stored.key: (stored, digest) for stored, digest in fragment.tensors}
+    stored, digest = tensors.get("ema", tensors["value"]) if which == "ema" else tensors["value"]
+    return fragment._replace(tensors=[(stored._replace(key="value"), digest)])
 
 
 def _check_model(commit: Commit, known: Mapping[str, TensorFacts]) -> None:
-    theirs = {name: tuple(facts["shape"]) for name, facts in commit.document["tensors"].items()}
-    ours = {name: tuple(facts.shape) for name, facts in known.items()}
-    odd = sorted(name for name in {*theirs, *ours} if theirs.get(name) != ours.get(name))
-    if odd:
+    saved = {name: tuple(facts["shape"]) for name, facts in commit.document["tensors"].items()}
+    current = {name: tuple(facts.shape) for name, facts in known.items()}
+    differing = sorted(name for name in {*saved, *current} if saved.get(name) != current.get(name))
+    if differing:
+        name = differing[0]
         raise CheckpointError(
-            f"the checkpoint holds another model: {len(odd)} tensors differ, {odd[0]} among them "
-            f"({_shape(theirs.get(odd[0]))} there, {_shape(ours.get(odd[0]))} here)",
+            f"the checkpoint holds another model: {len(differing)} tensors differ, {name} among them "
+            f"({_shape(saved.get(name))} in the checkpoint, {_shape(current.get(name))} in the model)",
             where=commit.url,
             fix="give the run a new name, or go back to the code, configuration and data that wrote it",
         )

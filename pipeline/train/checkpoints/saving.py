@@ -1,7 +1,7 @@
-"""Saving a run while it goes on.
+"""Saving checkpoints while training continues.
 
-A save copies this rank's fragments to host memory, which only the next step waits for; a thread writes them, and rank
-0's thread commits once every rank's receipt is there. No collective is used, so it can't get in training's way.
+A save copies this rank's fragments to host memory; only the next step waits for that. A thread writes them, and that of
+rank 0 commits once every rank's receipt is there. The threads use no collectives, so they can't disturb training's.
 """
 
 from __future__ import annotations
@@ -19,22 +19,21 @@ from torch import Tensor
 
 from pipeline import ranks, storage
 from pipeline.errors import CheckpointError, StorageError
-from pipeline.train.checkpoints import commits as committed
 from pipeline.train.checkpoints import fragments as fmt
-from pipeline.train.checkpoints.commits import Attempt, Commit
+from pipeline.train.checkpoints.commits import Attempt, Commit, read_attempts, retire, write_commit
 from pipeline.train.engine.base import Fragment, Span, TensorFacts
 
 T = TypeVar("T")
-NUM_BUFFERS = 2  # saves that may be under way at once
+NUM_BUFFERS = 2  # saves in progress at most
 ATTEMPTS_PER_WRITE = 5
-COMMIT_DEADLINE_S = 900.0  # for all ranks' receipts to come in
+COMMIT_DEADLINE_S = 900.0  # for the receipts of all ranks
 DRAIN_POLL_S = 0.05
 
 log = logging.getLogger("vitrail")
 
 
 class Save(NamedTuple):
-    """One checkpoint on its way."""
+    """One checkpoint to be written."""
 
     step: int
     fragments: list[Fragment]
@@ -43,15 +42,15 @@ class Save(NamedTuple):
     copied: threading.Event
 
 
-class Checkpoints:
+class CheckpointWriter:
     """Writes an attempt's checkpoints in the background.
 
     Args:
         url: the checkpoints folder.
         attempt: this start of the run.
-        keep_last: checkpoints to keep.
+        keep_last: how many of the newest checkpoints are kept.
         keep_every_samples: one more is kept per so many samples.
-        info: facts put into every commit (stage, versions), for people to read.
+        info: what every commit says about the run.
     """
 
     def __init__(
@@ -67,7 +66,7 @@ class Checkpoints:
         self.attempt = attempt
         self.num_failed = 0
         self.num_skipped = 0
-        self.superseded = False  # a later attempt runs: this one's commits don't count any more
+        self.superseded = False  # by a later attempt, which makes this one's commits void
         self._keep = (keep_last, keep_every_samples)
         self._known: dict[str, Commit] = {}  # commits read so far, by path
         self._info = dict(info)
@@ -79,27 +78,27 @@ class Checkpoints:
         self._copying: threading.Event | None = None
         self._last_failure = ""
         self._failed_step = -1  # of the newest save that failed here
-        self._given_up_step = -1  # of the newest save that failed on some rank: no use in waiting for its parts
-        self._begun: dict[int, float] = {}  # when saves under way began, by step
+        self._given_up_step = -1  # of the newest save that failed on some rank: its parts will never be complete
+        self._begun: dict[int, float] = {}  # when the saves in progress began, by step
         self._thread = threading.Thread(target=self._work, name="checkpoints", daemon=True)
         self._thread.start()
 
     def save(
         self, step: int, fragments: Sequence[Fragment], facts: Mapping[str, TensorFacts], progress: Mapping[str, Any]
     ) -> bool:
-        """Begin to save; False if some rank still writes two earlier saves, and this one was left out. Collective.
+        """Begin to save; False if this save was skipped because some rank still writes two earlier ones. Collective.
 
-        Whether it succeeds is told by `num_failed` later: a failure never ends the run.
+        A failure never ends the run; it is counted in `num_failed` later.
 
         Args:
-            step: steps done.
+            step: number of steps done.
             fragments: this rank's share, as views that stay valid until `wait_copied` returns.
             facts: of all tensors.
             progress: the loop's state.
         """
         if self._exchange() >= NUM_BUFFERS:
             self.num_skipped += 1
-            log.warning("checkpoint at step %d left out: writing is %d saves behind", step, NUM_BUFFERS)
+            log.warning("checkpoint at step %d skipped: writing is %d saves behind", step, NUM_BUFFERS)
             return False
         self._copying = threading.Event()
         self._begun[step] = time.monotonic()
@@ -107,51 +106,53 @@ class Checkpoints:
         return True
 
     def wait_copied(self) -> None:
-        """Wait until the state may change again; every step begins with it."""
+        """Wait until the state may change again; called at the start of every step."""
         if self._copying is not None:
             self._copying.wait()
             self._copying = None
 
-    def finish(self, last: tuple[int, Sequence[Fragment], Mapping[str, TensorFacts], Mapping[str, Any]]) -> None:
-        """Save once more (arguments as `save`'s), and wait until everything is written. Collective.
+    def finish(
+        self, step: int, fragments: Sequence[Fragment], facts: Mapping[str, TensorFacts], progress: Mapping[str, Any]
+    ) -> None:
+        """Save once more, and wait until everything is written. Collective; arguments as for `save`.
 
         Raises:
             StorageError: this last save failed on some rank.
             CheckpointError: a later attempt has taken the run over.
         """
         self._drain()
-        self.save(*last)
+        self.save(step, fragments, facts, progress)
         self._drain()
         failures = [text for text in ranks.gather(self._last_failure) if text]
         if failures:
             raise StorageError(
                 f"the last checkpoint couldn't be saved ({failures[0]})",
                 where=self.url,
-                fix="mend the storage and run the same command again: it resumes from the newest saved one",
+                fix="repair the storage and run the same command again: it resumes from the newest checkpoint",
             )
 
     def _drain(self) -> None:
-        """Wait until nothing is under way; ends an attempt that doesn't count any more."""
+        """Wait until every rank has written everything; raises CheckpointError in an attempt that is superseded."""
         self.wait_copied()
         while self._exchange():
             time.sleep(DRAIN_POLL_S)
         if ranks.broadcast(self.superseded):
             raise CheckpointError(
-                "a later attempt at this run has taken over", where=self.url, fix="leave the run to that one"
+                "a later attempt has taken over this run", where=self.url, fix="let that attempt continue"
             )
 
     def _exchange(self) -> int:
-        """Saves under way on the rank that has most; every rank learns of failures on others. Collective."""
+        """Saves in progress on the rank with the most; every rank learns of failures on others. Collective."""
         answers = ranks.gather((self._pending.unfinished_tasks, self._failed_step))
         self._given_up_step = max(step for _, step in answers)
-        return max(number for number, _ in answers)
+        return max(num_saves for num_saves, _ in answers)
 
     def since(self) -> float | None:
-        """When the oldest save under way began (`time.monotonic`); None when there is none."""
+        """When the oldest save in progress began (`time.monotonic`); None when there is none."""
         return min(list(self._begun.values()), default=None)
 
     def close(self) -> None:
-        """End the thread after what is under way."""
+        """End the thread once it has written everything."""
         self._pending.put(None)
         self._thread.join(timeout=COMMIT_DEADLINE_S)
 
@@ -168,7 +169,7 @@ class Checkpoints:
                 self.num_failed += 1
                 if save is not None:
                     self._failed_step = save.step
-                    log.warning("checkpoint at step %d failed, training goes on: %s", save.step, error)
+                    log.warning("checkpoint at step %d failed, training continues: %s", save.step, error)
             finally:
                 if save is not None:
                     save.copied.set()
@@ -178,22 +179,22 @@ class Checkpoints:
     def _write(self, save: Save) -> None:
         folder = storage.join(self.url, f"step-{save.step:012d}", self.attempt.folder)
         stem = f"rank-{self._world.rank:05d}"
-        plan = fmt.plan_file(save.fragments)
+        layout = fmt.lay_out(save.fragments)
         labels = [(Span(f.name, f.start, f.stop), f.group) for f in save.fragments]
         buffer = self._free.get()
         try:
-            if buffer.numel() < plan.size_bytes:
-                buffer = torch.empty(plan.size_bytes, dtype=torch.uint8, pin_memory=ranks.device().type == "cuda")
-            fmt.copy_to_host(save.fragments, plan, buffer)
+            if buffer.numel() < layout.size_bytes:
+                buffer = torch.empty(layout.size_bytes, dtype=torch.uint8, pin_memory=ranks.device().type == "cuda")
+            fmt.copy_to_host(save.fragments, layout, buffer)
             save.fragments.clear()
             save.copied.set()
-            data = memoryview(buffer.numpy().data)[: plan.size_bytes]
+            data = memoryview(buffer.numpy().data)[: layout.size_bytes]
             names = (f"{stem}.safetensors", f"{stem}.table.json")
-            table = fmt.table_of(labels, plan, data, names[0])
+            table = fmt.table_of(labels, layout, data, names[0])
             receipt = fmt.receipt_of({names[0]: data, names[1]: table})
-            _patiently(lambda: storage.write(storage.join(folder, names[0]), data))
-            _patiently(lambda: storage.write(storage.join(folder, names[1]), table))
-            _patiently(lambda: storage.write(storage.join(folder, f"{stem}.receipt.json"), receipt))
+            _retried(lambda: storage.write(storage.join(folder, names[0]), data))
+            _retried(lambda: storage.write(storage.join(folder, names[1]), table))
+            _retried(lambda: storage.write(storage.join(folder, f"{stem}.receipt.json"), receipt))
         finally:
             self._free.put(buffer)
         if self._world.rank == 0:
@@ -201,7 +202,7 @@ class Checkpoints:
 
     def _commit(self, folder: str, save: Save) -> None:
         files = self._receipts(folder, save.step)
-        later = [a for a in _patiently(lambda: committed.read_attempts(self.url)) if a.number > self.attempt.number]
+        later = [a for a in _retried(lambda: read_attempts(self.url)) if a.number > self.attempt.number]
         if later:
             self.superseded = True
             return
@@ -215,14 +216,14 @@ class Checkpoints:
             "tensors": {name: facts._asdict() for name, facts in save.facts.items()},
             "files": files,
         }
-        _patiently(lambda: committed.write_commit(folder, document))
+        _retried(lambda: write_commit(folder, document))
         try:
-            committed.retire(self.url, self.attempt, *self._keep, self._known)
+            retire(self.url, self.attempt, *self._keep, self._known)
         except (OSError, StorageError) as error:
             log.warning("old checkpoints couldn't be removed: %s", error)
 
     def _receipts(self, folder: str, step: int) -> list[dict[str, Any]]:
-        """All ranks' files, once each has written its receipt."""
+        """The files of all ranks, once each rank has written its receipt."""
         files: list[dict[str, Any]] = []
         deadline = time.monotonic() + COMMIT_DEADLINE_S
         for rank in range(self._world.size):
@@ -230,12 +231,12 @@ class Checkpoints:
             wait_s = 0.01
             while True:
                 try:
-                    files += json.loads(_patiently(lambda path=path: storage.read(path)))["files"]  # type: ignore[misc]
+                    files += json.loads(_retried(lambda path=path: storage.read(path)))["files"]  # type: ignore[misc]
                     break
                 except FileNotFoundError:
                     if step <= self._given_up_step:
                         raise StorageError(
-                            "another rank couldn't write its part", where=folder, fix="see that rank's log"
+                            "another rank couldn't write its part", where=folder, fix="look into that rank's log"
                         ) from None
                     if time.monotonic() > deadline:
                         raise TimeoutError(
@@ -246,8 +247,8 @@ class Checkpoints:
         return files
 
 
-def _patiently(call: Callable[[], T]) -> T:
-    """`call`, tried again with growing pauses while the storage fails."""
+def _retried(call: Callable[[], T]) -> T:
+    """The result of `call`, which is repeated after growing pauses while the storage fails."""
     for attempt in range(ATTEMPTS_PER_WRITE):
         try:
             return call()

@@ -301,7 +301,7 @@ def test_a_run_goes_on_only_while_each_label_means_the_same(kinds: Path, one: Pr
     assert list((tmp_path / "runs" / "run" / "checkpoints" / "attempts").iterdir()) == attempts
     forget_classes(tmp_path / "runs" / "run")
     call_classes(tmp_path, "cat")
-    assert "head.bias among them (2 there, 1 here)" in one.run(run_cases.run, document)[0][1]
+    assert "head.bias among them (2 in the checkpoint, 1 in the model)" in one.run(run_cases.run, document)[0][1]
     call_classes(tmp_path, "cat", "dog")
     assert one.run(run_cases.run, document)[0][:3] == ("done", 4, 64), "an earlier version's run, as before"
     call_classes(tmp_path, "dog", "cat")

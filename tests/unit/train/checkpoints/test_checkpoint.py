@@ -43,7 +43,7 @@ FACTS["flag"] = TensorFacts((3,), "buffer", "bool")
 
 def written(parts: list[Fragment]) -> tuple[bytes, bytes]:
     """Data file and table of one rank."""
-    plan = fmt.plan_file(parts)
+    plan = fmt.lay_out(parts)
     buffer = torch.empty(plan.size_bytes + 7, dtype=torch.uint8)
     fmt.copy_to_host(parts, plan, buffer)
     data = buffer.numpy().data[: plan.size_bytes]
@@ -51,7 +51,7 @@ def written(parts: list[Fragment]) -> tuple[bytes, bytes]:
     return bytes(data), fmt.table_of(labels, plan, data, "rank-00000.safetensors")
 
 
-def rows_of(table: bytes) -> list[fmt.Row]:
+def rows_of(table: bytes) -> list[fmt.StoredFragment]:
     return fmt.parse_table(table, fmt._sha256(table))[1]
 
 
@@ -70,7 +70,7 @@ def test_the_file_is_safetensors() -> None:
 )
 def test_any_span_comes_back_whatever_the_cuts(cuts: list[int], span: list[int]) -> None:
     data, table = written(fragments({"a": cuts}))
-    gathered = fmt.Gathered(fmt.fetch_rows(rows_of(table), lambda start, stop: data[start:stop]))
+    gathered = fmt.LoadedFragments(fmt.fetch(rows_of(table), lambda start, stop: data[start:stop]))
     start, stop = span
     found = gathered.read("a", start, stop)
     assert torch.equal(found.tensors["value"], VALUES["a"][start:stop])
@@ -86,7 +86,7 @@ def test_neighbours_are_read_in_one_request() -> None:
         requests.append((start, stop))
         return data[start:stop]
 
-    fmt.fetch_rows(rows_of(table), read)
+    fmt.fetch(rows_of(table), read)
     assert len(requests) == 1
     assert requests[0][1] == len(data)
 
@@ -94,12 +94,12 @@ def test_neighbours_are_read_in_one_request() -> None:
 def test_every_flipped_bit_of_the_data_is_noticed() -> None:
     data, table = written(fragments())
     rows = rows_of(table)
-    first = min(place.offset for row in rows for place, _ in row.places)
+    first = min(place.offset for row in rows for place, _ in row.tensors)
     for at in range(first, len(data)):
         changed = bytearray(data)
         changed[at] ^= 1 << (at % 8)
         with pytest.raises(fmt.Damaged, match="altered"):
-            fmt.fetch_rows(rows, lambda start, stop, changed=changed: bytes(changed[start:stop]))  # type: ignore[misc]
+            fmt.fetch(rows, lambda start, stop, changed=changed: bytes(changed[start:stop]))  # type: ignore[misc]
 
 
 def test_what_is_missing_is_named() -> None:
@@ -107,7 +107,7 @@ def test_what_is_missing_is_named() -> None:
     data, table = written(parts)
     rows = rows_of(table)
     assert fmt.uncovered([Span("a", 0, 10), Span("b", 0, 6)], rows) == [Span("a", 0, 10)]
-    gathered = fmt.Gathered(fmt.fetch_rows(rows, lambda start, stop: data[start:stop]))
+    gathered = fmt.LoadedFragments(fmt.fetch(rows, lambda start, stop: data[start:stop]))
     with pytest.raises(fmt.Damaged, match="parts of a"):
         gathered.read("a", 2, 6)
     with pytest.raises(fmt.Damaged, match="isn't in the checkpoint"):
@@ -120,18 +120,18 @@ def url(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return str(tmp_path / "checkpoints")
 
 
-def begin(url: str, resumed: int = 0) -> saving.Checkpoints:
+def begin(url: str, resumed: int = 0) -> saving.CheckpointWriter:
     attempt = commits.begin_attempt(url, resumed, enforced=True)
     assert attempt is not None
-    return saving.Checkpoints(url, attempt, keep_last=2, keep_every_samples=None, info={"stage": "x"})
+    return saving.CheckpointWriter(url, attempt, keep_last=2, keep_every_samples=None, info={"stage": "x"})
 
 
-def save(checkpoints: saving.Checkpoints, step: int, parts: list[Fragment] | None = None) -> bool:
+def save(checkpoints: saving.CheckpointWriter, step: int, parts: list[Fragment] | None = None) -> bool:
     return checkpoints.save(step, parts or fragments(), FACTS, {"step": step, "samples": step})
 
 
-def finish(checkpoints: saving.Checkpoints, step: int) -> None:
-    checkpoints.finish(last=(step, fragments(), FACTS, {"step": step, "samples": step}))
+def finish(checkpoints: saving.CheckpointWriter, step: int) -> None:
+    checkpoints.finish(step, fragments(), FACTS, {"step": step, "samples": step})
     checkpoints.close()
 
 
@@ -203,7 +203,7 @@ def test_failed_uploads_are_counted_and_borne_except_the_last(
         checkpoints.wait_copied()
         finish(checkpoints, 3)
     assert checkpoints.num_failed == 1
-    assert "checkpoint at step 2 failed, training goes on" in caplog.text
+    assert "checkpoint at step 2 failed, training continues" in caplog.text
     assert [c.step for c in commits.find_commits(url).commits] == [3]
     with pytest.raises(StorageError, match="the last checkpoint couldn't be saved"):
         finish(begin(url, 3), 9)
@@ -241,11 +241,11 @@ def test_an_attempt_that_was_superseded_commits_no_more(url: str) -> None:
 def test_another_model_is_told_from_damage(url: str) -> None:
     finish(begin(url), 1)
     with pytest.raises(
-        CheckpointError, match=r"another model: 1 tensors differ, extra among them \(missing there, 4 here"
+        CheckpointError, match=r"another model: 1 tensors differ, extra among them \(missing in the checkpoint, 4 in"
     ):
         ck.load_newest(url, [Span("a", 0, 10)], FACTS | {"extra": FACTS["a"]._replace(shape=(4,))})
     narrow = FACTS | {"a": FACTS["a"]._replace(shape=(2, 3))}
-    with pytest.raises(CheckpointError, match=r"a among them \(10 there, 2x3 here\)"):
+    with pytest.raises(CheckpointError, match=r"a among them \(10 in the checkpoint, 2x3 in the model\)"):
         ck.load_newest(url, [Span("a", 0, 6)], narrow)
 
 
