@@ -228,7 +228,7 @@ def verify(
     as_json: AsJson = False,
 ) -> None:
     """Check every shard and sample of a data set against its manifest."""
-    from launch.look import verify_dataset
+    from launch.inspect import verify_dataset
 
     document, lines, good = verify_dataset(dataset, _say)
     _reply(document, lines, as_json, code=0 if good else 2)
@@ -279,7 +279,7 @@ def show(
     as_json: AsJson = False,
 ) -> None:
     """Show a run's state, figures and checkpoints, or a data set's counts and samples."""
-    from launch.look import describe
+    from launch.inspect import describe
 
     document, lines = describe(place, verify=verify, num_samples=samples)
     _reply(document, lines, as_json)
@@ -291,7 +291,7 @@ def runs(
     as_json: AsJson = False,
 ) -> None:
     """List the runs in a folder."""
-    from launch.look import list_runs
+    from launch.inspect import list_runs
 
     documents, lines = list_runs(folder)
     _reply({"runs": documents}, lines, as_json)
@@ -321,12 +321,13 @@ def predict(
     as_json: AsJson = False,
 ) -> None:
     """Show what a trained stage makes of images: reconstructions, classes, attention, as pictures and JSON."""
-    from launch import predict as predicting
+    from launch import inference
+    from launch.replies import SourceFlags, mapping_of
+    from pipeline.inference.predicting import PredictRequest
 
-    asked = predicting.Asked(settings or [], questions or [], attention, block, batch, seed, which)
-    document, lines, good = predicting.predict(
-        source, images, out, asked, _say, source_format=source_format, known=known or []
-    )
+    request = PredictRequest(mapping_of(questions or []), attention, block, batch, seed)
+    flags = SourceFlags(source, source_format, known or [], settings or [], which)
+    document, lines, good = inference.predict(flags, images, out, request, _say)
     _reply(document, lines, as_json, code=0 if good else 2)
 
 
@@ -358,23 +359,21 @@ def evaluate(
     """Measure a run, or any weights, on data sets, without training."""
     from typing import get_args
 
-    from launch import evaluate as evaluating
+    from launch import inference
+    from launch.replies import SourceFlags
     from pipeline.errors import ConfigError
+    from pipeline.inference.evaluating import KnnOptions
     from pipeline.models.trunk.pooling import Pooling
 
     _log_to_stderr()
     if pooling not in get_args(Pooling):
         raise ConfigError(f"no pooling {pooling!r}", where="--pooling", fix=f"use {', '.join(get_args(Pooling))}")
-    document, lines = evaluating.evaluate(
-        source,
+    document, lines = inference.evaluate(
+        SourceFlags(source, source_format, known or [], settings or [], which),
         sets or [],
         _say,
         train=train,
-        source_format=source_format,
-        known=known or [],
-        settings=settings or [],
-        which=which,
-        knn=evaluating.Knn(pooling, k, temperature) if knn else None,  # type: ignore[arg-type]  # checked just above
+        knn=KnnOptions(pooling, k, temperature) if knn else None,  # type: ignore[arg-type]  # checked above
         batch=batch,
         workers=workers,
         out=out,
@@ -395,9 +394,11 @@ def convert(
     as_json: AsJson = False,
 ) -> None:
     """Translate weights from and to other projects' formats."""
-    from launch.convert import convert_weights
+    from launch import inference
+    from launch.replies import SourceFlags
 
-    document, lines = convert_weights(source, target, source_format, to, known or [], which)
+    flags = SourceFlags(source, source_format, known or [], which=which)
+    document, lines = inference.convert(flags, target, to)
     _reply(document, lines, as_json)
 
 
@@ -411,9 +412,11 @@ def export(
     as_json: AsJson = False,
 ) -> None:
     """Write Segment Anything as ONNX graphs, checked against the model."""
-    from launch.export import export as export_graphs
+    from launch import inference
+    from launch.replies import SourceFlags
 
-    document, lines = export_graphs(source, target, source_format=source_format, known=known or [], which=which)
+    flags = SourceFlags(source, source_format, known or [], which=which)
+    document, lines = inference.export(flags, target)
     _reply(document, lines, as_json)
 
 
@@ -424,7 +427,7 @@ def report(
     as_json: AsJson = False,
 ) -> None:
     """Write an HTML report on one run or several."""
-    from launch.look import report_on
+    from launch.inspect import report_on
 
     written = report_on(sources, out)
     _reply({"report": written}, [f"report: {written}"], as_json)

@@ -14,7 +14,6 @@ import builtins
 import difflib
 import importlib
 import importlib.resources
-import json
 import re
 import typing
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -198,11 +197,6 @@ def override(document: Document, item: str) -> Document:
     for part in reversed(key.split(".")):
         nested = {part: nested}
     return merge(document, nested)
-
-
-def items_of(document: Mapping[str, Any]) -> list[str]:
-    """A document as "key=value" items for `override`."""
-    return [f"{key}={json.dumps(value)}" for key, value in document.items()]
 
 
 def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> Document:

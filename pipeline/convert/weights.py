@@ -60,7 +60,7 @@ class Weights(NamedTuple):
     classes: tuple[str, ...] = ()
     parts: tuple[str, ...] = ("",)  # prefixes of the stage's parameters that are held; the others start anew
     ignored: tuple[str, ...] = ()  # of the file, left behind on purpose
-    told: str = "weights of the file"  # which of a run's they are, in words
+    description: str = "weights of the file"  # which of a run's they are, in words
 
 
 class Written(NamedTuple):

@@ -33,6 +33,7 @@ DIRECTION: tuple[tuple[str, ...], ...] = (
     ("pipeline.convert",),
     ("pipeline.train",),
     ("pipeline.report",),
+    ("pipeline.inference",),
     ("data_prep",),
     ("launch",),
     ("benchmarks",),

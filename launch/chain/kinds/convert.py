@@ -34,13 +34,18 @@ class ConvertStep(StepKind):
         return str(document["target"]) == self._default_target(name, document, folders)
 
     def run(self, document: Document, *, where: str, output: str, stop: StopRequest) -> dict[str, Any]:
-        from launch.convert import convert_weights
+        from pipeline.inference.converting import convert
 
         config = configs.validate(ConvertConfig, document, where=where)
-        converted, _ = convert_weights(
-            config.source, output, config.format, config.to, config.known_items(), config.weights
+        conversion = convert(
+            config.source,
+            output,
+            config.to,
+            source_format=config.format,
+            known=config.known,
+            weights=config.weights,
         )
-        return converted
+        return conversion.document()
 
     @staticmethod
     def _default_target(name: str, document: Document, folders: ChainFolders) -> str:

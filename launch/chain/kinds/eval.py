@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from typing import Any, Literal
 
@@ -12,8 +11,9 @@ from launch.chain.kinds.base import ChainFolders, StepKind
 from launch.chain.kinds.weights import WeightsConfig
 from launch.stopping import StopRequest
 from pipeline import config as configs
-from pipeline import storage
 from pipeline.config import Config, Document
+
+log = logging.getLogger("vitrail")
 
 
 class KnnConfig(Config):
@@ -42,21 +42,20 @@ class EvalStep(StepKind):
         return str(folders.work / "evaluations" / f"{name}.json")
 
     def run(self, document: Document, *, where: str, output: str, stop: StopRequest) -> dict[str, Any]:
-        from launch import evaluate
+        from pipeline.inference.evaluating import KnnOptions, evaluate, read_sets
+        from pipeline.inference.loading import change_options, read_source_weights
 
         config = configs.validate(EvalConfig, document, where=where)
-        measured, _ = evaluate.evaluate(
-            config.source,
-            [f"{name}={url}" for name, url in config.sets.items()],
-            logging.getLogger("vitrail").info,
-            train=config.train,
-            source_format=config.format,
-            known=config.known_items(),
-            settings=configs.items_of(config.options),
-            which=config.weights,
-            knn=None if config.knn is None else evaluate.Knn(**config.knn.model_dump()),
+        weights = read_source_weights(config.source, config.format, config.known, config.weights)
+        measured_on = read_sets(config.source, config.sets, config.train)
+        if measured_on.unreadable:
+            log.info("measured without the run's training set, which is out of reach: %s", measured_on.unreadable)
+        result = evaluate(
+            change_options(weights, config.options),
+            measured_on.manifests,
+            knn=None if config.knn is None else KnnOptions(**config.knn.model_dump()),
             batch=config.batch,
-            workers=config.loader_workers,
+            loader_workers=config.loader_workers,
         )
-        storage.write(output, (json.dumps(measured, indent=1, ensure_ascii=False) + "\n").encode())
-        return {"written": output, "figures": measured["figures"]}
+        result.write(output)
+        return {"written": output, "figures": result.figures}

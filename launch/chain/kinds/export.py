@@ -19,10 +19,9 @@ class ExportStep(StepKind):
         return storage.join(folders.store, "exports", name)
 
     def run(self, document: Document, *, where: str, output: str, stop: StopRequest) -> dict[str, Any]:
-        from launch.export import export
+        from pipeline.inference.exporting import export
+        from pipeline.inference.loading import read_source_weights
 
         config = configs.validate(WeightsConfig, document, where=where)
-        exported, _ = export(
-            config.source, output, source_format=config.format, known=config.known_items(), which=config.weights
-        )
-        return exported
+        weights = read_source_weights(config.source, config.format, config.known, config.weights)
+        return export(weights, output).document()

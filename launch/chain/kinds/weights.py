@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pipeline.config import Config, items_of
+from pipeline.config import Config
 
 
 class WeightsConfig(Config):
@@ -14,7 +14,3 @@ class WeightsConfig(Config):
     format: str | None = None  # the weights' format; None: our own, or a run
     known: dict[str, Any] = {}  # what tensors don't tell, such as heads: 12
     weights: Literal["auto", "ema", "raw"] = "auto"  # of a run: auto is the moving average where it keeps one
-
-    def known_items(self) -> list[str]:
-        """`known` as "name=value" items."""
-        return items_of(self.known)

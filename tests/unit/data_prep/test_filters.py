@@ -16,10 +16,10 @@ from data_prep.build import build
 from data_prep.filters.candidate import Candidate
 from data_prep.filters.clip_score import ClipScoreFilter
 from data_prep.partitions import scorer_share
-from launch.predict import load_stage
 from pipeline.config import validate
 from pipeline.data.batch import RawSample
 from pipeline.errors import ConfigError
+from pipeline.inference.loading import load
 from pipeline.stages.base import DataFacts
 from pipeline.stages.flip import FlipStage
 from tests.support.prep_cases import samples, settings, sidecar, write_pairs
@@ -134,7 +134,7 @@ def flip_scores(found: dict[str, dict[str, bytes]], run: Path) -> dict[str, floa
     """Cosines of what the checkpoint's stage embeds, one pair at a time."""
     import torch
 
-    stage: Any = load_stage(str(run))[0]
+    stage: Any = load(str(run)).stage
     transform = stage.transform(train=False)
     scores = {}
     with torch.inference_mode():

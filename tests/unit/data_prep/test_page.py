@@ -6,7 +6,7 @@ import html.parser
 from pathlib import Path
 
 from data_prep.build import build
-from launch.look import describe
+from launch.inspect import describe
 from tests.support.prep_cases import settings, write_pairs, write_table
 
 EVIL = '<script>alert(1)</script>\x1b[31m & "quotes"'

@@ -14,16 +14,17 @@ import safetensors.torch
 import torch
 import yaml
 
-from launch.convert import convert_weights, run_weights
 from pipeline import convert
 from pipeline.convert.loading import load_initial
 from pipeline.errors import ConfigError, UserError
+from pipeline.inference.loading import run_weights
 from pipeline.stages import stage_class
 from pipeline.stages.base import DataFacts, Stage
 from pipeline.stages.classify import ClassifyOptions, ClassifyStage
 from pipeline.stages.mae import MaeOptions, MaeStage
 from pipeline.train.checkpoints.restore import read_weights
 from tests.support.saved_run import save_checkpoint
+from tests.support.weight_verbs import convert_weights
 from tests.unit.data.conftest import numbered, write_data_set
 
 MODEL = {"width": 48, "depth": 2, "heads": 3, "image_size": 32, "patch_size": 8}

@@ -13,17 +13,18 @@ import pytest
 import torch
 import yaml
 
-from launch.evaluate import Knn, evaluate
 from pipeline import convert
 from pipeline.config import validate
 from pipeline.data.images.transforms import EvalImage
 from pipeline.errors import CheckpointError, ConfigError, DataError
 from pipeline.evaluate.knn import knn_scores
+from pipeline.inference.evaluating import KnnOptions
 from pipeline.stages.base import DataFacts
 from pipeline.stages.classify import ClassifyOptions, ClassifyStage
 from pipeline.stages.flip import FlipOptions, FlipStage
 from pipeline.stages.mae import MaeOptions, MaeStage
 from tests.support.saved_run import save_checkpoint
+from tests.support.weight_verbs import evaluate
 from tests.unit.data.conftest import numbered, sample, write_data_set
 
 MODEL = {"width": 32, "depth": 2, "heads": 2, "image_size": 32, "patch_size": 8}
@@ -82,7 +83,7 @@ def test_neighbours_need_no_head_and_no_labels_of_the_weights(place: Path) -> No
     given = {"train": str(place / "train"), "source_format": "mae_encoder", "known": ["heads=2"]}
     with pytest.raises(CheckpointError, match="add --knn"):
         evaluate(str(place / "encoder.pth"), [str(place / "heldout")], said, **given)
-    knn = Knn(pooling="cls", k=3)
+    knn = KnnOptions(pooling="cls", k=3)
     document, _ = evaluate(str(place / "encoder.pth"), [str(place / "heldout")], said, knn=knn, batch=4, **given)
     with torch.no_grad():
         train = stage.encode(torch.stack([pixels(i) for i in range(21)])).prefix[:, 0]
@@ -155,13 +156,13 @@ def test_neighbours_vote_with_the_training_sets_labels_and_for_no_others(place: 
     write_data_set(str(place / "plain"), numbered([5]), classes=())
     weights = str(place / "w.safetensors")
     convert.save(classifier(("cat", "dog")), weights, "vitrail")
-    document, _ = evaluate(weights, [str(place / "heldout")], said, train=str(place / "train"), knn=Knn(k=3))
+    document, _ = evaluate(weights, [str(place / "heldout")], said, train=str(place / "train"), knn=KnnOptions(k=3))
     assert list(document["figures"]) == ["heldout/knn_top1"]
     for name, message in (("other", "class 0 is 'a', not 'class 0'"), ("plain", "none, not 7 classes")):
         with pytest.raises(ConfigError, match=message):
-            evaluate(weights, [str(place / name)], said, train=str(place / "train"), knn=Knn())
+            evaluate(weights, [str(place / name)], said, train=str(place / "train"), knn=KnnOptions())
     with pytest.raises(ConfigError, match="no labels for neighbours to vote with"):
-        evaluate(weights, [str(place / "heldout")], said, train=str(place / "plain"), knn=Knn())
+        evaluate(weights, [str(place / "heldout")], said, train=str(place / "plain"), knn=KnnOptions())
 
 
 def test_zero_shot_measures_each_set_by_its_own_classes_and_names(place: Path) -> None:

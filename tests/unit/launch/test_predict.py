@@ -20,16 +20,17 @@ import torch
 import yaml
 from PIL import Image
 
-from launch.images import find_images, read_image
-from launch.predict import Asked, load_stage, predict
 from pipeline import convert
 from pipeline.config import validate
 from pipeline.data.images.decode import decode
 from pipeline.data.images.transforms import EvalImage
 from pipeline.errors import CheckpointError, ConfigError, DataError, StorageError, UserError
+from pipeline.inference.images import find_images, read_image
+from pipeline.inference.loading import load
 from pipeline.stages import stage_class
 from pipeline.stages.base import DataFacts, Stage
 from tests.support.saved_run import save_checkpoint
+from tests.support.weight_verbs import predict
 
 MODEL = {"width": 32, "depth": 2, "heads": 2, "image_size": 32, "patch_size": 8}
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -70,7 +71,7 @@ def predicted(stage: Stage, given: list[str], folder: Path, **asked: Any) -> tup
     """The document's images, and whether all could be read."""
     weights = str(folder / "weights.safetensors")
     convert.save(stage, weights, "vitrail")
-    _, _, good = predict(weights, given, str(folder / "out"), Asked(**asked), lambda _: None)
+    _, _, good = predict(weights, given, str(folder / "out"), lambda _: None, **asked)
     document = json.loads((folder / "out" / "predictions.json").read_text())
     assert (document["format"], document["format_version"]) == ("vitrail.predictions", 1)
     return document["images"], good
@@ -127,7 +128,7 @@ def test_flip_compares_images_with_the_texts_asked_for(images: Path, tmp_path: P
 
 def test_options_can_be_changed_and_positions_stay_those_that_were_trained(tmp_path: Path) -> None:
     convert.save(build("mae"), str(tmp_path / "w.safetensors"), "vitrail")
-    stage: Any = load_stage(str(tmp_path / "w.safetensors"), settings=["model.image_size=64", "mask_ratio=0.5"])[0]
+    stage: Any = load(str(tmp_path / "w.safetensors"), options={"model.image_size": 64, "mask_ratio": 0.5}).stage
     assert stage.options.model.grid == (8, 8)
     assert stage.options.model.position_grid == (4, 4)
     assert stage.options.mask_ratio == 0.5
@@ -145,7 +146,7 @@ def test_weights_of_a_run_and_of_other_projects_are_taken(images: Path, tmp_path
     known = ["heads=2", "decoder_heads=2", "norm_pix=true"]
     for source, form, facts in ((str(run), None, []), (str(tmp_path / "mae.pth"), "mae", known)):
         document, _, _ = predict(
-            source, [str(images / "a.png")], str(tmp_path / "out"), Asked(), print, source_format=form, known=facts
+            source, [str(images / "a.png")], str(tmp_path / "out"), print, source_format=form, known=facts
         )
         assert document["images"][0]["reconstruction_mse"] == pytest.approx(ours[0]["reconstruction_mse"], rel=1e-5)
 
@@ -155,8 +156,8 @@ def test_an_encoder_alone_shows_its_attention_and_predicts_nothing(images: Path,
     given = (str(tmp_path / "encoder.pth"), [str(images / "a.png")], str(tmp_path / "out"))
     facts = {"source_format": "mae_encoder", "known": ["heads=2"]}
     with pytest.raises(CheckpointError, match="add --attention"):
-        predict(*given, Asked(), print, **facts)
-    document, _, _ = predict(*given, Asked(attention=True), print, **facts)
+        predict(*given, print, **facts)
+    document, _, _ = predict(*given, print, attention=True, **facts)
     assert set(document["images"][0]) == {"image", "height", "width", "pictures"}
     with Image.open(tmp_path / "out" / "a.png") as sheet:  # original, mean, rollout and two heads
         assert sheet.width == 5 * (224 + 8) + 8
@@ -282,8 +283,9 @@ def test_a_detector_tells_cocos_results_in_pixels_of_the_image(tmp_path: Path) -
     for seed, name in enumerate(("000000000042.png", "000000000007.png")):
         noise(seed, 40, 56).save(folder / name)
     convert.save(build("vitdet"), str(tmp_path / "det.safetensors"), "vitrail")
-    asked = Asked(questions=("above=0.0",))
-    document, lines, _ = predict(str(tmp_path / "det.safetensors"), [str(folder)], str(tmp_path / "out"), asked, print)
+    document, lines, _ = predict(
+        str(tmp_path / "det.safetensors"), [str(folder)], str(tmp_path / "out"), print, questions=("above=0.0",)
+    )
     results = json.loads((tmp_path / "out" / "coco_results.json").read_text())
     told = [one for image in document["images"] for one in image["detections"]]
     assert len(results) == len(told) > 0

@@ -14,9 +14,6 @@ from PIL import Image
 
 from data_prep.build import build as prepare
 from data_prep.indexing.index import Choice, index_tars
-from launch.convert import convert_weights, run_weights
-from launch.evaluate import Knn, evaluate
-from launch.predict import Asked, predict
 from pipeline import config as configs
 from pipeline.classes import check_initial
 from pipeline.convert.weights import build
@@ -24,6 +21,8 @@ from pipeline.data.manifest import Manifest, Shard
 from pipeline.data.order.mixture import Source
 from pipeline.data.reading.takedown import Takedown
 from pipeline.errors import ConfigError
+from pipeline.inference.evaluating import KnnOptions
+from pipeline.inference.loading import run_weights
 from pipeline.run_dir import RunDir
 from pipeline.train.checkpoints.restore import read_weights
 from pipeline.train.config import DataConfig, TrainConfig
@@ -32,6 +31,7 @@ from tests.support import flip_cases, run_cases, sam_batches, train_cases
 from tests.support.prep_cases import settings, write_pairs
 from tests.support.process_group import ProcessGroup
 from tests.support.tar_sets import sa1b_members, write_tar
+from tests.support.weight_verbs import convert_weights, evaluate, predict
 from tests.unit.data.conftest import numbered, write_data_set
 
 MODEL = {"width": 16, "depth": 2, "heads": 2, "image_size": 16, "patch_size": 8}
@@ -157,7 +157,7 @@ def test_reconstruction_mixes_and_measures_sets_of_any_classes_and_resumes_exact
     again, _ = evaluate(str(kinds / "runs" / "whole"), [], lambda _: None)
     assert again["figures"] == pytest.approx(figures, rel=1e-4), "`vitrail eval` accepts what the run did"
     with pytest.raises(ConfigError, match="needs the train set"):
-        evaluate(str(kinds / "runs" / "whole"), [], lambda _: None, knn=Knn())
+        evaluate(str(kinds / "runs" / "whole"), [], lambda _: None, knn=KnnOptions())
     assert two.run(run_cases.run, of_kinds(kinds, "parts", names, names), 2, 0)[0][0] == "stopped"
     assert two.run(run_cases.run, of_kinds(kinds, "parts", names, names))[0] == whole
     start = {"stage": "classify", "options": {"model": MODEL}, "init_from": str(kinds / "runs" / "whole")}
@@ -264,7 +264,7 @@ def test_a_run_still_names_its_classes_when_its_data_are_gone(
     alone = tmp_path / "alone"  # one checkpoint as it is handed to somebody
     shutil.copytree(next(Path(run).rglob("commit.json")).parent, alone)
     for source in (run, str(alone), str(tmp_path / "own.safetensors")):
-        found, _, _ = predict(source, [str(photo)], str(tmp_path / "out"), Asked(), told.append)
+        found, _, _ = predict(source, [str(photo)], str(tmp_path / "out"), told.append)
         assert found["classes"] == ["cat", "dog"], source
         measured, _ = evaluate(source, [f"set={kinds / 'animals' / 'train'}"], told.append)
         assert any(name.startswith("set/") for name in measured["figures"])

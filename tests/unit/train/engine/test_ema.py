@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from launch.convert import convert_weights
 from pipeline.errors import CheckpointError
 from pipeline.run_dir import RunDir
 from pipeline.train.checkpoints.restore import read_saved, read_weights
@@ -17,6 +16,7 @@ from pipeline.train.engine.ema import decay_after
 from tests.support import engine_cases as cases
 from tests.support import run_cases, train_cases
 from tests.support.process_group import ProcessGroup
+from tests.support.weight_verbs import convert_weights
 
 
 def test_half_of_the_average_is_newer_after_a_half_life_at_any_batch_size() -> None:

@@ -9,13 +9,13 @@ import pytest
 from typer.testing import CliRunner
 
 from launch.cli import app
-from launch.convert import convert_weights
-from launch.look import describe, list_runs
+from launch.inspect import describe, list_runs
 from pipeline.run_dir import RunDir
 from pipeline.train.checkpoints.commits import find_commits
 from pipeline.train.checkpoints.restore import read_weights
 from tests.support import run_cases, train_cases
 from tests.support.process_group import ProcessGroup
+from tests.support.weight_verbs import convert_weights
 from tests.unit.train.conftest import one
 
 __all__ = ["one"]

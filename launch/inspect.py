@@ -8,17 +8,17 @@ from pathlib import Path
 from typing import Any
 
 from launch.progress import figures_of
+from launch.replies import Reply
 from pipeline import config as configs
 from pipeline import storage
 from pipeline.data.manifest import MANIFEST_NAME, Manifest, read_manifest
 from pipeline.errors import DataError
 from pipeline.run_dir import RunDir
 
-Told = tuple[dict[str, Any], list[str]]
 SILENT_S = 600.0  # without news from a run that says it is running
 
 
-def describe(place: str, *, verify: bool = False, num_samples: int = 0) -> Told:
+def describe(place: str, *, verify: bool = False, num_samples: int = 0) -> Reply:
     """State, figures, attempts and checkpoints of a run directory, or counts and some samples of a data set (or of each
     of its splits).
 
@@ -136,7 +136,7 @@ def report_on(sources: Sequence[str], out: str) -> str:
     return write_report(spec, out)
 
 
-def _describe_run(url: str, *, verify: bool) -> Told:
+def _describe_run(url: str, *, verify: bool) -> Reply:
     from pipeline.train.checkpoints.listing import list_checkpoints
 
     status = RunDir(url).status()

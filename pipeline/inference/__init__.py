@@ -1,0 +1,1 @@
+"""Using trained weights without training: loading, predicting, embedding, evaluating, translating, exporting."""
