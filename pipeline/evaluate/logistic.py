@@ -37,8 +37,8 @@ class LogisticEvaluation:
         """Collective."""
         if not names:
             return Measured({})
-        wanted = ("train", *names)
-        rows_of = {name: labelled(collect(predict, sweep(name), ("features", "labels"))) for name in wanted}
+        all_names = ("train", *names)
+        rows_of = {name: labelled(collect(predict, sweep(name), ("features", "labels"))) for name in all_names}
         if not rows_of["train"]:
             return Measured({})
         best, strength = ranks.from_first(lambda: _fit(rows_of, self.classes))

@@ -31,8 +31,8 @@ class ProbeEvaluation:
         if not names:
             return Measured({})
         selection = SELECTION_SET if SELECTION_SET in names else "train"
-        wanted = names if selection in names else (selection, *names)
-        rows_of = {name: collect(predict, sweep(name), ("best", "labels")) for name in wanted}
+        all_names = names if selection in names else (selection, *names)
+        rows_of = {name: collect(predict, sweep(name), ("best", "labels")) for name in all_names}
         rows_of = {name: rows for name, rows in rows_of.items() if len(rows.get("labels", ()))}
         if selection not in rows_of:
             return Measured({})

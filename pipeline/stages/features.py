@@ -41,15 +41,15 @@ class FeatureOptions(ImageOptions):
 FeatureOptionsT = TypeVar("FeatureOptionsT", bound=FeatureOptions, covariant=True)
 
 
-def feature_evaluations(wanted: tuple[Any, ...], classes: tuple[str, ...]) -> dict[str, Evaluation]:
+def feature_evaluations(names: tuple[Any, ...], classes: tuple[str, ...]) -> dict[str, Evaluation]:
     """The evaluations among `wanted` that need only `features` and labels, by name."""
     offered: dict[str, Evaluation] = {"knn": KnnEvaluation(), "linear_probe": LogisticEvaluation(classes)}
-    return {name: offered[name] for name in FEATURE_MEASURES if name in wanted}
+    return {name: offered[name] for name in FEATURE_MEASURES if name in names}
 
 
-def feature_label_use(wanted: tuple[Any, ...]) -> LabelUse | None:
+def feature_label_use(names: tuple[Any, ...]) -> LabelUse | None:
     """How these evaluations use labels: neighbours and probes compare them with the training set's."""
-    return NEIGHBOURS if set(FEATURE_MEASURES).intersection(wanted) else None
+    return NEIGHBOURS if set(FEATURE_MEASURES).intersection(names) else None
 
 
 class FeatureStage(Stage[FeatureOptionsT]):

@@ -239,15 +239,15 @@ class FlipStage(ContrastiveStage[FlipOptions]):
 
     def evaluations(self) -> Mapping[str, Evaluation]:
         """Those of zero-shot classification, retrieval both ways, kNN and a linear probe that `evaluate` names."""
-        wanted = self.options.evaluate
+        names = self.options.evaluate
         evaluations: dict[str, Evaluation] = {}
-        if "zeroshot" in wanted or "retrieval" in wanted:
-            classes = self.prompted if "zeroshot" in wanted else {}
+        if "zeroshot" in names or "retrieval" in names:
+            classes = self.prompted if "zeroshot" in names else {}
             evaluations["image_text"] = ImageTextEvaluation(
-                classes, templates(self.options.templates), self.tokenizer, retrieval="retrieval" in wanted
+                classes, templates(self.options.templates), self.tokenizer, retrieval="retrieval" in names
             )
         if self.data.classes:
-            evaluations |= feature_evaluations(wanted, self.data.classes)
+            evaluations |= feature_evaluations(names, self.data.classes)
         return evaluations
 
     def pictures(self, batch: Batch, predictions: Predictions) -> list[Picture]:

@@ -62,8 +62,8 @@ def test_the_loss_is_cross_entropy_over_all_patches_places() -> None:
     stage, batch = build(label_smoothing=0.1), batch_of(3, weight=torch.tensor([1.0, 0, 2]))
     scores = stage.scores(normalize(batch.images, "imagenet"), stage.context(batch).keep)
     expected = [
-        torch.nn.functional.cross_entropy(one, torch.arange(16), label_smoothing=0.1) * weight
-        for one, weight in zip(scores, batch.weight, strict=True)
+        torch.nn.functional.cross_entropy(sample_scores, torch.arange(16), label_smoothing=0.1) * weight
+        for sample_scores, weight in zip(scores, batch.weight, strict=True)
     ]
     torch.testing.assert_close(stage.loss(batch).total, sum(expected))
     assert stage.loss(batch).parts["cross_entropy"] < 3 * 2.9 * 1.2

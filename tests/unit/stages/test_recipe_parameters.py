@@ -113,8 +113,8 @@ def test_every_parameter_gets_what_the_official_recipe_gives_it(
 ) -> None:
     stage, optim = build(recipe, changes)
     groups = parameter_groups(stage, optim)
-    found = {name: (group["lr_scale"], group["weight_decay"]) for group in groups for name in group["names"]}
-    assert found == {name: (pytest.approx(scale), decay) for name, (scale, decay) in table.items()}
+    actual = {name: (group["lr_scale"], group["weight_decay"]) for group in groups for name in group["names"]}
+    assert actual == {name: (pytest.approx(scale), decay) for name, (scale, decay) in table.items()}
 
 
 def test_maes_pretraining_groups_are_timms() -> None:

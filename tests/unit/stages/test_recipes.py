@@ -27,8 +27,8 @@ RECIPES = sorted(
 
 def read(recipe: str, size: str | None = None) -> tuple[TrainConfig, Any]:
     """The envelope and the stage's options."""
-    given = ["name=test", "data.train=somewhere"] + ([] if size is None else [f"options.model.size={size}"])
-    document = load(ROOT / recipe, given)
+    settings = ["name=test", "data.train=somewhere"] + ([] if size is None else [f"options.model.size={size}"])
+    document = load(ROOT / recipe, settings)
     config = validate(TrainConfig, document, where=recipe)
     return config, validate(stage_class(config.stage).options_class, config.options, where=recipe, prefix="options")
 
@@ -48,7 +48,7 @@ def test_every_recipe_is_valid_at_every_size(recipe: str, size: str | None) -> N
 def numbers(config: TrainConfig, options: Any) -> dict[str, Any]:
     """What the papers' tables give, in their units."""
     model, optim = options.model, config.optim
-    found = {
+    actual = {
         "shape": tuple(model.shape), "patch": model.patch_size, "epochs": config.length_samples / EPOCH,
         "warmup": optim.warmup_samples / EPOCH, "batch": config.data.global_batch, "base_lr": optim.base_lr,
         "lr": optim.lr, "wd": optim.weight_decay, "betas": optim.betas, "decay": optim.layer_decay,
@@ -58,7 +58,7 @@ def numbers(config: TrainConfig, options: Any) -> dict[str, Any]:
         "ema": config.ema and 1 - 0.5 ** (config.data.global_batch / config.ema.half_life_samples),
         "cls": model.cls_token, "trained": model.position_trained, "optimizer": optim.name,
     }  # fmt: skip
-    return found | {key: value for key, value in options.model_dump().items() if key not in ("model", "crop_scale")}
+    return actual | {key: value for key, value in options.model_dump().items() if key not in ("model", "crop_scale")}
 
 
 MAE = {
@@ -176,8 +176,8 @@ TABLE: list[tuple[str, str | None, dict[str, Any]]] = [
 
 @pytest.mark.parametrize(("recipe", "size", "expected"), TABLE)
 def test_recipes_hold_the_papers_numbers(recipe: str, size: str | None, expected: dict[str, Any]) -> None:
-    found = numbers(*read(f"configs/{recipe}.yaml", size))
-    assert {key: found[key] for key in expected} == expected
+    actual = numbers(*read(f"configs/{recipe}.yaml", size))
+    assert {key: actual[key] for key in expected} == expected
 
 
 def test_the_table_covers_every_recipe() -> None:
@@ -196,8 +196,8 @@ TEXT_TOWERS = {  # width, heads, blocks, embedding, context
 def test_text_towers_are_the_papers(recipe: str, size: str | None) -> None:
     _, options = read(f"configs/{recipe}.yaml", size)
     text = options.text
-    found = (text.width, text.heads, text.layers, options.embed_dim, text.context_length)
-    assert found == TEXT_TOWERS[recipe][size]
+    actual = (text.width, text.heads, text.layers, options.embed_dim, text.context_length)
+    assert actual == TEXT_TOWERS[recipe][size]
 
 
 @pytest.mark.parametrize(("size", "name"), [(None, "ViT-B-16"), ("L", "ViT-L-14"), ("H", "ViT-H-14")])

@@ -18,9 +18,9 @@ from tests.support.sam_batches import SIDE, batch, objects, tiny_stage
 THREE = (objects((2, 3, 12, 14), (15, 1, 30, 20)), objects(), objects((0, 0, 9, 30)))
 
 
-def gradients(stage: SamStage, given: object) -> dict[str, Tensor | None]:
+def gradients(stage: SamStage, some_batch: object) -> dict[str, Tensor | None]:
     stage.zero_grad()
-    stage.loss(given).total.backward()  # type: ignore[arg-type]
+    stage.loss(some_batch).total.backward()  # type: ignore[arg-type]
     return {name: parameter.grad for name, parameter in stage.named_parameters()}
 
 
@@ -50,8 +50,8 @@ def test_the_loop_asks_eleven_times_and_brings_eight_new_points(monkeypatch: pyt
 def test_every_parameter_gets_a_gradient_even_where_no_image_has_an_object() -> None:
     """Ranks would wait for one another for ever otherwise."""
     stage = tiny_stage()
-    for given in (batch(*THREE), batch(objects(), objects((3, 3, 9, 9), crowd=1))):
-        assert [name for name, gradient in gradients(stage, given).items() if gradient is None] == []
+    for some_batch in (batch(*THREE), batch(objects(), objects((3, 3, 9, 9), crowd=1))):
+        assert [name for name, gradient in gradients(stage, some_batch).items() if gradient is None] == []
     assert all(not gradient.any() for gradient in gradients(stage, batch(objects())).values() if gradient is not None)
 
 
@@ -59,15 +59,15 @@ def test_every_parameter_gets_a_gradient_even_where_no_image_has_an_object() -> 
 def test_only_the_best_masks_path_gets_the_gradient_of_the_mask_loss(point_share: float) -> None:
     """Of the first round's three masks one is trained for one object; IoU's own loss is off here."""
     stage = tiny_stage(point_share=point_share, iou_weight=0.0)
-    found = gradients(stage, batch(objects((2, 3, 12, 14))))
-    tokens = found["mask_decoder.mask_tokens.weight"]
+    by_name = gradients(stage, batch(objects((2, 3, 12, 14))))
+    tokens = by_name["mask_decoder.mask_tokens.weight"]
     assert tokens is not None
     trained = [
         number
         for number in range(4)
         if any(
             gradient is not None and gradient.any()
-            for name, gradient in found.items()
+            for name, gradient in by_name.items()
             if f"hypernetworks_mlps.{number}." in name
         )
     ]
@@ -79,9 +79,9 @@ def test_the_loss_of_a_batch_is_the_sum_of_its_images_losses() -> None:
     stage = tiny_stage().double()
     together = stage.loss(batch(*THREE))
     alone = [stage.loss(batch(*THREE).only(i)) for i in range(3)]
-    assert together.total.item() == pytest.approx(sum(one.total.item() for one in alone), rel=1e-6)
+    assert together.total.item() == pytest.approx(sum(losses.total.item() for losses in alone), rel=1e-6)
     for name, value in together.parts.items():
-        assert value.item() == pytest.approx(sum(one.parts[name].item() for one in alone), rel=1e-5, abs=1e-7)
+        assert value.item() == pytest.approx(sum(losses.parts[name].item() for losses in alone), rel=1e-5, abs=1e-7)
 
 
 def test_an_absent_image_counts_for_nothing() -> None:
@@ -95,11 +95,11 @@ def test_padding_counts_for_nothing() -> None:
     stage = tiny_stage()
     wide = objects((2, 3, 12, 14), size=(16, 32))
     mask = dict(objects((2, 3, 12, 14)).masks[0])
-    given = batch(wide._replace(masks=(mask,)))
-    before = stage.loss(given).total.item()
-    assert given.images is not None
-    given.images[:, :, 16:] = 255
-    assert stage.loss(given).total.item() == before
+    some_batch = batch(wide._replace(masks=(mask,)))
+    before = stage.loss(some_batch).total.item()
+    assert some_batch.images is not None
+    some_batch.images[:, :, 16:] = 255
+    assert stage.loss(some_batch).total.item() == before
 
 
 def test_too_many_objects_are_drawn_from_and_too_small_and_too_large_ones_left_out() -> None:
@@ -133,23 +133,23 @@ def test_recomputing_activations_changes_no_gradient() -> None:
 
 def test_predictions_measure_every_object_of_the_stored_image() -> None:
     stage = tiny_stage(max_objects=1, evaluate_objects=4).eval()
-    found = stage.predict(batch(*THREE, objects((2, 3, 12, 14), (3, 3, 9, 9), crowd=1)))
-    assert (~found["area"].isnan()).sum(1).tolist() == [2, 0, 1, 1]
-    assert found["area"][0, :2].tolist() == [110, 285]
-    assert torch.equal(found["clicks"].isnan().any(2), found["area"].isnan())
-    there = ~found["area"].isnan()
-    assert (found["oracle"][there] >= found["clicks"][there][:, 0]).all()
-    x, y, label = found["places"][2, 0].tolist()
+    predictions = stage.predict(batch(*THREE, objects((2, 3, 12, 14), (3, 3, 9, 9), crowd=1)))
+    assert (~predictions["area"].isnan()).sum(1).tolist() == [2, 0, 1, 1]
+    assert predictions["area"][0, :2].tolist() == [110, 285]
+    assert torch.equal(predictions["clicks"].isnan().any(2), predictions["area"].isnan())
+    annotated = ~predictions["area"].isnan()
+    assert (predictions["oracle"][annotated] >= predictions["clicks"][annotated][:, 0]).all()
+    x, y, label = predictions["places"][2, 0].tolist()
     assert label == 1
     assert x < 9
     assert y < 30
-    assert len(stage.pictures(batch(*THREE), {k: v[:3] for k, v in found.items()})) == 2
+    assert len(stage.pictures(batch(*THREE), {k: v[:3] for k, v in predictions.items()})) == 2
 
 
 def test_objects_asked_about_in_several_calls_fare_as_in_one() -> None:
     stage = tiny_stage().eval()
-    given = batch(*THREE)
-    embedded, instances = stage.embed(given), instances_of(given)
+    some_batch = batch(*THREE)
+    embedded, instances = stage.embed(some_batch), instances_of(some_batch)
     whole, parts = (click_trials(stage.model, embedded, instances, most=4, at_once=n) for n in (64, 1))
     torch.testing.assert_close(parts, whole, equal_nan=True)
     assert int((~whole["area"].isnan()).sum()) == 3
@@ -158,10 +158,10 @@ def test_objects_asked_about_in_several_calls_fare_as_in_one() -> None:
 def test_objects_that_an_evaluation_passes_over_are_counted() -> None:
     stage = tiny_stage(evaluate_objects=1).eval()
     (evaluation,) = stage.evaluations().values()
-    measured = evaluation(lambda one: stage.predict(one), lambda name: [batch(*THREE)], ("seen",))
+    measured = evaluation(stage.predict, lambda name: [batch(*THREE)], ("seen",))
     assert (measured["seen/num_objects"], measured["seen/objects_left_out"]) == (2, 1)
     every = tiny_stage().eval()
-    measured = evaluation(lambda one: every.predict(one), lambda name: [batch(*THREE)], ("seen",))
+    measured = evaluation(every.predict, lambda name: [batch(*THREE)], ("seen",))
     assert measured["seen/num_objects"] == 3
     assert "seen/objects_left_out" not in measured
 
@@ -183,9 +183,9 @@ def test_impossible_options_are_refused(options: dict[str, object], words: str) 
 def test_the_image_a_click_is_about_may_be_larger_than_the_input() -> None:
     stage = tiny_stage().eval()
     large = objects((10, 20, 60, 90), size=(100, 80))
-    found = stage.predict(batch(large))
-    assert found["area"][0, 0] == 3500
-    assert (found["places"][0, 0, :2] <= SIDE).all()
+    predictions = stage.predict(batch(large))
+    assert predictions["area"][0, 0] == 3500
+    assert (predictions["places"][0, 0, :2] <= SIDE).all()
 
 
 @pytest.mark.parametrize("source", ["mae", "flip", "classify", "vitdet"])
@@ -230,32 +230,32 @@ def test_masks_of_everything_are_measured_where_they_are_asked_for() -> None:
     stage = tiny_stage(evaluate=["clicks", "automatic"], automatic=settings).eval()
     with torch.no_grad():
         stage.mask_decoder.iou_prediction_head.layers[2].bias.fill_(0.5)
-    given = batch(*THREE, weight=torch.tensor([1.0, 1.0, 0.0]))
+    some_batch = batch(*THREE, weight=torch.tensor([1.0, 1.0, 0.0]))
     (evaluation,) = stage.evaluations().values()
-    measured = evaluation(lambda one: stage.predict(one), lambda name: [given], ("seen",))
+    measured = evaluation(stage.predict, lambda name: [some_batch], ("seen",))
     assert measured["seen/num_objects"] == 2
     truth, masks = {}, []
-    for i, image in enumerate(stage_images(stage, given)):
+    for i, image in enumerate(stage_images(stage, some_batch)):
         instances = THREE[i]
         truth[i] = Truth((SIDE, SIDE), annotations_of(instances, i))
-        found = automatic_masks(stage.predictor(), image, stage.options.automatic)
+        automatic = automatic_masks(stage.predictor(), image, stage.options.automatic)
         masks += [
-            {"image_id": i, "category_id": 0, "segmentation": one.segmentation, "score": one.predicted_iou}
-            for one in found
+            {"image_id": i, "category_id": 0, "segmentation": mask.segmentation, "score": mask.predicted_iou}
+            for mask in automatic
         ]
     assert measured["seen/masks_per_image"] == len(masks) / 2 > 2
     wanted = proposal_recalls(truth, masks)
     assert {name: measured[f"seen/{name}"] for name in wanted} == pytest.approx(wanted)
     assert "seen/ar1000" not in tiny_stage().evaluations()["promptable"](
-        lambda one: tiny_stage().eval().predict(one), lambda name: [given], ("seen",)
+        tiny_stage().eval().predict, lambda name: [some_batch], ("seen",)
     )
 
 
-def stage_images(stage: SamStage, given: Batch) -> list[EmbeddedImages]:
+def stage_images(stage: SamStage, some_batch: Batch) -> list[EmbeddedImages]:
     """The first two images, embedded."""
-    assert given.instances is not None
-    views = tuple(one.view for one in given.instances if one.view is not None)
-    return EmbeddedImages(stage.embed(given), views).each()[:2]
+    assert some_batch.instances is not None
+    views = tuple(instances.view for instances in some_batch.instances if instances.view is not None)
+    return EmbeddedImages(stage.embed(some_batch), views).each()[:2]
 
 
 def test_crops_are_refused_in_an_evaluation() -> None:

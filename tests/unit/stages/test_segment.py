@@ -47,9 +47,9 @@ def batch_of(instances: list[Instances]) -> Batch:
 
 
 def test_smaller_objects_lie_above_larger_and_the_rest_is_background() -> None:
-    found = class_map(squares(), (32, 32))
-    assert (int(found[5, 5]), int(found[10, 10]), int(found[30, 30])) == (1, 2, 0)
-    assert torch.bincount(found.flatten()).tolist() == [32 * 32 - 18 * 18, 16, 18 * 18 - 16]
+    classes = class_map(squares(), (32, 32))
+    assert (int(classes[5, 5]), int(classes[10, 10]), int(classes[30, 30])) == (1, 2, 0)
+    assert torch.bincount(classes.flatten()).tolist() == [32 * 32 - 18 * 18, 16, 18 * 18 - 16]
 
 
 @pytest.mark.parametrize("head", ["linear", "upernet"])
@@ -84,7 +84,7 @@ def test_padding_takes_no_part_in_the_loss() -> None:
         torch.cat([whole.boxes, torch.tensor([[0.0, 20, 32, 32]])]), torch.tensor([0, 1, 0]),
         (*whole.masks, *encode_masks(below)), torch.zeros(3).long(),
     )  # fmt: skip
-    first, second = (stage.loss(batch_of([one._replace(view=cut)])).total for one in (whole, more))
+    first, second = (stage.loss(batch_of([objects._replace(view=cut)])).total for objects in (whole, more))
     assert float(first.detach()) == float(second.detach())
 
 
@@ -98,12 +98,14 @@ def test_figures_equal_scikit_learn_in_pixels_of_the_stored_images() -> None:
         return {"map": maps}
 
     measured = SegmentationEvaluation(("background", "a", "b"))(predict, lambda _: [batch], ("heldout",))
-    true = np.concatenate([class_map(one, (20, 40)).numpy().ravel() for one in truth])
-    told = np.concatenate([stored_map(one, view).numpy().ravel() for one in maps])
-    expected = jaccard_score(true, told, average="macro")
+    true = np.concatenate([class_map(objects, (20, 40)).numpy().ravel() for objects in truth])
+    predicted = np.concatenate([stored_map(shown, view).numpy().ravel() for shown in maps])
+    expected = jaccard_score(true, predicted, average="macro")
     assert measured["heldout/miou"] == pytest.approx(expected, abs=1e-12)
-    assert measured["heldout/pixel_accuracy"] == pytest.approx((true == told).mean(), abs=1e-12)
-    assert measured.details["heldout/iou"]["iou"] == pytest.approx(jaccard_score(true, told, average=None).tolist())
+    assert measured["heldout/pixel_accuracy"] == pytest.approx((true == predicted).mean(), abs=1e-12)
+    assert measured.details["heldout/iou"]["iou"] == pytest.approx(
+        jaccard_score(true, predicted, average=None).tolist()
+    )
 
 
 def test_a_map_comes_back_as_a_resize_to_the_nearest_pixel_would_bring_it() -> None:

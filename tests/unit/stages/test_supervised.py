@@ -79,10 +79,10 @@ def test_a_probes_heads_are_independent() -> None:
     batch = batch_of()
     three = build("probe", lr_multipliers=(0.1, 1.0, 10.0)).train()
     three.loss(batch).total.backward()
-    one = build("probe", lr_multipliers=(1.0,)).train()
-    one.heads[0].load_state_dict(three.heads[1].state_dict())
-    one.loss(batch).total.backward()
-    torch.testing.assert_close(one.heads[0].weight.grad, three.heads[1].weight.grad)
+    single = build("probe", lr_multipliers=(1.0,)).train()
+    single.heads[0].load_state_dict(three.heads[1].state_dict())
+    single.loss(batch).total.backward()
+    torch.testing.assert_close(single.heads[0].weight.grad, three.heads[1].weight.grad)
     assert [three.lr_scale(f"heads.{i}.weight") for i in range(3)] == [0.1, 1.0, 10.0]
 
 
@@ -180,14 +180,14 @@ def test_a_misspelt_stage_names_the_nearest() -> None:
 def test_trunks_are_equal_over_stages_for_the_same_seed() -> None:
     """So that a random trunk in a probe is the one another stage would have started from."""
     dense = {"model": MODEL | {"cls_token": False, "final_norm": False}}
-    own: dict[str, dict[str, object]] = {
+    options_of: dict[str, dict[str, object]] = {
         "classify": {"pooling": "cls"},
         "flip": {"text": {"context_length": 8, "width": 16, "heads": 2, "layers": 1}},
         **dict.fromkeys(("vitdet", "segment", "sam"), dense),
     }
-    trunks = {name: build(name, **own.get(name, {})).trunk.state_dict() for name in STAGES}
+    trunks = {name: build(name, **options_of.get(name, {})).trunk.state_dict() for name in STAGES}
     for name, trunk in trunks.items():
-        other = trunks["vitdet" if own.get(name) is dense else "mae"]
+        other = trunks["vitdet" if options_of.get(name) is dense else "mae"]
         assert trunk.keys() == other.keys(), name
         assert all(torch.equal(trunk[key], other[key]) for key in trunk), name
 

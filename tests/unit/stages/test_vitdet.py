@@ -99,14 +99,14 @@ def test_losses_and_gradients_equal_detectron2(case: str) -> None:
 def test_detections_equal_detectron2_in_pixels_of_the_stored_image(case: str) -> None:
     stage, expected, batch = recorded(case).eval(), RECORD[case], recorded_batch()
     with torch.no_grad():
-        found = stored_detections(stage.predict(batch), batch)[0]
-    assert [one["category_id"] for one in found] == expected["classes"]
-    assert [one["score"] for one in found] == pytest.approx(expected["scores"], abs=1e-5)
-    corners = [[x, y, x + w, y + h] for x, y, w, h in (one["bbox"] for one in found)]
+        detections = stored_detections(stage.predict(batch), batch)[0]
+    assert [result["category_id"] for result in detections] == expected["classes"]
+    assert [result["score"] for result in detections] == pytest.approx(expected["scores"], abs=1e-5)
+    corners = [[x, y, x + w, y + h] for x, y, w, h in (result["bbox"] for result in detections)]
     torch.testing.assert_close(torch.tensor(corners), torch.tensor(expected["boxes"]), rtol=0, atol=1e-3)
     from pycocotools import mask as coco_mask
 
-    areas = [int(coco_mask.area(one["segmentation"])) for one in found]
+    areas = [int(coco_mask.area(result["segmentation"])) for result in detections]
     assert areas == pytest.approx(expected["mask_areas"], abs=1)
 
 
@@ -139,8 +139,8 @@ def squares(num: int) -> Batch:
     pixels[0, 4:40, 4:40] = True
     pixels[1, 20:60, 30:60] = True
     boxes = torch.tensor([[4.0, 4, 40, 40], [30, 20, 60, 60]])
-    one = Instances(boxes, torch.tensor([0, 1]), tuple(encode_masks(pixels)), torch.zeros(2).long())
-    return batch_of(images, [one] * num)
+    instances = Instances(boxes, torch.tensor([0, 1]), tuple(encode_masks(pixels)), torch.zeros(2).long())
+    return batch_of(images, [instances] * num)
 
 
 @pytest.mark.parametrize(
@@ -162,8 +162,8 @@ def test_every_parameter_of_every_variant_gets_a_gradient(changes: dict[str, Any
     without = [n for n, p in stage.named_parameters() if p.grad is None or not p.grad.any()]
     assert without == []
     with torch.no_grad():
-        found = stage.eval().predict(batch)
-    assert ("masks" in found) == stage.options.detector.masks
+        predictions = stage.eval().predict(batch)
+    assert ("masks" in predictions) == stage.options.detector.masks
 
 
 def test_a_detector_of_boxes_alone_trains_evaluates_and_is_drawn_on_data_without_masks() -> None:
@@ -179,9 +179,13 @@ def test_a_detector_of_boxes_alone_trains_evaluates_and_is_drawn_on_data_without
     assert "mask" not in losses.parts
 
     def predict(batch: Batch) -> Predictions:
-        found = {name: value.detach() for name, value in stage.eval().predict(batch).items()}
-        found["boxes"][0, 0], found["classes"][0, 0], found["scores"][0, 0] = torch.tensor([5.0, 6, 35, 30]), 1, 1.0
-        return {**found, "counts": torch.ones(1, dtype=torch.int64)}
+        predictions = {name: value.detach() for name, value in stage.eval().predict(batch).items()}
+        predictions["boxes"][0, 0], predictions["classes"][0, 0], predictions["scores"][0, 0] = (
+            torch.tensor([5.0, 6, 35, 30]),
+            1,
+            1.0,
+        )
+        return {**predictions, "counts": torch.ones(1, dtype=torch.int64)}
 
     (evaluation,) = stage.evaluations().values()
     figures = evaluation(predict, lambda _: [evaluate], ("heldout",))
@@ -205,12 +209,16 @@ def test_images_without_objects_train_the_background() -> None:
 def test_a_crowd_region_is_nobodys_target() -> None:
     stage, batch = small(), squares(1)
     assert batch.instances is not None
-    one = batch.instances[0]
-    crowd = one._replace(crowd=torch.tensor([0, 1]))
-    single = one._replace(boxes=one.boxes[:1], labels=one.labels[:1], masks=one.masks[:1], crowd=torch.zeros(1).long())
+    instances = batch.instances[0]
+    crowd = instances._replace(crowd=torch.tensor([0, 1]))
+    single = instances._replace(
+        boxes=instances.boxes[:1], labels=instances.labels[:1], masks=instances.masks[:1], crowd=torch.zeros(1).long()
+    )
     assert batch.images is not None
-    found = [float(stage.loss(batch_of(batch.images, [objects])).total.detach()) for objects in (crowd, single, one)]
-    assert found[0] == found[1] != found[2]
+    losses = [
+        float(stage.loss(batch_of(batch.images, [objects])).total.detach()) for objects in (crowd, single, instances)
+    ]
+    assert losses[0] == losses[1] != losses[2]
 
 
 def test_an_absent_image_takes_no_part() -> None:

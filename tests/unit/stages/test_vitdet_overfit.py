@@ -47,26 +47,28 @@ def photos(folder: Path) -> tuple[list[RawSample], tuple[str, ...]]:
     """The first photos with an object that is large enough, as shards hold them."""
     document = json.loads((folder / "instances.json").read_text())
     by_image = defaultdict(list)
-    for one in document["annotations"]:
-        by_image[one["image_id"]].append(one)
+    for annotation in document["annotations"]:
+        by_image[annotation["image_id"]].append(annotation)
     chosen = []
     for image in document["images"]:
         factor = SIDE / max(image["height"], image["width"])
-        there = by_image[image["id"]]
-        if any(one["area"] ** 0.5 * factor >= SMALLEST and not one["iscrowd"] for one in there):
-            chosen.append((image, factor, there))
+        annotations = by_image[image["id"]]
+        if any(
+            annotation["area"] ** 0.5 * factor >= SMALLEST and not annotation["iscrowd"] for annotation in annotations
+        ):
+            chosen.append((image, factor, annotations))
     chosen = chosen[:NUM_PHOTOS]
-    used = sorted({one["category_id"] for _, _, there in chosen for one in there})
+    used = sorted({annotation["category_id"] for _, _, annotations in chosen for annotation in annotations})
     names = {category["id"]: category["name"] for category in document["categories"]}
     samples = []
-    for number, (image, factor, there) in enumerate(chosen):
+    for number, (image, factor, annotations) in enumerate(chosen):
         marked = [
-            one
+            annotation
             | {
-                "category_id": used.index(one["category_id"]),
-                "iscrowd": int(one["iscrowd"] or one["area"] ** 0.5 * factor < SMALLEST),
+                "category_id": used.index(annotation["category_id"]),
+                "iscrowd": int(annotation["iscrowd"] or annotation["area"] ** 0.5 * factor < SMALLEST),
             }
-            for one in there
+            for annotation in annotations
         ]
         members = {
             "jpg": (folder / "images" / image["file_name"]).read_bytes(),
@@ -102,9 +104,9 @@ def test_sixteen_photos_are_learnt_by_heart(shared: Path) -> None:
     for step in range(NUM_STEPS):
         if len(ids) < BATCH:
             ids += torch.randperm(len(samples), generator=order).tolist()
-        here, ids = ids[:BATCH], ids[BATCH:]
+        batch_ids, ids = ids[:BATCH], ids[BATCH:]
         rate = scheduled_rate(OPTIM, PEAK_LR, step * BATCH, NUM_STEPS * BATCH)
-        assert engine.step([batch_of(shown, here, step)], rate).applied
+        assert engine.step([batch_of(shown, batch_ids, step)], rate).applied
 
     def predict(batch: Batch) -> Predictions:
         return engine.predict(batch)
