@@ -31,7 +31,7 @@ class Finding(NamedTuple):
 def examine(places: Sequence[str]) -> list[Finding]:
     """Look at cores, memory, disk, accelerators, packages, Ray, rclone, and try to list each of `places`."""
     set_defaults()
-    found = [
+    findings = [
         Finding("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"),
         Finding("cores", f"{available_cores()} usable of {os.cpu_count()}"),
         _memory(),
@@ -43,7 +43,7 @@ def examine(places: Sequence[str]) -> list[Finding]:
         _ray(),
         *_surroundings(),
     ]
-    return [*found, *(_place(place) for place in places)]
+    return [*findings, *(_place(place) for place in places)]
 
 
 def _memory() -> Finding:
@@ -101,8 +101,8 @@ def _rclone() -> Finding:
     binary = find_rclone()
     if binary is None:
         return Finding("rclone", "not found: the demo will use a plain folder instead of an S3 server")
-    told = subprocess.run([str(binary), "version"], capture_output=True, text=True, check=False, timeout=30)
-    return Finding("rclone", told.stdout.partition("\n")[0] or told.stderr.strip(), good=told.returncode == 0)
+    version = subprocess.run([str(binary), "version"], capture_output=True, text=True, check=False, timeout=30)
+    return Finding("rclone", version.stdout.partition("\n")[0] or version.stderr.strip(), good=version.returncode == 0)
 
 
 def _ray() -> Finding:

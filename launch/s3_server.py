@@ -36,8 +36,8 @@ def find_rclone() -> Path | None:
     beside = Path(sys.executable).parent / "rclone"
     if os.access(beside, os.X_OK):
         return beside
-    found = shutil.which("rclone")
-    return Path(found) if found else None
+    on_path = shutil.which("rclone")
+    return Path(on_path) if on_path else None
 
 
 class S3Server:
@@ -86,8 +86,8 @@ class S3Server:
 
     def environment_of(self, base: Mapping[str, str]) -> dict[str, str]:
         """`base` as a child process should get it to reach this server: with ours, without what would override it."""
-        kept = {key: value for key, value in base.items() if key not in _REMOVED}
-        return {**kept, **self.environment}
+        inherited = {key: value for key, value in base.items() if key not in _REMOVED}
+        return {**inherited, **self.environment}
 
     def bucket(self, name: str) -> str:
         """Make sure bucket `name` exists; returns its URL, "s3://name".
