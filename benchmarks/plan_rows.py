@@ -127,7 +127,7 @@ def measure(rows: int, samples: int, folder: str) -> dict[str, float]:
         "output": folder,
         "source": {"type": "table", "url": "made up"},
         "shard": {"samples": samples},
-        "ray": {"workers": 0},
+        "ray": {"tasks": 0},
         "max_failed": 1.0,
     }
     ends: dict[str, tuple[float, float]] = {}  # of each phase: wall and CPU seconds

@@ -208,7 +208,7 @@ def _ours(case: Case, table: Path, folder: Path) -> None:
         "source": {"type": "table", "url": str(table)},
         "image": image if case.resize else {"resize": "no", "format": "keep"},
         "fetch": {"web": {"allow_networks": ["127.0.0.0/8"], "per_host": 32}},
-        "ray": {"workers": 0},
+        "ray": {"tasks": 0},
         "shard": {"samples": 500},
     }
     config = table.with_suffix(".yaml")

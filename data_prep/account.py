@@ -1,7 +1,7 @@
 """Why an input doesn't become a sample, and the account of a whole build: inputs = written + filtered + failed.
 
-An input *fails* where it can't be used (it can't be fetched, is damaged, is no text); it is *filtered* where it could
-be, but the settings don't want it.
+An input *fails* where it can't be used (it can't be fetched, is damaged, is not text); it is *filtered* where it
+could be used, but the settings don't want it.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
 Status = Literal["success", "failed_to_download", "failed_to_resize"]
+Phase = Literal["plan", "scan", "write", "publish"]
 
 
 class Meaning(NamedTuple):
@@ -63,7 +64,7 @@ REASONS: dict[str, Meaning] = {
 
 
 class Refused(Exception):  # noqa: N818 -- a verdict on one input, not a defect
-    """One input can't become a sample; the build goes on and counts it under `reason`."""
+    """One input can't become a sample; the build continues and counts it under `reason`."""
 
     def __init__(self, reason: str, message: str) -> None:
         if reason not in REASONS:
@@ -110,9 +111,9 @@ class PrepReport(NamedTuple):
 
 
 class Progress(NamedTuple):
-    """Where a build stands; handed to the caller's callback after every partition."""
+    """Where a build stands; passed to the caller's callback after every partition."""
 
-    phase: Literal["plan", "scan", "write", "publish"]
+    phase: Phase
     done: int  # rows; of the phase publish: partitions
     total: int | None  # the same of all, where known
     written: int
@@ -123,18 +124,18 @@ class Progress(NamedTuple):
     resumed: int = 0  # those of `done` that earlier attempts did
 
     def __str__(self) -> str:
-        doing = {"plan": "planned", "scan": "looked at", "write": "done", "publish": "published"}[self.phase]
+        verb = {"plan": "planned", "scan": "scanned", "write": "done", "publish": "published"}[self.phase]
         of = f" of {self.total}" if self.total is not None else ""
         rate = (self.done - self.resumed) / max(self.elapsed_s, 1e-9)
-        told = f"{self.done}{of} {'partitions' if self.phase == 'publish' else 'inputs'} {doing}"
+        text = f"{self.done}{of} {'partitions' if self.phase == 'publish' else 'inputs'} {verb}"
         if self.phase == "write":
-            told += f": {self.written} written, {self.filtered} filtered, {self.failed} failed"
+            text += f": {self.written} written, {self.filtered} filtered, {self.failed} failed"
         speed = f"{rate:.0f}/s"
         if self.size_bytes:
             speed += f", {self.size_bytes / 2**20 / max(self.elapsed_s, 1e-9):.1f} MiB/s"
         if self.total is not None and 0 < self.resumed + 1 <= self.done < self.total:
             speed += f", {_duration((self.total - self.done) / max(rate, 1e-9))} left"
-        return f"{told} ({speed})"
+        return f"{text} ({speed})"
 
 
 def by_reason(counts: Mapping[str, int], *, filtered: bool | None = None) -> dict[str, int]:

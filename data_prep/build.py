@@ -1,14 +1,14 @@
-"""A build from source to data set: survey, look, plan, partitions, publishing.
+"""A build from source to data set: list the inputs, scan their images, plan, write partitions, publish.
 
-1. *Survey*: the source is streamed once and its rows digested. Nothing is written before the source was checked and
+1. *List*: the source is streamed once and its rows are digested. Nothing is written before the source was checked and
    some images were tried. Rows that were appended since the last build become a segment of their own (`plan.segments`).
-2. *Look*, where it is needed (`duplicates`): splits by content, duplicates, evaluation images.
+2. *Scan*, where it is needed (`duplicates`): splits by content, duplicates, evaluation images.
 3. *Plan*: every input gets a split and a place in a shuffled order (`plan.planning`).
-4. *Partitions*: tasks make one shard each (`samples.packing`) and commit it (`shards.commit`), on Ray (`partitions`).
-5. *Finish*: shards get their final names, then come `sizes.json`, the manifests, and the account (`shards.finish`).
+4. *Write*: tasks make one shard each (`samples.packing`) and commit it (`shards.commit`), on Ray (`partitions`).
+5. *Publish*: shards get their final names, then come `sizes.json`, the manifests, and the account (`shards.finish`).
 
-Run again, a build goes on where it stood: committed partitions are kept if settings and inputs are the same, and
-refused with what changed if not.
+The same command continues an interrupted build: committed partitions are kept if settings and inputs are the same, and
+others are an error. Attempts are numbered, and only the newest one's tasks may commit.
 """
 
 from __future__ import annotations
@@ -18,33 +18,29 @@ import functools
 import hashlib
 import itertools
 import logging
-import secrets
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 
-from data_prep import partitions, retry
-from data_prep.account import PrepReport, Progress, Refused, by_reason, describe, total
+from data_prep import output, partitions, retry
+from data_prep.account import Phase, PrepReport, Progress, Refused
 from data_prep.config import PrepConfig
 from data_prep.duplicates import scanning
 from data_prep.plan import planning
 from data_prep.plan.planning import Fingerprint, Partition, SegmentPlan
-from data_prep.plan.segments import Segment, create_segment, next_segment, read_positions, read_segments
+from data_prep.plan.segments import Retry, Segment, create_segment, next_segment, read_positions, read_segments
 from data_prep.samples import packing
 from data_prep.samples.packing import SegmentJob
 from data_prep.shards import finish
-from data_prep.shards.commit import Committed, json_bytes, read_document
+from data_prep.shards.commit import Committed, json_bytes
 from data_prep.sources.base import Source
+from data_prep.tally import Tally
 from pipeline import storage
-from pipeline.errors import ConfigError, DataError
+from pipeline.errors import DataError
 
-BUILD_NAME = "build.json"
-BUILD_FORMAT_VERSION = 3
 NUM_TRIED = 16  # inputs that are tried before anything is written
-_TOO_FEW_TO_JUDGE = 20  # failures below which a build never gives up early
 
 ProgressCallback = Callable[[Progress], None]
 log = logging.getLogger("vitrail")
@@ -60,17 +56,26 @@ def build(
     """Make the data set that `config` describes, finish it, or append what its source has gained.
 
     Args:
-        retry_reasons: try inputs once more that were refused for these reasons.
+        retry_reasons: try inputs again that were refused for these reasons.
         progress: called now and then with where the build stands.
-        stop: asked between partitions; yes ends the build in a state that the same command resumes.
+        stop: called between partitions; True ends the build in a state that the same command resumes.
 
     Raises:
         ConfigError: `config.output` holds another build, or this one with other inputs or settings.
         DataError: the source is unusable, or more inputs fail than `config.max_failed` allows.
         StorageError: a place can't be used.
-        Stopped: `stop` said so.
+        Stopped: `stop` returned True.
     """
     return Build(config, config.source.open(), retry.checked(retry_reasons), progress, stop).run()
+
+
+class _Standing(NamedTuple):
+    """What earlier attempts left in the output."""
+
+    is_new: bool  # nothing
+    segments: list[Segment]
+    num_finished: int  # segments that are published
+    report: PrepReport | None  # on these
 
 
 class Build:
@@ -98,119 +103,137 @@ class Build:
         self.progress = progress
         self.stop = stop
         self.started = time.monotonic()
-        self.counts: Counter[str] = Counter()  # "" counts samples written
-        self.examples: dict[str, str] = {}
+        self.tally = Tally(config)
+        self.settings: dict[str, Any] = {}  # that decide the data set's bytes, and their digest
 
     def run(self) -> PrepReport:
         self.source.check()
-        settings = self._settings()
-        earlier = _earlier_build(self.url)
-        segments = read_segments(self.url) if earlier is not None else []
-        if earlier is not None:
-            _refuse_changed_settings(earlier, settings, self.url)
-        finished, report = finish.finished_report(self.config.name, self.url) or (0, None)
+        self.settings = self._settings()
+        standing = self._read_output()
+        segments, report = standing.segments, standing.report
         with contextlib.ExitStack() as stack:
             plans = _Plans(self.config, self.source.size_bytes(), stack)
-            inputs = self._survey(segments, finished, plans)
-            grown = self._grown(settings, segments, inputs)
-            if report is not None and finished == len(segments) and grown is None and not self.retry_reasons:
-                return report._replace(duration_s=time.monotonic() - self.started)
-            attempt = self._begin(settings, earlier, segments, grown)
-            if grown is not None:
-                segments.append(grown)
-            with partitions.session(self.config.ray), partitions.scorers(self.config) as scorers:
-                workers = partitions.num_workers(self.config.ray)
-                for segment in segments[finished:]:
-                    job = self._job(segment, attempt)._replace(tasks_at_once=workers, scorers=scorers)
-                    report = self._do(job, segments[: segment.number + 1], plans.of(segment))
-                if self.retry_reasons:
-                    retried = self._retry(settings, segments, plans)
-                    if retried is not None:
-                        segments.append(retried)
-                        job = self._job(retried, attempt)._replace(tasks_at_once=workers, scorers=scorers)
-                        report = self._do(job, segments, plans.of(retried))
+            appended = self._list_inputs(standing, plans)
+            finished = report is not None and standing.num_finished == len(segments)
+            if not (finished and appended is None and not self.retry_reasons):
+                report = self._make(standing, appended, plans)
         assert report is not None
         return report._replace(duration_s=time.monotonic() - self.started)
+
+    def _settings(self) -> dict[str, Any]:
+        """What decides the data set's bytes beside the inputs, and its digest."""
+        description = {
+            "format": "vitrail.build",
+            "format_version": output.FORMAT_VERSION,
+            "settings": self.config.content_settings(),
+            "classes": list(self.source.classes()),
+        }
+        return description | {"fingerprint": hashlib.sha256(json_bytes(description)).hexdigest()}
+
+    def _read_output(self) -> _Standing:
+        """What earlier attempts left.
+
+        Raises:
+            ConfigError: the output is another build's.
+        """
+        earlier = output.read_settings(self.url)
+        segments = read_segments(self.url) if earlier is not None else []
+        if earlier is not None:
+            output.refuse_changed_settings(earlier, self.settings, self.url)
+        num_finished, report = finish.finished_report(self.config.name, self.url) or (0, None)
+        return _Standing(earlier is None, segments, num_finished, report)
+
+    def _list_inputs(self, standing: _Standing, plans: _Plans) -> Segment | None:
+        """Stream the source once: the segment of rows that no earlier segment has, and, unless images must be scanned
+        first, the plans of all segments that aren't finished.
+
+        Raises:
+            ConfigError: the rows that earlier segments were made of have changed.
+        """
+        segments = standing.segments
+        listed = [segment for segment in segments if segment.kind == "inputs"]
+        fingerprint = Fingerprint([segment.stop for segment in listed])
+        unfinished = [(segment, read_positions(self.url, segment)) for segment in segments[standing.num_finished :]]
+        end = listed[-1].stop if listed else 0
+        for batch in self.source.batches():
+            first = fingerprint.rows
+            fingerprint.update(batch)
+            if not self.config.needs_scan:
+                for segment, positions in unfinished:
+                    plans.add(segment.number, segment.chosen(batch, positions))
+                if fingerprint.rows > end:
+                    plans.add(len(segments), batch.slice(max(0, end - first)))
+            self._report_progress("plan", fingerprint.rows, None, self.started)
+        self._refuse_changed_inputs(listed, fingerprint)
+        return self._appended(segments, fingerprint)
+
+    def _refuse_changed_inputs(self, listed: Sequence[Segment], inputs: Fingerprint) -> None:
+        """Raise a ConfigError where the source's rows aren't those of the segments that were listed earlier."""
+        if not listed:
+            return
+        end = listed[-1].stop
+        if inputs.rows < end:
+            raise output.changed(self.url, [f"number of inputs: {end} -> {inputs.rows}"])
+        if inputs.at[end] != listed[-1].inputs_sha256:
+            first = next(s.stop for s in listed if inputs.at.get(s.stop) != s.inputs_sha256)
+            raise output.changed(self.url, [f"the source's content within its first {first} inputs"])
+
+    def _appended(self, segments: Sequence[Segment], inputs: Fingerprint) -> Segment | None:
+        """The segment of rows that no earlier segment has."""
+        start = max((segment.stop for segment in segments), default=0)
+        if inputs.rows == start:
+            return None
+        if start:
+            log.info("%d inputs were appended to the earlier %d", inputs.rows - start, start)
+        return next_segment(self.settings["fingerprint"], segments, (start, inputs.rows), inputs.hexdigest())
+
+    def _make(self, standing: _Standing, appended: Segment | None, plans: _Plans) -> PrepReport | None:
+        """Make all segments that aren't finished, then the retry's; the account of the last one made, if any was."""
+        attempt = self._claim_output(standing, appended)
+        segments, report = standing.segments, standing.report
+        if appended is not None:
+            segments.append(appended)
+        with partitions.session(self.config.ray), partitions.scorers(self.config) as scorers:
+
+            def make(number: int) -> PrepReport:
+                job = self._job(segments[number], attempt)._replace(
+                    tasks_at_once=partitions.num_tasks(self.config.ray), scorers=scorers
+                )
+                return self._make_segment(job, segments[: number + 1], plans.of(number))
+
+            for number in range(standing.num_finished, len(segments)):
+                report = make(number)
+            if self.retry_reasons:
+                retried = self._retry_segment(segments, plans)
+                if retried is not None:
+                    segments.append(retried)
+                    report = make(retried.number)
+        return report
 
     def _job(self, segment: Segment, attempt: int) -> SegmentJob:
         return SegmentJob(
             self.config, self.source.places(), self.source.classes(), segment.number, segment.fingerprint, attempt
         )
 
-    def _settings(self) -> dict[str, Any]:
-        """What decides the data set's bytes beside the inputs, and its digest."""
-        description = {
-            "format": "vitrail.build",
-            "format_version": BUILD_FORMAT_VERSION,
-            "settings": self.config.content_settings(),
-            "classes": list(self.source.classes()),
-        }
-        return description | {"fingerprint": hashlib.sha256(json_bytes(description)).hexdigest()}
-
-    def _survey(self, segments: Sequence[Segment], finished: int, plans: _Plans) -> Fingerprint:
-        """Stream the source once: its digest, and the plans unless those need the images' content.
-
-        Raises:
-            ConfigError: the rows that earlier segments were made of have changed.
-        """
-        known = [segment for segment in segments if segment.kind == "inputs"]
-        fingerprint = Fingerprint([segment.stop for segment in known])
-        open_ones = [(segment, read_positions(self.url, segment)) for segment in segments[finished:]]
-        end = known[-1].stop if known else 0
-        for batch in self.source.batches():
-            first = fingerprint.rows
-            fingerprint.update(batch)
-            if not self.config.needs_scan:
-                for segment, positions in open_ones:
-                    plans.add(segment.number, segment.chosen(batch, positions))
-                if fingerprint.rows > end:
-                    plans.add(len(segments), batch.slice(max(0, end - first)))
-            self._tell("plan", fingerprint.rows, None, 0.0)
-        if known and (fingerprint.rows < end or fingerprint.at[end] != known[-1].inputs_sha256):
-            changed = [s.stop for s in known if fingerprint.at.get(s.stop) != s.inputs_sha256]
-            what = (
-                f"number of inputs: {end} -> {fingerprint.rows}"
-                if fingerprint.rows < end
-                else f"the source's content within its first {changed[0]} inputs"
-            )
-            raise _changed(self.url, [what])
-        return fingerprint
-
-    def _grown(self, settings: dict[str, Any], segments: Sequence[Segment], inputs: Fingerprint) -> Segment | None:
-        """The segment of rows that no earlier segment has."""
-        start = max((segment.stop for segment in segments), default=0)
-        if inputs.rows == start:
-            return None
-        if start:
-            log.info("%d inputs were appended to the %d there were", inputs.rows - start, start)
-        return next_segment(settings["fingerprint"], segments, "inputs", (start, inputs.rows), inputs.hexdigest())
-
-    def _begin(
-        self,
-        settings: dict[str, Any],
-        earlier: dict[str, Any] | None,
-        segments: Sequence[Segment],
-        grown: Segment | None,
-    ) -> int:
+    def _claim_output(self, standing: _Standing, appended: Segment | None) -> int:
         """Claim the output for this attempt; the attempt's number."""
-        if earlier is None:
-            assert grown is not None
+        if standing.is_new:
+            assert appended is not None
             if self.config.max_failed < 1 and not self.config.filters:
-                self._try_some(self._job(grown, 0))
-            storage.create(storage.join(self.url, "_prep", BUILD_NAME), json_bytes(settings))
-            _refuse_changed_settings(_earlier_build(self.url) or settings, settings, self.url)
-        attempt = _begin_attempt(self.url)
+                self._try_first_inputs(self._job(appended, 0))
+            output.write_settings(self.url, self.settings)
+        attempt = output.begin_attempt(self.url)
         storage.abort_uploads(storage.join(self.url, "_prep", "staged"))
-        if grown is not None and not create_segment(self.url, grown):
-            raise _taken(self.url)
+        if appended is not None and not create_segment(self.url, appended):
+            raise output.taken(self.url)
         return attempt
 
-    def _try_some(self, job: SegmentJob) -> None:
+    def _try_first_inputs(self, job: SegmentJob) -> None:
         """Convert the first few inputs; if none works, the settings are wrong rather than the inputs."""
-        first = list(itertools.islice((row for batch in self.source.batches() for row in batch.to_pylist()), NUM_TRIED))
+        rows = (row for batch in self.source.batches() for row in batch.to_pylist())
         refusals: list[tuple[bytes | None, Refused]] = []
-        for row in first:  # one by one: most builds stop at the first
-            refused = packing.convert_some(job, [row])[0]
+        for row in itertools.islice(rows, NUM_TRIED):  # one by one: most builds stop at the first
+            refused = packing.try_inputs(job, [row])[0]
             if refused is None:
                 return
             refusals.append((row["url"], refused))
@@ -218,10 +241,10 @@ class Build:
         raise DataError(
             f"none of the first {len(refusals)} inputs can be used: {refused.message} ({refused.reason})",
             where=f"{self.config.source.url}, input {(url or b'').decode('utf-8', 'replace')!r}",
-            fix="check the source's columns, where its images lie and the limits set (max_failed: 1 skips this trial)",
+            fix="check the source's columns, where its images lie, and the limits (max_failed: 1 skips this trial)",
         )
 
-    def _do(self, job: SegmentJob, segments: Sequence[Segment], plan: SegmentPlan) -> PrepReport:
+    def _make_segment(self, job: SegmentJob, segments: Sequence[Segment], plan: SegmentPlan) -> PrepReport:
         """Make one segment, the last of `segments`, and publish it."""
         segment = segments[-1]
         if self.config.needs_scan:
@@ -230,18 +253,13 @@ class Build:
         if segment.number == 0:
             self._refuse_empty_splits(plan)
         committed = finish.read_markers(self.url, segments)
-        resumed = len([place for place in committed if place[0] == segment.number])
-        self._write(job, segment, plan, committed)
-        packing.check_attempt(self.url, job.attempt)
-        phase_started = time.monotonic()
+        num_resumed = len([place for place in committed if place[0] == segment.number])
+        self._write_partitions(job, segment, plan, committed)
+        output.check_attempt(self.url, job.attempt)
+        report = self._publish(segments, committed, job.classes)
+        return report._replace(resumed_partitions=num_resumed)
 
-        def tell(done: int, all_parts: int) -> None:
-            self._tell("publish", done, all_parts, time.monotonic() - phase_started)
-
-        report = finish.finish(self.config, committed, segments, job.classes, tell)
-        return report._replace(resumed_partitions=resumed)
-
-    def _inputs(self, segment: Segment) -> Iterator[pa.RecordBatch]:
+    def _segment_inputs(self, segment: Segment) -> Iterator[pa.RecordBatch]:
         """A segment's rows, in order."""
         positions = read_positions(self.url, segment)
         for batch in self.source.batches():
@@ -250,133 +268,134 @@ class Build:
                 yield chosen
 
     def _scan(self, job: SegmentJob, segment: Segment) -> None:
+        """Read all images of a segment, and write down what they are recognised by."""
         done = 0
         started = time.monotonic()
-        run = partitions.run(
+        results = partitions.run(
             functools.partial(scanning.scan, job),
-            scanning.chunks(self._inputs(segment)),
+            scanning.chunks(self._segment_inputs(segment)),
             self.config.ray,
             stop=self.stop,
         )
-        with contextlib.closing(run):
-            for _, rows in run:
+        with contextlib.closing(results):
+            for _, rows in results:
                 done += rows
-                self._tell("scan", done, segment.num_inputs, time.monotonic() - started)
+                self._report_progress("scan", done, segment.num_inputs, started)
 
     def _plan_by_content(self, segments: Sequence[Segment], plan: SegmentPlan) -> None:
-        """Judge all inputs up to this segment by what was found, and plan this segment's."""
-        decisions, positions, starts = retry.judge(self.config, self.url, segments, self.source, self.stop)
-        start = starts[-1]
-        for chunk in scanning.chunks(self._inputs(segments[-1])):
-            found = scanning.read_scan(self.url, segments[-1].number, chunk.number)
-            rows = scanning.with_decisions(
-                chunk.inputs,
-                found,
-                decisions,
-                start,
-                positions,
-                list(self.config.splits.shares),
-                names_splits=self.config.source.names_splits,
-            )
-            plan.add(rows)
-            start += rows.num_rows
+        """Judge all inputs up to this segment by what the scans found, and plan this segment's."""
+        judged = retry.judge(self.config, segments, self.stop)
+        splits = None if self.config.source.names_splits else list(self.config.splits.shares)
+        start = judged.starts[-1]
+        for chunk in scanning.chunks(self._segment_inputs(segments[-1])):
+            scanned = scanning.read_scan(self.url, segments[-1].number, chunk.number)
+            plan.add(scanning.with_verdicts(chunk.inputs, scanned, judged, start, splits))
+            start += chunk.inputs.num_rows
 
-    def _write(self, job: SegmentJob, segment: Segment, plan: SegmentPlan, committed: finish.Markers) -> None:
-        for found in committed.values():
-            self._count(found, segment.stop)
-        resumed = sum(found.inputs for found in committed.values())
+    def _write_partitions(
+        self, job: SegmentJob, segment: Segment, plan: SegmentPlan, committed: finish.Markers
+    ) -> None:
+        """Make the segment's partitions that aren't committed yet, and add them to `committed`."""
+        self.tally.clear()
+        for part in committed.values():
+            self.tally.add(part, segment.stop)
+        num_resumed = self.tally.num_inputs
         started = time.monotonic()
         written_bytes = 0
-        todo = (part for part in plan.partitions() if (segment.number, part.split, part.number) not in committed)
-        run = partitions.run(functools.partial(self.pack, job), todo, self.config.ray, stop=self.stop)
-        with contextlib.closing(run):
-            for result in run:
-                if result.fingerprint != job.fingerprint:
-                    raise _taken(self.url)
-                committed[result.place] = result
-                self._count(result, segment.stop)
-                written_bytes += result.shard.size_bytes if result.shard else 0
-                done = sum(self.counts.values())
-                elapsed_s = time.monotonic() - started
-                self._tell("write", done, segment.stop, elapsed_s, size_bytes=written_bytes, resumed=resumed)
-        ours = {place: part for place, part in committed.items() if place[0] == segment.number}
-        expected = {(segment.number, split, n) for split in plan.splits() for n in range(plan.num_partitions(split))}
-        if set(ours) != expected or sum(part.inputs for part in ours.values()) != segment.num_inputs:
-            raise RuntimeError(f"committed partitions {sorted(ours)} are not the planned ones {sorted(expected)}")
-        self._refuse_many_failures(segment.stop, final=True)
+        missing = (part for part in plan.partitions() if (segment.number, part.split, part.number) not in committed)
+        results = partitions.run(functools.partial(self.pack, job), missing, self.config.ray, stop=self.stop)
+        with contextlib.closing(results):
+            for part in results:
+                if part.fingerprint != job.fingerprint:
+                    raise output.taken(self.url)
+                committed[part.place] = part
+                self.tally.add(part, segment.stop)
+                written_bytes += part.shard.size_bytes if part.shard else 0
+                self._report_progress(
+                    "write",
+                    self.tally.num_inputs,
+                    segment.stop,
+                    started,
+                    size_bytes=written_bytes,
+                    num_resumed=num_resumed,
+                )
+        self._check_partitions(segment, plan, committed)
+        self.tally.refuse_many_failures(segment.stop, final=True)
 
-    def _retry(self, settings: dict[str, Any], segments: Sequence[Segment], plans: _Plans) -> Segment | None:
-        """Begin a segment of the inputs that were refused for the reasons given; None where there are none."""
+    @staticmethod
+    def _check_partitions(segment: Segment, plan: SegmentPlan, committed: finish.Markers) -> None:
+        """All inputs of the segment must be accounted for."""
+        parts = {place: part for place, part in committed.items() if place[0] == segment.number}
+        planned = {(segment.number, split, n) for split in plan.splits() for n in range(plan.num_partitions(split))}
+        if set(parts) != planned or sum(part.inputs for part in parts.values()) != segment.num_inputs:
+            raise RuntimeError(f"committed partitions {sorted(parts)} are not the planned ones {sorted(planned)}")
+
+    def _publish(self, segments: Sequence[Segment], committed: finish.Markers, classes: tuple[str, ...]) -> PrepReport:
+        started = time.monotonic()
+
+        def progress(done: int, total: int) -> None:
+            self._report_progress("publish", done, total, started)
+
+        return finish.finish(self.config, committed, segments, classes, progress)
+
+    def _retry_segment(self, segments: Sequence[Segment], plans: _Plans) -> Segment | None:
+        """Begin a segment of the inputs that were refused for `retry_reasons`; None where there are none."""
         positions = retry.refused_positions(self.url, segments, self.retry_reasons)
         if not len(positions):
             log.info("no input was refused for %s", " or ".join(self.retry_reasons))
             return None
-        log.info("%d inputs are tried once more", len(positions))
-        inputs = [segment for segment in segments if segment.kind == "inputs"]
+        log.info("trying %d inputs again", len(positions))
+        listed = [segment for segment in segments if segment.kind == "inputs"]
         segment = next_segment(
-            settings["fingerprint"],
+            self.settings["fingerprint"],
             segments,
-            "retry",
-            (0, inputs[-1].stop),
-            inputs[-1].inputs_sha256,
-            reasons=self.retry_reasons,
-            positions=positions,
+            (0, listed[-1].stop),
+            listed[-1].inputs_sha256,
+            Retry(self.retry_reasons, positions),
         )
         if not create_segment(self.url, segment, positions):
-            raise _taken(self.url)
-        self.counts.clear()
+            raise output.taken(self.url)
         if not self.config.needs_scan:
-            for batch in self._inputs(segment):
+            for batch in self._segment_inputs(segment):
                 plans.add(segment.number, batch)
         return segment
 
     def _refuse_empty_splits(self, plan: SegmentPlan) -> None:
-        if not self.config.source.names_splits:
-            for name in self.config.splits.shares:
-                if not plan.counts[name]:
-                    raise DataError(
-                        f"split {name!r} gets no input",
-                        where=self.config.source.url,
-                        fix="enlarge its share in splits.shares",
-                    )
+        if self.config.source.names_splits:
+            return
+        for name in self.config.splits.shares:
+            if not plan.counts[name]:
+                raise DataError(
+                    f"split {name!r} gets no input",
+                    where=self.config.source.url,
+                    fix="enlarge its share in splits.shares",
+                )
 
-    def _count(self, result: Committed, num_inputs: int) -> None:
-        self.counts[""] += result.written
-        self.counts.update(result.refused)
-        for reason, example in result.examples.items():
-            self.examples.setdefault(reason, example)
-        self._refuse_many_failures(num_inputs, final=False)
-
-    def _refuse_many_failures(self, num_inputs: int, *, final: bool) -> None:
-        """Give up once more inputs have failed than `max_failed` allows."""
-        counts = by_reason(self.counts, filtered=False)
-        failed = sum(counts.values())
-        beyond = failed > self.config.max_failed * num_inputs
-        if (beyond and (final or failed >= _TOO_FEW_TO_JUDGE)) or (final and self.counts[""] == 0):
-            struck = counts or by_reason(self.counts)
-            raise DataError(
-                f"{sum(struck.values())} of {num_inputs} inputs failed: {describe(struck, self.examples)}",
-                where=self.config.source.url,
-                fix="mend the inputs, or raise max_failed and run the same command: what is done stays done",
-            )
-
-    def _tell(
-        self,
-        phase: Literal["plan", "scan", "write", "publish"],
-        done: int,
-        of: int | None,
-        elapsed_s: float,
-        *,
-        size_bytes: int = 0,
-        resumed: int = 0,
+    def _report_progress(
+        self, phase: Phase, done: int, total: int | None, started: float, *, size_bytes: int = 0, num_resumed: int = 0
     ) -> None:
-        filtered, failed = (total(self.counts, filtered=kind) for kind in (True, False))
-        elapsed_s = elapsed_s or time.monotonic() - self.started
-        self.progress(Progress(phase, done, of, self.counts[""], filtered, failed, elapsed_s, size_bytes, resumed))
+        """Call back with where the build stands.
+
+        Args:
+            started: when the phase began (monotonic seconds).
+        """
+        self.progress(
+            Progress(
+                phase,
+                done,
+                total,
+                self.tally.num_written,
+                self.tally.num_filtered,
+                self.tally.num_failed,
+                time.monotonic() - started,
+                size_bytes,
+                num_resumed,
+            )
+        )
 
 
 class _Plans:
-    """A plan for each segment that is to be made, their spill files gone with the stack."""
+    """A plan for each segment that is to be made; their spill files go when the stack closes."""
 
     def __init__(self, config: PrepConfig, size_bytes: int, stack: contextlib.ExitStack) -> None:
         self._config = config
@@ -384,85 +403,16 @@ class _Plans:
         self._stack = stack
         self._plans: dict[int, SegmentPlan] = {}
 
-    def of(self, segment: Segment | int) -> SegmentPlan:
-        """The plan of a segment."""
-        number = segment if isinstance(segment, int) else segment.number
+    def of(self, number: int) -> SegmentPlan:
+        """The plan of segment `number`."""
         if number not in self._plans:
             plan = SegmentPlan(self._config.seed, self._config.shard.samples, size_bytes=self._size_bytes)
             self._plans[number] = self._stack.enter_context(plan)
         return self._plans[number]
 
     def add(self, number: int, batch: pa.RecordBatch) -> None:
-        """Plan inputs whose splits need no look at the images."""
+        """Plan inputs whose splits don't depend on their images."""
         if batch.num_rows:
             if not self._config.source.names_splits:
                 batch = planning.by_url(batch, self._config.splits.shares, self._config.seed)
             self.of(number).add(batch)
-
-
-def _earlier_build(url: str) -> dict[str, Any] | None:
-    """What an earlier attempt wrote about itself.
-
-    Raises:
-        ConfigError: the folder holds something else.
-    """
-    place = storage.join(url, "_prep", BUILD_NAME)
-    try:
-        return read_document(place, BUILD_FORMAT_VERSION, "a build", "delete the output folder and build again")
-    except FileNotFoundError:
-        other = next(storage.entries(url), None)
-        if other is None:
-            return None
-        raise ConfigError(
-            f"the folder isn't empty ({other.url}) and holds no build of ours",
-            where=f"output {url}",
-            fix="choose another",
-        ) from None
-
-
-def _refuse_changed_settings(earlier: dict[str, Any], now: dict[str, Any], url: str) -> None:
-    """Raise a ConfigError that names the settings that differ between an earlier attempt and this one."""
-    if earlier["fingerprint"] == now["fingerprint"]:
-        return
-    before, after = _flat(earlier["settings"]), _flat(now["settings"])
-    changes = [
-        f"{key}: {before.get(key)!r} -> {after.get(key)!r}"
-        for key in dict.fromkeys([*before, *after])
-        if before.get(key) != after.get(key)
-    ]
-    if earlier["classes"] != now["classes"]:
-        changes.append("the classes' names")
-    raise _changed(url, changes)
-
-
-def _changed(url: str, changes: Sequence[str]) -> ConfigError:
-    return ConfigError(
-        f"this output was begun with other inputs or settings ({'; '.join(changes) or 'another format'})",
-        where=f"output {url}",
-        fix="restore them to finish that build, or choose another output",
-    )
-
-
-def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in settings.items():
-        flat.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
-    return flat
-
-
-def _begin_attempt(url: str) -> int:
-    """Number this attempt, so that workers of a dead one stop writing beside it."""
-    folder = packing.attempts_url(url)
-    number = max((packing.attempt_number(entry.url) for entry in storage.entries(folder)), default=0)
-    while True:
-        number += 1
-        # The nonce tells this attempt's file from another's where both race for the number.
-        content = json_bytes({"number": number, "begun": time.time(), "nonce": secrets.token_hex(8)})
-        if storage.create(storage.join(folder, f"{number:06d}.json"), content):
-            return number
-
-
-def _taken(url: str) -> ConfigError:
-    return ConfigError(
-        "another build writes into this output", where=f"output {url}", fix="give each build an output of its own"
-    )

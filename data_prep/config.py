@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ipaddress
 import re
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field, SerializeAsAny, field_validator, model_validator
@@ -56,8 +57,8 @@ class DedupConfig(Config):
     evaluation: tuple[str, ...] = ()
 
     @property
-    def looks_at_pixels(self) -> bool:
-        """Whether perceptual hashes are needed."""
+    def needs_hashes(self) -> bool:
+        """Whether perceptual hashes of the images are needed."""
         return self.drop == "near" or self.near_splits or bool(self.evaluation)
 
 
@@ -123,10 +124,12 @@ class ShardConfig(Config):
 class RayConfig(Config):
     """Where the work runs."""
 
-    address: str | None = None  # of a running Ray; None: one of this machine's own
-    workers: int | None = Field(default=None, ge=0)  # tasks at once; None: one per CPU; 0: this process, without Ray
-    task_retries: int = Field(default=4, ge=0)  # of a task whose worker died
-    # Processes for each model filter; None: as many as there are GPUs for, one without any.
+    renamed: ClassVar[Mapping[str, str]] = {"workers": "tasks"}
+
+    address: str | None = None  # of a running Ray; None: one that is started on this machine
+    tasks: int | None = Field(default=None, ge=0)  # at once; None: one per CPU; 0: in this process, without Ray
+    task_retries: int = Field(default=4, ge=0)  # of a task whose process died
+    # Processes for each filter with a model; None: as many as there are GPUs for, without GPUs one.
     scorers: int | None = Field(default=None, gt=0)
 
 
@@ -161,7 +164,7 @@ class PrepConfig(Config):
 
     @property
     def needs_scan(self) -> bool:
-        """Whether all images must be looked at before anything is written."""
+        """Whether all images must be scanned before anything is written."""
         by_content = not self.source.names_splits and self.splits.by == "content" and len(self.splits.shares) > 1
         return by_content or self.dedup.drop != "none" or bool(self.dedup.evaluation)
 

@@ -55,7 +55,7 @@ def run(
         ResourceError: no Ray there, or a task's workers died again and again.
         Stopped: `stop` said so.
     """
-    if options.workers == 0:
+    if options.tasks == 0:
         for task in tasks:
             if stop():
                 raise Stopped("data preparation was stopped; the same command goes on")
@@ -70,12 +70,12 @@ def _run_on_ray(
 ) -> Generator[ResultT, None, None]:
     import ray
 
-    num_workers = options.workers or _num_cpus()
+    num_tasks_at_once = options.tasks or _num_cpus()
     remote = ray.remote(num_cpus=1, max_retries=options.task_retries, retry_exceptions=False)(_guarded)
     shared = ray.put(function)
     waiting: list[Any] = []
     queue = iter(tasks)
-    limit = num_workers if options.workers else num_workers + _QUEUED
+    limit = num_tasks_at_once if options.tasks else num_tasks_at_once + _QUEUED
     more = True
     try:
         while more or waiting:
@@ -96,15 +96,15 @@ def _run_on_ray(
                 ray.cancel(reference, force=True)
 
 
-def num_workers(options: RayConfig) -> int:
+def num_tasks(options: RayConfig) -> int:
     """How many tasks run at once."""
-    return 1 if options.workers == 0 else options.workers or _num_cpus()
+    return 1 if options.tasks == 0 else options.tasks or _num_cpus()
 
 
 @contextlib.contextmanager
 def scorers(config: PrepConfig) -> Iterator[Scorers | None]:
     """Processes that hold the models of `config.filters` for a while: Ray actors, on GPUs where there are some; with
-    `ray.workers` 0 this process. None where no filter has a model.
+    `ray.tasks` 0 this process. None where no filter has a model.
 
     Raises:
         UserError: a model can't be loaded.
@@ -113,7 +113,7 @@ def scorers(config: PrepConfig) -> Iterator[Scorers | None]:
     if not numbers:
         yield None
         return
-    if config.ray.workers == 0:
+    if config.ray.tasks == 0:
         yield _LocalScorers(config.filters)
         return
     import ray
@@ -243,7 +243,7 @@ def _result(reference: Any) -> Any:
         raise ResourceError(
             f"the workers of a task died again and again ({type(died).__name__})",
             where="data preparation",
-            fix="give the machine more memory, or lower shard.samples, fetch.concurrency or ray.workers",
+            fix="give the machine more memory, or lower shard.samples, fetch.concurrency or ray.tasks",
         ) from died
     if error is not None:
         raise error
@@ -259,7 +259,7 @@ def session(options: RayConfig) -> Iterator[None]:
     Raises:
         ResourceError: there is none at the address, or it doesn't start.
     """
-    if options.workers == 0:
+    if options.tasks == 0:
         yield
         return
     if options.address is None and "ray" not in sys.modules:
@@ -280,7 +280,7 @@ def session(options: RayConfig) -> Iterator[None]:
         else:
             start(
                 address="local",  # never another user's Ray on this machine
-                num_cpus=options.workers or os.cpu_count(),
+                num_cpus=options.tasks or os.cpu_count(),
                 include_dashboard=False,
                 object_store_memory=_OBJECT_STORE_BYTES,
             )

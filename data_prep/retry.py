@@ -1,4 +1,4 @@
-"""What is decided over several segments: which inputs are tried once more, and who is whose duplicate."""
+"""What is decided over several segments: which inputs are tried again, and which are duplicates of which."""
 
 from __future__ import annotations
 
@@ -17,16 +17,15 @@ from jaxtyping import Int64
 from data_prep.account import REASONS
 from data_prep.config import PrepConfig
 from data_prep.duplicates import evaluation, scanning
-from data_prep.duplicates.dedup import Decisions, decide
+from data_prep.duplicates.dedup import JudgedInputs, decide
 from data_prep.plan.segments import Segment, read_positions
 from data_prep.shards import finish
-from data_prep.sources.base import Source
 from pipeline import storage
 from pipeline.errors import ConfigError
 
 
 def checked(reasons: Sequence[str]) -> tuple[str, ...]:
-    """Reasons to retry, each known.
+    """The reasons to retry, without repetitions.
 
     Raises:
         ConfigError: there is no such reason.
@@ -40,7 +39,7 @@ def checked(reasons: Sequence[str]) -> tuple[str, ...]:
 
 
 def refused_positions(url: str, segments: Sequence[Segment], reasons: Sequence[str]) -> Int64[np.ndarray, " p"]:
-    """Positions of the inputs that stand refused for one of the reasons, rising."""
+    """Positions of the inputs that are refused for one of the reasons, in rising order."""
     wanted = set(reasons)
     places = [
         storage.join(url, split, item.sidecar)
@@ -54,33 +53,33 @@ def refused_positions(url: str, segments: Sequence[Segment], reasons: Sequence[s
         return table.filter(pc.is_in(table.column("reason"), pa.array(list(reasons)))).column("position").to_numpy()
 
     with ThreadPoolExecutor(16) as pool:
-        found = list(pool.map(read, places))
-    return np.sort(np.concatenate([np.zeros(0, np.int64), *found]))
+        positions = list(pool.map(read, places))
+    return np.sort(np.concatenate([np.zeros(0, np.int64), *positions]))
 
 
-def judge(
-    config: PrepConfig, url: str, segments: Sequence[Segment], source: Source, stop: Callable[[], bool]
-) -> tuple[Decisions, Int64[np.ndarray, " n"], list[int]]:
-    """Decisions on the inputs of all segments in the order in which they came, their positions, and where in that
-    order each segment begins. An input that a later segment tries again counts there alone.
+def judge(config: PrepConfig, segments: Sequence[Segment], stop: Callable[[], bool]) -> JudgedInputs:
+    """Decide on the inputs of all segments, in the order in which they came.
+
+    An input that a later segment tries again counts in that segment only.
     """
+    url = config.output
     positions: list[Int64[np.ndarray, " k"]] = []
     parts = []
     starts = []
-    seen = 0
+    num_inputs = 0
     for segment in segments:
         retried = read_positions(url, segment)
         positions.append(np.arange(segment.start, segment.stop) if retried is None else retried)
-        starts.append(seen)
-        seen += segment.num_inputs
-        number_of_chunks = -(-segment.num_inputs // scanning.CHUNK_ROWS)
-        for number in range(number_of_chunks):
+        starts.append(num_inputs)
+        num_inputs += segment.num_inputs
+        num_chunks = -(-segment.num_inputs // scanning.CHUNK_ROWS)
+        for number in range(num_chunks):
             parts.append(scanning.signatures_of(scanning.read_scan(url, segment.number, number)))
-    found = scanning.joined(parts)
+    images = scanning.joined(parts)
     for number, segment in enumerate(segments):
         if segment.kind == "retry":
             before = np.concatenate(positions[:number])
-            found.usable[: starts[number]] &= ~np.isin(before, positions[number])
-    wanted = evaluation.signatures(config, url, stop)
-    decisions = decide(found, wanted, config.dedup, config.splits.shares, config.seed)
-    return decisions, np.concatenate(positions), starts
+            images.usable[: starts[number]] &= ~np.isin(before, positions[number])
+    evaluation_images = evaluation.signatures(config, stop)
+    decisions = decide(images, evaluation_images, config.dedup, config.splits.shares, config.seed)
+    return JudgedInputs(decisions, np.concatenate(positions), starts)

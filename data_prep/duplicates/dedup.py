@@ -1,10 +1,10 @@
-"""Which inputs are the same image as an earlier one, or one of an evaluation set, and which split each belongs to.
+"""Which inputs are the same image as an earlier one, or as one of an evaluation set, and each input's split.
 
-Inputs are judged in a fixed order, each by the ones before it alone. So nothing that is appended later changes what
-was decided, and of a group of equal images exactly one stays. An input that was refused already counts for nobody.
+Inputs are judged in a fixed order, each by the ones before it alone. So inputs that are appended later change no
+decision, and exactly one of a group of equal images stays. An input that was already refused has no influence.
 
-Without near duplicates being dropped, alike images can still be kept in one split: an input joins the split of its
-earlier neighbours, and is refused (`bridges_splits`) where these lie in different ones.
+Where near duplicates aren't dropped, similar images can still be kept in one split: an input joins the split of its
+earlier neighbours, and is refused (`bridges_splits`) where these lie in different splits.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Signatures(NamedTuple):
 
     digests: UInt64[np.ndarray, "n 2"]  # the first 16 bytes of the sha256
     hashes: UInt64[np.ndarray, " n"]  # perceptual; anything where they aren't needed
-    usable: Bool[np.ndarray, " n"]  # neither unread nor refused by a rule of its own
+    usable: Bool[np.ndarray, " n"]  # was read, and no rule refused it by itself
 
 
 class Decisions(NamedTuple):
@@ -40,6 +40,14 @@ class Decisions(NamedTuple):
     splits: Int8[np.ndarray, " n"]  # index into the splits
 
 
+class JudgedInputs(NamedTuple):
+    """What was decided about the n inputs of all segments so far, in the order in which they were judged."""
+
+    decisions: Decisions
+    positions: Int64[np.ndarray, " n"]  # in the source
+    starts: list[int]  # number of each segment's first input in that order
+
+
 def digest_words(digests: pa.Array) -> UInt64[np.ndarray, "n 2"]:
     """The first 16 bytes of sha256 digests as two words; nulls become zeros."""
     filled = digests.fill_null(bytes(32))
@@ -48,44 +56,44 @@ def digest_words(digests: pa.Array) -> UInt64[np.ndarray, "n 2"]:
 
 
 def decide(
-    found: Signatures, evaluation: Signatures, options: DedupConfig, shares: dict[str, float], seed: int
+    images: Signatures, evaluation: Signatures, options: DedupConfig, shares: dict[str, float], seed: int
 ) -> Decisions:
-    """Judge all inputs.
+    """Judge all images; see `Decisions`.
 
     Args:
         shares: of the splits; an image's split is drawn by its digest.
     """
-    n = len(found.usable)
+    n = len(images.usable)
     verdicts = np.zeros(n, dtype=np.int8)
     others = np.full(n, -1, dtype=np.int64)
-    alive = found.usable.copy()
+    alive = images.usable.copy()
 
     def strike(which: Int64[np.ndarray, " k"], verdict: int, by: Int64[np.ndarray, " k"]) -> None:
         verdicts[which], others[which], alive[which] = verdict, by, False
 
     if len(evaluation.usable):
-        seen = _seen_in(found, evaluation, options.near_distance)
+        seen = _seen_in(images, evaluation, options.near_distance)
         struck = np.flatnonzero(alive & (seen >= 0))
         strike(struck, _EVALUATION, seen[struck])
     if options.drop != "none":
-        first = _first_equal(found.digests, alive)
+        first = _first_equal(images.digests, alive)
         struck = np.flatnonzero(alive & (first != np.arange(n)))
         strike(struck, _DUPLICATE, first[struck])
     if options.drop == "near":
-        struck, by = _followers(found.hashes, alive, options.near_distance)
+        struck, by = _followers(images.hashes, alive, options.near_distance)
         strike(struck, _NEAR, by)
-        # The first of equal images may itself have gone as like another: that one is what stayed.
+        # The first of equal images may itself have been dropped as similar to another: then that one stayed.
         gone = np.flatnonzero((verdicts == _DUPLICATE) & (verdicts[others] == _NEAR))
         others[gone] = others[others[gone]]
-    splits = _draw(found.digests, shares, seed)
+    splits = _draw(images.digests, shares, seed)
     if options.near_splits and options.drop != "near" and len(shares) > 1:
-        splits, struck = _neighbours_splits(found, alive, splits, options.near_distance)
+        splits, struck = _neighbours_splits(images, alive, splits, options.near_distance)
         strike(struck, _BRIDGE, np.full(len(struck), -1))
     return Decisions(verdicts, others, splits)
 
 
 def _draw(digests: UInt64[np.ndarray, "n 2"], shares: dict[str, float], seed: int) -> Int8[np.ndarray, " n"]:
-    """Each image's split by its digest alone: equal images share one."""
+    """Each image's split, by its digest alone, so that equal images share one."""
     if len(shares) == 1:
         return np.zeros(len(digests), dtype=np.int8)
     bounds = np.cumsum(list(shares.values()))[:-1]
@@ -94,16 +102,16 @@ def _draw(digests: UInt64[np.ndarray, "n 2"], shares: dict[str, float], seed: in
     return np.searchsorted(bounds, draws, side="right").astype(np.int8)
 
 
-def _seen_in(found: Signatures, evaluation: Signatures, most: int) -> Int64[np.ndarray, " n"]:
-    """An evaluation image that each image is equal to or like; -1 where there is none."""
-    seen = near_any(found.hashes, evaluation.hashes, most)
+def _seen_in(images: Signatures, evaluation: Signatures, most: int) -> Int64[np.ndarray, " n"]:
+    """For each image an evaluation image that it is equal or similar to; -1 where there is none."""
+    seen = near_any(images.hashes, evaluation.hashes, most)
     known = {tuple(words): number for number, words in enumerate(evaluation.digests.tolist())}
-    equal = np.array([known.get(tuple(words), -1) for words in found.digests.tolist()], dtype=np.int64)
+    equal = np.array([known.get(tuple(words), -1) for words in images.digests.tolist()], dtype=np.int64)
     return np.where(equal >= 0, equal, seen)
 
 
 def _first_equal(digests: UInt64[np.ndarray, "n 2"], alive: Bool[np.ndarray, " n"]) -> Int64[np.ndarray, " n"]:
-    """The first living input with the same digest as each; itself for the dead."""
+    """The first input still alive that has the same digest as each; itself for those that aren't."""
     first = np.arange(len(alive))
     living = np.flatnonzero(alive)
     order = living[np.lexsort((living, digests[living, 1], digests[living, 0]))]
@@ -117,8 +125,11 @@ def _first_equal(digests: UInt64[np.ndarray, "n 2"], alive: Bool[np.ndarray, " n
 def _neighbourhoods(
     hashes: UInt64[np.ndarray, " n"], alive: Bool[np.ndarray, " n"], most: int
 ) -> tuple[dict[int, set[int]], UInt64[np.ndarray, " u"], Int64[np.ndarray, " n"]]:
-    """Hash values that living inputs have, numbered by first occurrence: value -> earlier values near it, the values,
-    and each input's value (-1 for the dead). Equal values are one, so that a million white images cost nothing.
+    """The distinct hash values of inputs that are still alive, numbered by first occurrence. Equal hashes are one
+    value, so a million white images cost nothing.
+
+    Returns:
+        Each value's earlier values near it, the values, and the number of each input's value (-1: not alive).
     """
     living = np.flatnonzero(alive)
     values, first, inverse = np.unique(hashes[living], return_index=True, return_inverse=True)
@@ -137,7 +148,7 @@ def _neighbourhoods(
 def _followers(
     hashes: UInt64[np.ndarray, " n"], alive: Bool[np.ndarray, " n"], most: int
 ) -> tuple[Int64[np.ndarray, " k"], Int64[np.ndarray, " k"]]:
-    """Living inputs that are near an earlier one which stays, and that one. Those that stay are mutually apart."""
+    """Inputs near an earlier one that stays, and that one. No two of those that stay are near each other."""
     earlier, values, value_of = _neighbourhoods(hashes, alive, most)
     leader = np.arange(len(values))
     for value in sorted(earlier):
@@ -154,10 +165,10 @@ def _followers(
 
 
 def _neighbours_splits(
-    found: Signatures, alive: Bool[np.ndarray, " n"], drawn: Int8[np.ndarray, " n"], most: int
+    images: Signatures, alive: Bool[np.ndarray, " n"], drawn: Int8[np.ndarray, " n"], most: int
 ) -> tuple[Int8[np.ndarray, " n"], Int64[np.ndarray, " k"]]:
-    """Splits in which alike images lie together, and the inputs that would tie two splits together."""
-    earlier, values, value_of = _neighbourhoods(found.hashes, alive, most)
+    """Splits that keep similar images together, and the inputs that are near images of different splits."""
+    earlier, values, value_of = _neighbourhoods(images.hashes, alive, most)
     splits = drawn.copy()
     of_value = np.full(len(values), -1, dtype=np.int8)  # -2: bridges
     for i in np.flatnonzero(alive).tolist():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import io
 import itertools
@@ -38,27 +37,27 @@ class _Task(NamedTuple):
     files: tuple[str, ...]
 
 
-def signatures(config: PrepConfig, url: str, stop: Callable[[], bool]) -> Signatures:
-    """Of all images of the evaluation sets that `config.dedup` names; kept below `url`, so computed once.
+def signatures(config: PrepConfig, stop: Callable[[], bool]) -> Signatures:
+    """Those of all images of the evaluation sets that `config.dedup` names; stored in the output, so computed once.
 
     Raises:
         DataError: a set can't be read, or holds no image.
     """
-    found = []
+    parts = []
     for place in config.dedup.evaluation:
         name = hashlib.sha256(place.encode()).hexdigest()[:16]
-        kept = storage.join(url, "_prep", "evaluation", f"{name}.npz")
-        if not storage.exists(kept):
-            run = partitions.run(functools.partial(_look), _tasks(place), config.ray, stop=stop)
-            parts = scanning.joined([part for _, part in sorted(run, key=lambda result: result[0])])
-            if not len(parts.usable):
+        stored = storage.join(config.output, "_prep", "evaluation", f"{name}.npz")
+        if not storage.exists(stored):
+            results = partitions.run(_signatures, _tasks(place), config.ray, stop=stop)
+            images_of_set = scanning.joined([part for _, part in sorted(results, key=lambda result: result[0])])
+            if not len(images_of_set.usable):
                 raise DataError("holds no images", where=f"dedup.evaluation {place}", fix="mend the place")
             buffer = io.BytesIO()
-            np.savez(buffer, digests=parts.digests, hashes=parts.hashes)
-            storage.create(kept, buffer.getvalue())
-        arrays = np.load(io.BytesIO(storage.read(kept)), allow_pickle=False)
-        found.append(Signatures(arrays["digests"], arrays["hashes"], np.ones(len(arrays["hashes"]), dtype=bool)))
-    return scanning.joined(found)
+            np.savez(buffer, digests=images_of_set.digests, hashes=images_of_set.hashes)
+            storage.create(stored, buffer.getvalue())
+        arrays = np.load(io.BytesIO(storage.read(stored)), allow_pickle=False)
+        parts.append(Signatures(arrays["digests"], arrays["hashes"], np.ones(len(arrays["hashes"]), dtype=bool)))
+    return scanning.joined(parts)
 
 
 def _tasks(place: str) -> list[_Task]:
@@ -72,20 +71,21 @@ def _tasks(place: str) -> list[_Task]:
     ]
 
 
-def _look(task: _Task) -> tuple[int, Signatures]:
+def _signatures(task: _Task) -> tuple[int, Signatures]:
     digests, hashes = [], []
-    images_found = _of_shard(task.folder, task.shard) if task.shard is not None else _of_files(task.files)
-    for digest, data in images_found:
+    pairs = _of_shard(task.folder, task.shard) if task.shard is not None else _of_files(task.files)
+    for digest, data in pairs:
         try:
             hashes.append(perceptual_hash(images.thumbnail(data, _ANY_SIZE)))
             digests.append(digest)
         except Refused:
-            continue  # what can't be decoded can't be evaluated on either
+            continue  # an image that can't be decoded can't be evaluated on either
     words = np.frombuffer(b"".join(digest[:16] for digest in digests), dtype=">u8").astype(np.uint64).reshape(-1, 2)
     return task.number, Signatures(words, np.array(hashes, dtype=np.uint64), np.ones(len(hashes), dtype=bool))
 
 
 def _of_files(files: tuple[str, ...]) -> list[tuple[bytes, bytes]]:
+    """(digest, image) of each file."""
     return [(hashlib.sha256(data).digest(), data) for data in map(storage.read, files)]
 
 
@@ -97,7 +97,7 @@ def _of_shard(folder: str, number: int) -> list[tuple[bytes, bytes]]:
     shard = manifest.shards[number]
     archive = memoryview(storage.read(manifest.tar_url(shard)))
     offsets = read_index(manifest, shard).tolist()
-    found = []
+    pairs = []
     for start, stop in itertools.pairwise(offsets):
         members = parse_sample(archive[start:stop], 0).members
         image = first_image(members)
@@ -106,5 +106,5 @@ def _of_shard(folder: str, number: int) -> list[tuple[bytes, bytes]]:
         data = bytes(image)
         facts = json.loads(bytes(members.get("json", b"{}")))
         digest = facts.get("sha256") if isinstance(facts, dict) else None
-        found.append((bytes.fromhex(digest) if digest else hashlib.sha256(data).digest(), data))
-    return found
+        pairs.append((bytes.fromhex(digest) if digest else hashlib.sha256(data).digest(), data))
+    return pairs

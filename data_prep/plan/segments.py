@@ -1,11 +1,11 @@
-"""Segments: what a data set was built from, one piece after another, each appended to what is there.
+"""Segments: the pieces of input that a data set was built from, one after another.
 
-The first segment is the source as it was; rows that were appended since make another, as do failed inputs that are
-tried once more (`--retry`). A segment is planned, shuffled and cut by itself and its shards are numbered after those
-that exist, so nothing that was published changes.
+The first segment is the source as it was; rows that were appended later make another, as do failed inputs that are
+tried again (`--retry`). Each segment is planned, shuffled and cut by itself, and its shards are numbered after the
+existing ones, so nothing that was published changes.
 
 Segments are files, created only if absent, below `_prep/segments`. Each fingerprint covers the settings and all
-segments before.
+earlier segments.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def read_segments(url: str) -> list[Segment]:
     Raises:
         DataError: one is damaged or newer than this reader.
     """
-    found = []
+    segments = []
     for entry in storage.entries(_folder(url)):
         if not entry.url.endswith(".json"):
             continue
@@ -65,42 +65,52 @@ def read_segments(url: str) -> list[Segment]:
             version = document.pop("format_version")
             if document.pop("format") != "vitrail.segment" or version > FORMAT_VERSION:
                 raise ValueError(f"format_version {version} is newer than this reader ({FORMAT_VERSION})")
-            found.append(Segment(**document | {"reasons": tuple(document["reasons"])}))
+            segments.append(Segment(**document | {"reasons": tuple(document["reasons"])}))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise DataError(
                 f"no segment of a build ({error})", where=entry.url, fix="restore it, or build anew elsewhere"
             ) from error
-    return found
+    return segments
+
+
+class Retry(NamedTuple):
+    """Inputs that are tried again."""
+
+    reasons: Sequence[str]  # for which they were refused
+    positions: Int64[np.ndarray, " p"]
 
 
 def next_segment(
     settings_fingerprint: str,
     earlier: Sequence[Segment],
-    kind: Literal["inputs", "retry"],
     span: tuple[int, int],
     inputs_sha256: str,
-    *,
-    reasons: Sequence[str] = (),
-    positions: Int64[np.ndarray, " p"] | None = None,
+    retry: Retry | None = None,
 ) -> Segment:
-    """The segment that follows `earlier`; not written yet."""
+    """The segment that follows `earlier`; not written yet.
+
+    Args:
+        span: positions [start, stop) of its rows in the source; of a retry: 0 and the source's end.
+        inputs_sha256: of the source's rows [0, stop).
+        retry: None for rows that are new.
+    """
     start, stop = span
     content: dict[str, Any] = {
-        "kind": kind,
+        "kind": "inputs" if retry is None else "retry",
         "start": start,
         "stop": stop,
-        "num_inputs": len(positions) if positions is not None else stop - start,
+        "num_inputs": stop - start if retry is None else len(retry.positions),
         "inputs_sha256": inputs_sha256,
-        "reasons": list(reasons),
-        "positions_sha256": hashlib.sha256(_npy(positions)).hexdigest() if positions is not None else "",
+        "reasons": [] if retry is None else list(retry.reasons),
+        "positions_sha256": "" if retry is None else hashlib.sha256(_npy(retry.positions)).hexdigest(),
     }
     before = earlier[-1].fingerprint if earlier else settings_fingerprint
     fingerprint = hashlib.sha256(before.encode() + json_bytes(content)).hexdigest()
-    return Segment(number=len(earlier), fingerprint=fingerprint, **content | {"reasons": tuple(reasons)})
+    return Segment(number=len(earlier), fingerprint=fingerprint, **content | {"reasons": tuple(content["reasons"])})
 
 
 def create_segment(url: str, segment: Segment, positions: Int64[np.ndarray, " p"] | None = None) -> bool:
-    """Write a segment down; False where another build did so first, with something else."""
+    """Write a segment's file; False where another build was first, with something else."""
     if positions is not None:
         storage.write(_positions_url(url, segment), _npy(positions))
     place = storage.join(_folder(url), f"{segment.number:06d}.json")
@@ -110,7 +120,7 @@ def create_segment(url: str, segment: Segment, positions: Int64[np.ndarray, " p"
 
 
 def read_positions(url: str, segment: Segment) -> Int64[np.ndarray, " p"] | None:
-    """The positions a retry tries; None for a segment of inputs."""
+    """The positions that a retry tries again; None for a segment of new inputs."""
     if segment.kind == "inputs":
         return None
     place = _positions_url(url, segment)

@@ -17,6 +17,7 @@ from data_prep.config import PrepConfig
 from data_prep.fetch.inputs import Fetched, Wanted, fetch_all
 from data_prep.filters.candidate import Candidate, Scorers
 from data_prep.filters.judge import judge
+from data_prep.output import check_attempt
 from data_prep.plan.planning import Partition
 from data_prep.samples import captions, images
 from data_prep.samples.annotations import follow_image, parse_annotations
@@ -34,7 +35,6 @@ from data_prep.shards.commit import (
 )
 from data_prep.sources.base import AllowedPlaces, Input
 from pipeline import storage
-from pipeline.errors import StorageError
 
 
 class SegmentJob(NamedTuple):
@@ -120,34 +120,9 @@ def pack_samples(job: SegmentJob, inputs: Sequence[Input], writer: ShardWriter) 
     return rows
 
 
-def check_attempt(url: str, attempt: int) -> None:
-    """Stop the work of an attempt that a newer one has replaced, before it writes beside it.
-
-    Raises:
-        StorageError: there is a newer one.
-    """
-    newest = max((attempt_number(entry.url) for entry in storage.entries(attempts_url(url))), default=0)
-    if newest > attempt:
-        raise StorageError(
-            f"attempt {newest} at this build has taken over from attempt {attempt}",
-            where=url,
-            fix="let that one finish, or run the same command once it has ended",
-        )
-
-
-def attempts_url(url: str) -> str:
-    """The folder of files that number the attempts at a build."""
-    return storage.join(url, "_prep", "attempts")
-
-
-def attempt_number(url: str) -> int:
-    """The number in an attempt file's name."""
-    return int(url.rpartition("/")[2].removesuffix(".json"))
-
-
-def convert_some(job: SegmentJob, items: Sequence[Input]) -> list[Refused | None]:
+def try_inputs(job: SegmentJob, inputs: Sequence[Input]) -> list[Refused | None]:
     """Try inputs without writing anything; why each can't become a sample, if it can't."""
-    rows = pack_samples(job, items, ShardWriter())
+    rows = pack_samples(job, inputs, ShardWriter())
     return [Refused(row.reason, row.error_message or "") if row.reason else None for row in rows]
 
 

@@ -55,7 +55,7 @@ def settings(table: Path | str, output: Path | str, **more: Any) -> PrepConfig:
     document: dict[str, Any] = {
         "output": str(output),
         "shard": {"samples": 8},
-        "ray": {"workers": 0},
+        "ray": {"tasks": 0},
         **more,
         "source": {"type": "table", "url": str(table), **more.get("source", {})},
     }

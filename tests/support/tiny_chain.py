@@ -44,7 +44,7 @@ def prep_config(table: Path | str, **settings: Any) -> dict[str, Any]:
     return {
         "source": {"url": str(table)},
         "splits": {"shares": {"train": 0.75, "heldout": 0.25}, "by": "url"},
-        "ray": {"workers": 0},
+        "ray": {"tasks": 0},
         **settings,
     }
 

@@ -40,7 +40,7 @@ def table(tmp_path: Path) -> Path:
 
 
 def build(url: Path | str, **settings: Any) -> dict[str, Any]:
-    document = {"source": {"url": str(url)}, "splits": {"by": "url"}, "ray": {"workers": 0}, **settings}
+    document = {"source": {"url": str(url)}, "splits": {"by": "url"}, "ray": {"tasks": 0}, **settings}
     return {"kind": "prep", "config": document}
 
 

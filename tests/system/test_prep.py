@@ -54,7 +54,7 @@ def test_killed_driver_and_killed_worker_change_nothing(s3: S3Server, tmp_path: 
         settings(table, undisturbed, **{k: v for k, v in document(table, "x").items() if k not in ("output", "source")})
     )
 
-    on_ray = document(table, "s3://data-sets/killed", ray={"workers": 2})
+    on_ray = document(table, "s3://data-sets/killed", ray={"tasks": 2})
     driver = start_driver(tmp_path / "first", on_ray)
     wait_for_markers(output, 2, driver)
     family = psutil.Process(driver.pid).children(recursive=True)
@@ -85,7 +85,7 @@ def test_killed_driver_and_killed_worker_change_nothing(s3: S3Server, tmp_path: 
 def test_one_worker_and_several_make_the_same_bytes(tmp_path: Path) -> None:
     table = write_pairs(tmp_path / "raw", 30)
     for workers in (0, 2):
-        build(settings(table, tmp_path / f"out{workers}", ray={"workers": workers}))
+        build(settings(table, tmp_path / f"out{workers}", ray={"tasks": workers}))
     assert hashes(tmp_path / "out0") == hashes(tmp_path / "out2")
 
 
@@ -94,7 +94,7 @@ def test_a_users_mistake_in_a_task_comes_back_as_it_is(tmp_path: Path) -> None:
     from data_prep.config import RayConfig
 
     with pytest.raises(StorageError, match="storage of kind 'ftp' isn't known"):
-        list(partitions.run(storage.read, ["ftp://host/file"], RayConfig(workers=1)))
+        list(partitions.run(storage.read, ["ftp://host/file"], RayConfig(tasks=1)))
 
 
 def failure(config_document: dict[str, Any]) -> UserError:

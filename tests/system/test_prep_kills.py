@@ -86,7 +86,7 @@ def test_twenty_random_kills_lose_nothing_and_show_nothing_unfinished(s3: S3Serv
     local = {k: v for k, v in document(table, "x").items() if k not in ("output", "source")}
     expected = {}
     for workers in (1, 8):
-        build(settings(table, tmp_path / f"with{workers}", **local, ray={"workers": workers}))
+        build(settings(table, tmp_path / f"with{workers}", **local, ray={"tasks": workers}))
         expected[workers] = hashes(tmp_path / f"with{workers}")
     assert expected[1] == expected[8]
 
@@ -99,7 +99,7 @@ def test_twenty_random_kills_lose_nothing_and_show_nothing_unfinished(s3: S3Serv
     while True:
         attempt += 1
         # Many deaths strike the same few tasks here, so they may be run again more often than usual.
-        on_ray = document(table, output, ray={"workers": 2, "task_retries": 30})
+        on_ray = document(table, output, ray={"tasks": 2, "task_retries": 30})
         driver = start_driver(tmp_path / f"attempt{attempt}", on_ray)
         while driver.poll() is None and len(kills) < NUM_KILLS:
             time.sleep(rng.uniform(0.2, 1.5))
@@ -157,7 +157,7 @@ def test_a_store_that_fails_one_request_in_twenty_loses_nothing(
         Fault("lost_reply", 0.025, methods="PUT"),
         Fault("delay", 0.02, seconds=0.1),
     )
-    report = build(settings(table, f"s3://data-sets/{name}", **options, ray={"workers": workers}))
+    report = build(settings(table, f"s3://data-sets/{name}", **options, ray={"tasks": workers}))
     assert through.injected.total() >= 10
     assert {"busy", "reset"} <= set(through.injected)
     assert hashes(s3.folder / "data-sets" / name) == hashes(tmp_path / "calm")

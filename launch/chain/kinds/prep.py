@@ -29,7 +29,8 @@ class PrepStep(StepKind):
         return configs.merge({"output": self._default_output(name, folders)}, document)
 
     def needs_ray(self, document: Document) -> bool:
-        return bool(document.get("ray", {}).get("workers") != 0)
+        ray = document.get("ray", {})
+        return bool(ray.get("tasks", ray.get("workers")) != 0)  # "workers" is the key's former name
 
     def may_delete(self, name: str, document: Document, folders: ChainFolders) -> bool:
         return str(document["output"]) == self._default_output(name, folders)
@@ -59,7 +60,7 @@ def run_prep(
     from launch import ray_cluster
 
     config = configs.validate(PrepConfig, document, where=where)
-    if config.ray.workers != 0:
+    if config.ray.tasks != 0:
         ray_cluster.connect(ray_address or config.ray.address)
     stop.take_signals()  # Ray put its own handlers in their place
     report = build(config, retry_reasons=retry, progress=_BuildProgressLog(), stop=stop.requested)

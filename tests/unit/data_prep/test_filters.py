@@ -166,7 +166,7 @@ def test_models_run_as_actors_and_score_as_in_one_process(weights: Path, flip_ru
         {"type": "clip_score", "run": str(flip_run), "min_score": -1.0, "batch": 3},
     ]
     build(settings(table, tmp_path / "one", filters=filters))
-    build(settings(table, tmp_path / "out", filters=filters, ray={"workers": 2, "scorers": 2}))
+    build(settings(table, tmp_path / "out", filters=filters, ray={"tasks": 2, "scorers": 2}))
     alone, found = (samples(tmp_path / name / "train") for name in ("one", "out"))
     assert len(found) == 24
     for key, members in found.items():
@@ -175,7 +175,7 @@ def test_models_run_as_actors_and_score_as_in_one_process(weights: Path, flip_ru
             assert facts[name] == pytest.approx(before[name], abs=2e-4)  # as torch's threads differ, so do last bits
     filters[0]["model"] = "ViT-nonsense"
     with pytest.raises(ConfigError, match="no model 'ViT-nonsense'"):
-        build(settings(table, tmp_path / "bad", filters=filters, ray={"workers": 2}))
+        build(settings(table, tmp_path / "bad", filters=filters, ray={"tasks": 2}))
 
 
 @pytest.mark.parametrize(

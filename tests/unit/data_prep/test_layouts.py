@@ -23,7 +23,7 @@ from tests.support.prep_cases import encoded, samples, sidecar
 
 
 def built(output: Path, source: dict[str, Any], **more: Any) -> dict[str, dict[str, bytes]]:
-    document = {"output": str(output), "source": source, "shard": {"samples": 8}, "ray": {"workers": 0}, **more}
+    document = {"output": str(output), "source": source, "shard": {"samples": 8}, "ray": {"tasks": 0}, **more}
     build(validate(PrepConfig, document, where="test"))
     return samples(output / "train")
 

@@ -46,7 +46,5 @@ def test_a_wrong_setting_is_one_message_naming_its_key(document: dict[str, Any],
 def test_only_what_shapes_the_shards_counts_as_content() -> None:
     document: dict[str, Any] = {"output": "o", "source": {"url": "t.csv"}}
     reference = checked(document).content_settings()
-    assert (
-        checked({**document, "output": "p", "ray": {"workers": 3}, "max_failed": 1.0}).content_settings() == reference
-    )
+    assert checked({**document, "output": "p", "ray": {"tasks": 3}, "max_failed": 1.0}).content_settings() == reference
     assert checked({**document, "seed": 1}).content_settings() != reference
