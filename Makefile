@@ -11,13 +11,14 @@ TESTS_AT_ONCE ?= 2
 unexport PYTHONDONTWRITEBYTECODE
 unexport PYTHONPATH
 
-.PHONY: help setup demo test test-slow check bench lock clean
+.PHONY: help setup demo test test-slow check docs bench lock clean
 
 help:
 	@echo 'make demo       the whole way through on this machine; ARGS="--quick" for a short one'
 	@echo 'make test       the tests; ARGS="-k name" for some of them'
 	@echo 'make test-slow  the long ones'
-	@echo 'make check      lint, format, types, direction of imports'
+	@echo 'make check      lint, format, types, direction of imports, the docs'
+	@echo 'make docs       the documentation, to build/site/index.html'
 	@echo 'make bench      the benchmarks'
 	@echo 'make lock       resolve requirements.lock anew'
 
@@ -47,8 +48,13 @@ test-slow: $(READY)
 check: $(READY)
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
-	@$(BIN)/mypy
+	@$(BIN)/mypy --cache-dir=/dev/null
 	@$(BIN)/python -m pytest -q tests/contract/test_imports.py
+	@$(MAKE) --no-print-directory docs
+
+# Strict: a link that leads nowhere, or a page that no menu has, is an error.
+docs: $(READY)
+	@NO_MKDOCS_2_WARNING=1 DISABLE_MKDOCS_2_WARNING=true $(BIN)/mkdocs build --quiet
 
 bench: $(READY)
 	@$(BIN)/python -m benchmarks $(ARGS)
