@@ -1,4 +1,4 @@
-"""The contract of an evaluation: predictions in, figures out; it never knows a stage."""
+"""The contract of an evaluation: from predictions to figures, independent of any stage."""
 
 from __future__ import annotations
 

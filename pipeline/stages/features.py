@@ -42,7 +42,7 @@ FeatureOptionsT = TypeVar("FeatureOptionsT", bound=FeatureOptions, covariant=Tru
 
 
 def feature_evaluations(names: tuple[Any, ...], classes: tuple[str, ...]) -> dict[str, Evaluation]:
-    """The evaluations among `wanted` that need only `features` and labels, by name."""
+    """The evaluations among `names` that need only `features` and labels, by name."""
     offered: dict[str, Evaluation] = {"knn": KnnEvaluation(), "linear_probe": LogisticEvaluation(classes)}
     return {name: offered[name] for name in FEATURE_MEASURES if name in names}
 

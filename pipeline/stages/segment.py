@@ -100,18 +100,22 @@ class SegmentStage(Stage[SegmentOptions]):
         return F.interpolate(logits, size=self.options.model.image_hw, mode="bilinear", align_corners=False)
 
     def transform(self, train: bool) -> Transform:
+        """The whole image, as large as fits, or in training large-scale jitter; and its objects."""
         canvas, num = self.options.model.image_hw, len(self.data.classes)
         if train:
             return InstanceExample(LargeScaleJitter(canvas, self.options.jitter, self.options.flip), num_classes=num)
         return InstanceExample(Fitted(canvas), objects="stored", num_classes=num)
 
     def view(self) -> Transform:
+        """The whole image, as large as fits."""
         return PlacedExample(Fitted(self.options.model.image_hw))
 
     def evaluations(self) -> Mapping[str, Evaluation]:
+        """Mean IoU and pixel accuracy."""
         return {"segmentation": SegmentationEvaluation(self.classes)}
 
     def pictures(self, batch: Batch, predictions: Predictions) -> list[Picture]:
+        """Images with their annotated and predicted classes."""
         return class_map_pictures(batch, predictions["map"].cpu(), most=MAX_PICTURES)
 
     @property

@@ -146,6 +146,7 @@ class VitDetStage(Stage[VitDetOptions]):
         return levels
 
     def transform(self, train: bool) -> Transform:
+        """The whole image, as large as fits, or in training large-scale jitter; and its objects."""
         canvas, masks, num = self.options.model.image_hw, self.masks is not None, len(self.data.classes)
         if train:
             jitter = LargeScaleJitter(canvas, self.options.jitter, self.options.flip)
@@ -153,6 +154,7 @@ class VitDetStage(Stage[VitDetOptions]):
         return InstanceExample(Fitted(canvas), objects="stored", masks=masks, num_classes=num)
 
     def view(self) -> Transform:
+        """The whole image, as large as fits."""
         return PlacedExample(Fitted(self.options.model.image_hw))
 
     def answer(self, batch: Batch, question: DetectionQuestion) -> list[Answer]:
@@ -171,9 +173,11 @@ class VitDetStage(Stage[VitDetOptions]):
         return answers
 
     def evaluations(self) -> Mapping[str, Evaluation]:
+        """COCO's figures of boxes and, unless turned off, of masks."""
         return {"coco": CocoEvaluation(self.data.classes, masks=self.masks is not None)}
 
     def pictures(self, batch: Batch, predictions: Predictions) -> list[Picture]:
+        """Images with their annotated objects and the detections."""
         return detection_pictures(batch, predictions, self.data.classes, most=MAX_PICTURES)
 
     def weight_decay_exempt(self, name: str, parameter: Tensor) -> bool:

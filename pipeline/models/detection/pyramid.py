@@ -3,7 +3,7 @@
 Legend: B images, R x C grid of patches, D width of the trunk, F channels of the pyramid.
 
 Levels are named as in detectron2 for patches of 16 pixels: p2, p3, p4, p5, p6, with strides of 1/4, 1/2, 1, 2 and 4
-patches. Parameters of the simple pyramid have detectron2's names: `simfp_2.{0,1,3,4,5}`, `simfp_3.{0,1,2}`,
+patches. Parameters of the simple pyramid are named as in detectron2: `simfp_2.{0,1,3,4,5}`, `simfp_3.{0,1,2}`,
 `simfp_4.{0,1}`, `simfp_5.{1,2}`, with `norm` beside a convolution's `weight`.
 """
 
@@ -87,7 +87,7 @@ class SimplePyramid(nn.Module):
         self.simfp_5 = nn.Sequential(nn.MaxPool2d(2), NormedConv(width, channels, 1), NormedConv(channels, channels, 3))
 
     def forward(self, maps: tuple[Float[Tensor, "b d r c"], ...]) -> tuple[Float[Tensor, "b f _ _"], ...]:
-        """p2 to p6 of the last map given."""
+        """p2 to p6, from the last of `maps`."""
         x = maps[-1]
         levels = [level(x) for level in (self.simfp_2, self.simfp_3, self.simfp_4, self.simfp_5)]
         return (*levels, _coarser(levels[-1]))
@@ -107,7 +107,7 @@ class RescaledTaps(nn.Module):
         self.down2 = nn.MaxPool2d(2)
 
     def forward(self, maps: tuple[Float[Tensor, "b d r c"], ...]) -> tuple[Float[Tensor, "b d _ _"], ...]:
-        """The shallowest tap becomes the finest map."""
+        """Maps from fine to coarse, from taps from shallow to deep."""
         first, second, third, fourth = maps
         return self.up4(first), self.up2(second), third, self.down2(fourth)
 
@@ -125,7 +125,7 @@ class TappedPyramid(nn.Module):
         self.fpn = FeaturePyramidNetwork([width] * 4, channels, norm_layer=norm_layer(norm))
 
     def forward(self, maps: tuple[Float[Tensor, "b d r c"], ...]) -> tuple[Float[Tensor, "b f _ _"], ...]:
-        """p2 to p6 of four maps, the shallowest first."""
+        """p2 to p6, from four taps, the shallowest first."""
         scaled = OrderedDict((str(i), x) for i, x in enumerate(self.rescale(maps)))
         levels = list(self.fpn(scaled).values())
         return (*levels, _coarser(levels[-1]))

@@ -267,7 +267,7 @@ class MaskDecoder(nn.Module):
         mixes = torch.stack([self.output_hypernetworks_mlps[i](attended.tokens[:, i]) for i in numbers], dim=1)
         upscaled = self.output_upscaling(attended.places).flatten(1, 3)  # [M, N*4*4, C/8]
         masks: Tensor = (mixes @ upscaled.transpose(1, 2)).view(mixes.shape[0], len(numbers), *size, 2, 2, 2, 2)
-        # rows: place, first doubling, second; columns alike
+        # rows are (place, first doubling, second doubling), and so are columns
         return masks.permute(0, 1, 2, 4, 6, 3, 5, 7).reshape(masks.shape[0], len(numbers), 4 * size[0], 4 * size[1])
 
     def _output_tokens(self, device: torch.device) -> Float[Tensor, "t c"]:

@@ -197,11 +197,11 @@ class PromptEncoder(nn.Module):
         scale = torch.tensor([size[1], size[0]], device=labels.device, dtype=torch.float32)
         places = self.pe_layer((prompts.points + 0.5) / scale) * (labels >= 0).unsqueeze(-1)
         sparse = places.to(kinds.dtype) + kinds[(labels + 1).clamp(min=0)]
-        nothing = self.no_mask_embed(zero)[:, :, None, None]
-        dense = nothing
+        no_mask = self.no_mask_embed(zero)[:, :, None, None]
+        dense = no_mask
         if prompts.masks is not None:
-            dense = self.mask_downscaling(prompts.masks.to(nothing.dtype))
+            dense = self.mask_downscaling(prompts.masks.to(no_mask.dtype))
             if prompts.has_mask is not None:
-                dense = torch.where(prompts.has_mask[:, None, None, None], dense, nothing)
+                dense = torch.where(prompts.has_mask[:, None, None, None], dense, no_mask)
         present = labels > ABSENT
         return Encoded(sparse, None if torch.onnx.is_in_onnx_export() or bool(present.all()) else present, dense)

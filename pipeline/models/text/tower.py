@@ -46,7 +46,7 @@ class TextConfig(Config):
         if self.tokenizer == BYTE_PAIRS and not SMALLEST_VOCAB <= (self.vocab_size or VOCAB_SIZE) <= VOCAB_SIZE:
             raise ValueError(f"vocab_size of tokenizer clip must be {SMALLEST_VOCAB} to {VOCAB_SIZE}")
         if self.causal and self.pooling == "first":
-            raise ValueError("with pooling first, causal must be false: the first token would see nothing else")
+            raise ValueError("with pooling first, causal must be false: the first token would attend to nothing else")
         if self.mask_padding and self.causal:
             raise ValueError("mask_padding needs causal: false (a causal tower's end token never attends to padding)")
         return self
@@ -141,10 +141,10 @@ class TextTower(nn.Module):
         return torch.sort(places, dim=1).values
 
     def _trimmed(self, text: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-        """The tokens that are encoded, where in them the pooled one stands, and their places.
+        """The tokens that are encoded, the index of the pooled one among them, and their places.
 
-        What follows the last end token of the batch can't reach a causal tower's feature, so it is left out: captions
-        are mostly much shorter than the context.
+        In a causal tower, tokens after the batch's last end token can't affect the embedding, so they are left out:
+        most captions are much shorter than the context.
         """
         place = self.pooled_place(text).to(text.device)
         if keep is not None:

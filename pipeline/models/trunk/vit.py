@@ -115,11 +115,11 @@ class ViT(nn.Module):
         return Tokens(x[:, self.num_prefix :], x[:, : self.num_prefix], grid, tapped)
 
     def layer_of(self, parameter: str) -> int:
-        """Number of the layer a parameter (named within the trunk) belongs to, for layer-wise decay.
+        """Number of the layer that a parameter (named within the trunk) belongs to, for layer-wise decay.
 
-        0 is the embedding, i + 1 block i, `num_layers` the final norm and whatever follows the trunk; the learning
-        rate's factor is decay ** (num_layers - layer), as in MAE's fine-tuning. Convolutions between blocks count as
-        what follows, as in detectron2, and so do relative positions that blocks share, which are no one block's.
+        0 is the embedding, i + 1 is block i, `num_layers` is the final norm and everything after the trunk; the factor
+        on the learning rate is decay ** (num_layers - layer), as in MAE's fine-tuning. Convolutions between blocks have
+        layer `num_layers`, as in detectron2, and so have relative positions that blocks share.
         """
         if parameter.startswith("blocks.") and ".residual." not in parameter:
             return int(parameter.split(".")[1]) + 1
@@ -127,8 +127,8 @@ class ViT(nn.Module):
 
     @staticmethod
     def adds_nothing_at_first(parameter: str) -> bool:
-        """Whether a parameter (named within the trunk) starts so that the trunk computes what it would without it:
-        relative positions and convolutions between blocks. Weights of a plain trunk don't hold them.
+        """Whether a parameter (named within the trunk) has no effect until it is trained: relative positions and
+        convolutions between blocks. A plain trunk's weights lack them.
         """
         shared = parameter.startswith(("rel_pos_windows.", "rel_pos_global."))
         return shared or parameter.endswith((".rel_pos_h", ".rel_pos_w")) or ".residual." in parameter
@@ -145,7 +145,7 @@ class ViT(nn.Module):
             if isinstance(block, SpatialBlock):
                 place = (grid, over if block.window is None else within)
             extra = (None if scale is None else scale[:, i], *place)
-            if again:  # nothing in a block draws random numbers
+            if again:  # blocks draw no random numbers
                 x = checkpoint(block, x, *extra, use_reentrant=False, preserve_rng_state=False)
             else:
                 x = block(x, *extra)

@@ -166,5 +166,5 @@ def test_towers_that_do_not_fit_their_tokenizer_are_refused(tmp_path: Path) -> N
         tower(**file, vocab_size=2)
     with pytest.raises(ValueError, match="needs a tokenizer with an end token"):
         tower(**file | {"pooling": "eot"})
-    with pytest.raises(ConfigError, match="would see nothing else"):
+    with pytest.raises(ConfigError, match="would attend to nothing else"):
         tower(pooling="first")
