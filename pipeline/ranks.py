@@ -1,7 +1,7 @@
-"""The processes of one training job, and what they tell each other.
+"""The ranks of one training job, and how they communicate.
 
-Everything here works without a process group too, as a world of one, so that callers need no second code path.
-All functions but `world` are collective: every rank calls them, in the same order.
+Everything works without a process group too, as a world of one rank, so that callers need no second code path. All
+functions but `world`, `local_size` and `device` are collective: every rank calls them, in the same order.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 
 class World(NamedTuple):
-    """A process's place: `rank` of `size`, and its number on its own node."""
+    """A rank's number, the number of ranks, and the rank's number on its own machine."""
 
     rank: int
     size: int
@@ -27,14 +27,14 @@ class World(NamedTuple):
 
 
 def world() -> World:
-    """Where this process stands; (0, 1, 0) when no process group exists."""
+    """The rank of this process; (0, 1, 0) without a process group."""
     if not (dist.is_available() and dist.is_initialized()):
         return World(0, 1, 0)
     return World(dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_RANK", "0")))
 
 
 def local_size() -> int:
-    """Processes of this job on this node, as the launcher tells them."""
+    """Ranks of this job on this machine, from the launcher's environment variables."""
     return max(1, int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", "1"))))
 
 
@@ -46,7 +46,7 @@ def device() -> torch.device:
 
 
 def barrier() -> None:
-    """Wait until every rank is here."""
+    """Wait for every rank."""
     if world().size > 1:
         dist.barrier()
 
@@ -63,10 +63,10 @@ def broadcast(obj: T, source: int = 0) -> T:
 
 def gather(obj: T) -> list[T]:
     """Every rank's object, in rank order, on every rank (pickled)."""
-    here = world()
-    if here.size == 1:
+    size = world().size
+    if size == 1:
         return [obj]
-    box: list[Any] = [None] * here.size
+    box: list[Any] = [None] * size
     dist.all_gather_object(box, obj)
     return box
 
@@ -89,7 +89,7 @@ def from_first(call: Callable[[], T]) -> T:
 
 
 def vote(flag: bool) -> bool:
-    """Whether any rank says yes."""
+    """Whether the flag is set on any rank."""
     if world().size == 1:
         return flag
     ballot = torch.tensor([int(flag)], dtype=torch.int32, device=device())
@@ -107,16 +107,16 @@ def sum_over_ranks(tensor: Tensor) -> Tensor:
 
 
 def broadcast_tensors(tensors: Mapping[str, Tensor] | None, source: int = 0) -> dict[str, Tensor]:
-    """The source rank's tensors by name, in host memory on every rank; one is under way at a time."""
-    here = world()
-    if here.size == 1:
+    """The source rank's tensors by name, in host memory on every rank; they are sent one by one."""
+    rank, size, _ = world()
+    if size == 1:
         return dict(tensors or {})
     facts = None
-    if here.rank == source:
+    if rank == source:
         facts = [(name, tuple(t.shape), t.dtype) for name, t in (tensors or {}).items()]
     received: dict[str, Tensor] = {}
     for name, shape, dtype in broadcast(facts, source) or []:
-        if here.rank == source and tensors is not None:
+        if rank == source and tensors is not None:
             moved = tensors[name].detach().to(device()).contiguous()
         else:
             moved = torch.empty(shape, dtype=dtype, device=device())
@@ -150,5 +150,5 @@ def gather_by_id(ids: Int[Tensor, " b"], tensors: Mapping[str, Tensor]) -> tuple
 
 
 def _object_device() -> torch.device | None:
-    """Where pickled objects travel: gloo takes the host, NCCL only the device."""
+    """Where pickled objects are sent from: gloo takes host memory, NCCL only the device's."""
     return device() if dist.get_backend() == "nccl" else None

@@ -1,4 +1,4 @@
-"""The run directory: everything one training run leaves behind, under a local path or an `s3://` URL.
+"""The run directory: everything that a training run writes, at a local path or an `s3://` URL.
 
     config.yaml resolved.yaml command.txt environment.json status.json
     metrics.jsonl                 local: one JSON object a line, appended
@@ -31,9 +31,10 @@ import yaml
 from pipeline import storage
 from pipeline.config import Document
 from pipeline.errors import StorageError
+from pipeline.machine import available_cores
 
 PACKAGES = ("vitrail", "torch", "torchvision", "deepspeed", "ray", "open_clip_torch", "timm", "safetensors")
-TYPED_COMMAND = "VITRAIL_COMMAND"  # environment variable in which the `vitrail` command tells what the person typed
+TYPED_COMMAND = "VITRAIL_COMMAND"  # environment variable in which `vitrail` keeps the command line as typed
 CHUNK_LINES = 200
 CHUNK_SECONDS = 30.0
 
@@ -54,7 +55,7 @@ class RunDir:
 
     @property
     def checkpoints_url(self) -> str:
-        """Where checkpoints lie when the configuration says nothing else."""
+        """The checkpoints folder, unless the configuration names another."""
         return self.at("checkpoints")
 
     def prepare(self, config: Document, resolved: Mapping[str, Any] | None = None, command: Sequence[str] = ()) -> None:
@@ -75,7 +76,7 @@ class RunDir:
         return document if isinstance(document, dict) else None
 
     def resolved(self) -> dict[str, Any]:
-        """Derived values of the last attempt, for people to look at."""
+        """Derived values of the last attempt, for people."""
         text = _read(self.at("resolved.yaml"))
         return dict(yaml.safe_load(text) or {}) if text is not None else {}
 
@@ -88,7 +89,7 @@ class RunDir:
         return _object(_read(self.at("status.json")))
 
     def write_status(self, **changes: Any) -> None:
-        """Merge `changes` into status.json; `updated` is set. An attempt that was overtaken has no say any more."""
+        """Merge `changes` into status.json, and set `updated`; without effect once a later attempt has written it."""
         before = self.status()
         if self.attempt is None or int(before.get("attempt") or 0) <= self.attempt:
             storage.write(self.at("status.json"), _json({**before, **changes, "updated": time.time()}))
@@ -96,8 +97,8 @@ class RunDir:
     def append_metrics(self, lines: Iterable[Mapping[str, Any]]) -> None:
         """Add metric lines of this attempt (each with `kind`, `attempt`, `step`).
 
-        Locally they are in the file when this returns. Under s3:// they are kept until a chunk is worth an object;
-        `flush_metrics` sends what is left.
+        Locally they are in the file when this returns. With s3:// they are collected until they make a chunk;
+        `flush_metrics` uploads the rest.
         """
         texts = [json.dumps(line, separators=(",", ":"), allow_nan=True) for line in lines]
         if not texts:
@@ -116,11 +117,11 @@ class RunDir:
                 file.write(b"\n" * torn + "".join(f"{text}\n" for text in texts).encode())
         except OSError as error:
             raise StorageError(
-                f"can't be written ({error})", where=str(path), fix="free space or mend rights"
+                f"can't be written ({error})", where=str(path), fix="free space or correct the permissions"
             ) from error
 
     def flush_metrics(self) -> None:
-        """Upload lines kept back."""
+        """Upload the lines that don't make a chunk yet."""
         self._flushed_at = time.monotonic()
         if not self._pending:
             return
@@ -132,10 +133,10 @@ class RunDir:
         self._pending = []
 
     def metrics(self) -> list[dict[str, Any]]:
-        """Metric lines of the run as it went, in order of steps.
+        """Metric lines of the run, in order of steps.
 
-        An attempt that died may have logged steps beyond the checkpoint its successor resumed from; those lines are
-        dropped, since the successor went through these steps again. A line torn by a crash is dropped too.
+        An attempt that died may have logged steps beyond the checkpoint that the next attempt resumed from; these lines
+        are dropped, since the next attempt repeated the steps. A line cut off by a crash is dropped too.
         """
         lines: list[dict[str, Any]] = []
         resumed = self.resumed_steps()
@@ -155,19 +156,19 @@ class RunDir:
         }
 
     def write_evaluation(self, step: int, figures: Mapping[str, float], details: Mapping[str, Any]) -> None:
-        """Save what an evaluation measured."""
+        """Save the results of an evaluation."""
         storage.write(
             self.at("evaluations", f"step-{step:09d}.json"), _json({"figures": dict(figures), "details": dict(details)})
         )
 
     def evaluations(self) -> dict[int, dict[str, Any]]:
         """Every saved evaluation by step: {"figures", "details"}."""
-        found = {}
+        evaluations = {}
         for entry in storage.entries(self.at("evaluations")):
             match = re.search(r"step-(\d+)\.json$", entry.url)
             if match:
-                found[int(match[1])] = _object(storage.read(entry.url))
-        return found
+                evaluations[int(match[1])] = _object(storage.read(entry.url))
+        return evaluations
 
     def write_pictures(self, step: int, pictures: Sequence[tuple[str, Sequence[tuple[str, bytes]]]]) -> None:
         """Save pictures as (title, panels), a panel being (caption, PNG bytes); the list of them is written last."""
@@ -184,7 +185,7 @@ class RunDir:
 
     def pictures(self) -> dict[int, list[dict[str, Any]]]:
         """Saved pictures by step; each panel's `file` is a full path or URL."""
-        found = {}
+        pictures = {}
         for entry in storage.entries(self.at("pictures")):
             match = re.search(r"step-(\d+)/pictures\.json$", entry.url)
             if not match:
@@ -194,8 +195,8 @@ class RunDir:
             for picture in table:
                 for panel in picture["panels"]:
                     panel["file"] = storage.join(folder, panel["file"])
-            found[int(match[1])] = table
-        return found
+            pictures[int(match[1])] = table
+        return pictures
 
     def _all_lines(self) -> list[dict[str, Any]]:
         texts = []
@@ -207,7 +208,7 @@ class RunDir:
         lines = []
         for text in texts:
             for row in text.splitlines():
-                with contextlib.suppress(ValueError):  # torn by a crash
+                with contextlib.suppress(ValueError):  # cut off by a crash
                     line = json.loads(row)
                     if isinstance(line, dict):
                         lines.append(line)
@@ -215,7 +216,7 @@ class RunDir:
 
 
 def environment() -> dict[str, Any]:
-    """Versions and machine, without names of users, variables or anything secret."""
+    """Versions and machine; no user names, environment variables or secrets."""
     versions = {}
     for package in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -226,7 +227,7 @@ def environment() -> dict[str, Any]:
         "system": f"{platform.system()} {platform.release()}",
         "machine": platform.machine(),
         "processor": _processor(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": available_cores(),
         "git": _git_revision(),
     }
 
@@ -240,13 +241,13 @@ def _processor() -> str:
 
 
 def _git_revision() -> str | None:
-    """Revision of the source tree this runs from, with `+` when it has changes; None outside a repository."""
-    here = Path(__file__).resolve().parent.parent
-    if not (here / ".git").exists():
+    """Revision of the source tree that is running, with `+` when it has changes; None outside a repository."""
+    root = Path(__file__).resolve().parent.parent
+    if not (root / ".git").exists():
         return None
     try:
-        told = subprocess.run(
-            ["git", "-C", str(here), "describe", "--always", "--dirty=+", "--abbrev=12", "--exclude=*"],
+        described = subprocess.run(
+            ["git", "-C", str(root), "describe", "--always", "--dirty=+", "--abbrev=12", "--exclude=*"],
             capture_output=True,
             text=True,
             timeout=10,
@@ -254,11 +255,11 @@ def _git_revision() -> str | None:
         )
     except (OSError, subprocess.SubprocessError):
         return None
-    return told.stdout.strip() or None
+    return described.stdout.strip() or None
 
 
 def command_line() -> list[str]:
-    """What the person typed, as the `vitrail` command passes it on to workers; else how this process was started."""
+    """The command line as typed, which `vitrail` passes on to the ranks; else that of this process."""
     typed = os.environ.get(TYPED_COMMAND)
     return shlex.split(typed) if typed else [Path(sys.argv[0]).name, *sys.argv[1:]]
 

@@ -1,7 +1,7 @@
-"""The envelope of a training run: what is common to all stages.
+"""The configuration of a training run, but for the stage's own options.
 
 Lengths are counted in samples, never in steps, so that a recipe means the same at any batch size. The stage's own
-options (with the model's) stand under `options`, checked by the stage's options class.
+options, with those of the model, stand under `options`; the stage's options class checks them.
 
 A run that has begun keeps its settings, but for those of a type `ChangesOnResume[...]`: what is learned doesn't depend
 on them.
@@ -17,12 +17,12 @@ from pipeline.config import ChangesOnResume, Config
 
 
 class SourceConfig(Config):
-    """One of the data sets a run trains on."""
+    """One of the data sets that a run trains on."""
 
     url: str  # folder of a data set: a path or s3:// URL
-    weight: float | None = Field(default=None, gt=0)  # share of the samples, relative to the others'; all or none
-    repeat: int = Field(default=1, gt=0)  # without weights: how often each sample comes in an epoch of the mixture
-    subset: int | float | None = Field(default=None, gt=0)  # samples, or with a point a share, drawn at all
+    weight: float | None = Field(default=None, gt=0)  # relative share of the samples; for all sets or none
+    repeat: int = Field(default=1, gt=0)  # without weights: times a sample comes in an epoch
+    subset: int | float | None = Field(default=None, gt=0)  # number (int) or share (float) of its samples that is used
 
     @model_validator(mode="after")
     def _consistent(self) -> SourceConfig:
@@ -40,28 +40,28 @@ TrainingSets = Annotated[
 
 
 class CacheConfig(Config):
-    """Where what is read from S3 is kept on this machine."""
+    """A cache on this machine of what is read from S3."""
 
     folder: str  # a local path, shared by all processes of a machine
-    limit_gb: float = Field(gt=0)  # gigabytes (1e9 bytes) it may take up
+    limit_gb: float = Field(gt=0)  # in units of 1e9 bytes
 
 
 class DataConfig(Config):
-    """What is read, and how."""
+    """The data sets, and how they are read."""
 
     renamed = {"workers": "loader_workers"}
 
     train: TrainingSets  # folder of a data set: a path or s3:// URL; or several with their weights
-    evaluate: dict[str, str] = {}  # name -> folder; evaluations see the names
+    evaluate: dict[str, str] = {}  # name -> folder; figures carry the names
     global_batch: int = Field(gt=0)
     loader_workers: ChangesOnResume[int] = Field(default=1, ge=0)  # processes per rank; 0 reads in the training process
     block: int = Field(default=256, gt=0)  # neighbouring samples read as one range
-    lanes: int = Field(default=16, gt=0)  # streams a global batch is taken from; divides global_batch
+    lanes: int = Field(default=16, gt=0)  # streams that a global batch is taken from; divides global_batch
     window: int = Field(default=1024, gt=0)  # samples shuffled among each other within a lane
     evaluate_batch: ChangesOnResume[int] = Field(default=256, gt=0)  # samples per rank and prediction
-    max_unreadable: ChangesOnResume[float] = Field(default=0.01, ge=0, le=1)  # share of samples that stops the run
-    crops_per_image: int = Field(default=1, gt=0)  # repeated augmentation: how often an image, decoded once, is used
-    takedown: ChangesOnResume[str | None] = None  # a text file of keys, a line each, whose samples count nothing
+    max_unreadable: ChangesOnResume[float] = Field(default=0.01, ge=0, le=1)  # share of samples that ends the run
+    crops_per_image: int = Field(default=1, gt=0)  # repeated augmentation: crops of each decoded image
+    takedown: ChangesOnResume[str | None] = None  # a text file of sample keys, one a line, to exclude
     cache: ChangesOnResume[CacheConfig | None] = None  # for data sets on S3
 
     @property
@@ -130,35 +130,35 @@ class CheckpointConfig(Config):
 
 
 class EmaConfig(Config):
-    """A moving average of the weights, kept beside them and saved with them."""
+    """A moving average of the weights, saved with them."""
 
-    half_life_samples: int = Field(gt=0)  # after so many samples, half of the average is newer
-    rampup_ratio: float | None = Field(default=None, gt=0)  # half-life at most this share of the samples seen
+    half_life_samples: int = Field(gt=0)  # after so many samples, half of the average is replaced
+    rampup_ratio: float | None = Field(default=None, gt=0)  # the half-life is at most this share of the samples seen
     evaluate: ChangesOnResume[Literal["ema", "raw", "both"]] = "ema"  # weights measured; both: raw ones as NAME_raw
 
 
 class NonFiniteConfig(Config):
-    """What happens when a loss or gradient isn't finite: the step is left out on all ranks."""
+    """Steps whose loss or gradient isn't finite are skipped on all ranks, and so are spikes."""
 
-    max_consecutive: ChangesOnResume[int] = Field(default=5, gt=0)  # so many in a row: back to an older checkpoint
-    max_rollbacks: ChangesOnResume[int] = Field(default=2, ge=0)  # after so many of these it stops
+    max_consecutive: ChangesOnResume[int] = Field(default=5, gt=0)  # so many in a row roll the run back
+    max_rollbacks: ChangesOnResume[int] = Field(default=2, ge=0)  # after so many the run stops
 
 
 class SpikeConfig(Config):
-    """Steps whose loss is far above the last ones are treated like steps whose loss isn't finite.
+    """Steps whose loss is far above the last ones are skipped like those whose loss isn't finite.
 
     The limit is median + deviations x max(scaled median absolute deviation, floor x |median|) of the last losses.
     """
 
-    window: int = Field(default=64, ge=4)  # applied steps looked back at; there is no limit before
+    window: int = Field(default=64, ge=4)  # applied steps whose losses count; before there are so many, no limit
     deviations: float = Field(default=8.0, gt=0)
-    floor: float = Field(default=0.01, ge=0)  # so that a very even course doesn't make every ripple a spike
+    floor: float = Field(default=0.01, ge=0)  # so that a very even loss doesn't make every ripple a spike
 
 
 class WatchdogConfig(Config):
-    """Seconds that parts of a run may take before its processes are ended, for a new attempt to start."""
+    """Seconds that each phase of a run may take before its processes are ended and a new attempt starts."""
 
-    start_s: float = Field(default=1800, gt=0)  # to the end of the first step: imports, weights, the first data
+    start_s: float = Field(default=1800, gt=0)  # to the end of the first step
     step_s: float = Field(default=900, gt=0)
     evaluate_s: float = Field(default=7200, gt=0)  # one evaluation
     save_s: float = Field(default=3600, gt=0)  # one checkpoint, in the background or at the end
@@ -181,13 +181,13 @@ class TrainConfig(Config):
     watchdog: ChangesOnResume[WatchdogConfig] = WatchdogConfig()
     max_fruitless_attempts: ChangesOnResume[int] = Field(default=3, gt=0)  # in a row without progress end the job
     seed: int = Field(default=0, ge=0)
-    resume_from: str | None = None  # whole state to go on from, of another run; once there is an own one it isn't read
-    init_from: str | None = None  # weights to start from: a run directory or a checkpoint folder, any stage's
-    init_prefixes: tuple[str, ...] = ("trunk.",)  # parameters taken from there; the rest may be new
-    init_weights: Literal["auto", "ema", "raw"] = "auto"  # of a run that kept both; auto: its moving average
+    resume_from: str | None = None  # another run whose state to continue, until this run has its own
+    init_from: str | None = None  # weights to start from: run directory or checkpoint, of any stage
+    init_prefixes: tuple[str, ...] = ("trunk.",)  # of the parameters taken from there
+    init_weights: Literal["auto", "ema", "raw"] = "auto"  # auto: the moving average where there is one
     log_every_samples: ChangesOnResume[int | None] = Field(default=None, gt=0)  # None: every step
     evaluate_every_samples: ChangesOnResume[int | None] = Field(default=None, gt=0)  # None: only at the end
-    time_limit_s: ChangesOnResume[float | None] = Field(default=None, gt=0)  # save and stop with 75 before it is over
+    time_limit_s: ChangesOnResume[float | None] = Field(default=None, gt=0)  # save and stop (code 75) before it is over
     runs: ChangesOnResume[str] = "runs"  # folder (or s3:// URL) of run directories
 
     @property

@@ -1,4 +1,4 @@
-"""The data of a run: which sets there are, and the loader and sweeps over them."""
+"""The data sets of a run, and the loader and sweeps over them."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from pipeline.stages.label_use import LabelUse
 from pipeline.train.config import DataConfig, SourceConfig
 
 log = logging.getLogger("vitrail")
-_NAMED_SHARDS = 1000  # that a checkpoint names; of more it keeps a digest
+_NAMED_SHARDS = 1000  # that a checkpoint lists; for more it has a digest
 
 
 class RunData(NamedTuple):
-    """What a run reads. Rank 0 reads the manifests and lists, and broadcasts them: one reader, however many ranks."""
+    """The data sets of a run. Rank 0 alone reads the manifests and lists, and broadcasts them."""
 
     config: DataConfig
     train: tuple[Source, ...]
@@ -50,8 +50,8 @@ class RunData(NamedTuple):
         return ", ".join(source.manifest.url for source in self.train)
 
     def identity(self) -> dict[str, Any]:
-        """What a checkpoint remembers: with other data the order of samples can't be continued."""
-        found = [
+        """What a checkpoint remembers of the data: the order of samples can be continued only with the same."""
+        sources = [
             {
                 "num_samples": source.manifest.num_samples,
                 "shards": [[shard.num_samples, shard.sha256] for shard in source.manifest.shards][:_NAMED_SHARDS],
@@ -61,18 +61,18 @@ class RunData(NamedTuple):
             }
             for source in self.train
         ]
-        return found[0] if len(found) == 1 else {"sources": found}
+        return sources[0] if len(sources) == 1 else {"sources": sources}
 
-    def loader(self, transform: Transform, here: World, *, seed: int, micro_batch: int) -> Loader:
-        """The loader of a rank's training data."""
+    def loader(self, transform: Transform, world: World, *, seed: int, micro_batch: int) -> Loader:
+        """The loader of this rank's training data."""
         data = self.config
         return Loader(
             self.train,
             transform,
             seed=seed,
             global_batch=data.global_batch,
-            rank=here.rank,
-            world_size=here.size,
+            rank=world.rank,
+            world_size=world.size,
             micro_batch=micro_batch,
             workers=data.loader_workers,
             block=data.block,
@@ -85,14 +85,14 @@ class RunData(NamedTuple):
         )
 
     def sweep(
-        self, name: str, transform: Transform, here: World, *, seed: int, batch: int, workers: int
+        self, name: str, transform: Transform, world: World, *, seed: int, batch: int, workers: int
     ) -> Iterator[Batch]:
-        """Once over a named evaluation set, or over the training data ("train"), this rank's share."""
+        """A rank's share of one pass over a named evaluation set, or over the training data ("train")."""
         return sweep(
             self.train if name == "train" else sources_of(self.sets[name]),
             transform,
-            rank=here.rank,
-            world_size=here.size,
+            rank=world.rank,
+            world_size=world.size,
             batch=batch,
             workers=workers,
             seed=seed,
@@ -112,13 +112,13 @@ def read_data(config: DataConfig, world_size: int, stage: str, use: LabelUse | N
 
     Args:
         stage: its name, for messages.
-        use: of labels, by this stage with its options.
+        use: how this stage with its options uses labels.
 
     Raises:
         ConfigError: ranks, workers, lanes and batch don't fit each other, or the sets name different classes and the
             stage needs one list of them.
         DataError: a set is missing, damaged, or too small for the global batch.
-        StorageError: a place can't be read.
+        StorageError: a store can't be read.
     """
 
     def read() -> RunData:
@@ -139,7 +139,7 @@ def read_data(config: DataConfig, world_size: int, stage: str, use: LabelUse | N
         check_evaluation_sets([source.manifest for source in train], sets, stage, use)
         takedown = Takedown() if config.takedown is None else read_takedown(config.takedown)
         if len(takedown):
-            log.info("%d samples are withdrawn by %s", len(takedown), config.takedown)
+            log.info("%d samples are excluded by %s", len(takedown), config.takedown)
         return RunData(config, train, sets, takedown)
 
     return ranks.from_first(read)
@@ -166,19 +166,20 @@ def read_sources(configs: Sequence[SourceConfig], stage: str, use: LabelUse | No
 
 
 def _subset(config: SourceConfig, manifest: Manifest) -> int | None:
-    wanted, there = config.subset, manifest.num_samples
-    if wanted is None:
+    """Number of samples that a source draws from its set; None for all."""
+    subset, size = config.subset, manifest.num_samples
+    if subset is None:
         return None
-    count = max(1, round(Fraction(repr(wanted)) * there)) if isinstance(wanted, float) else wanted
-    if count > there:
+    count = max(1, round(Fraction(repr(subset)) * size)) if isinstance(subset, float) else subset
+    if count > size:
         raise DataError(
-            f"a subset of {count} samples of a set of {there}", where=manifest.url, fix=f"set subset to at most {there}"
+            f"a subset of {count} samples of a set of {size}", where=manifest.url, fix=f"set subset to at most {size}"
         )
-    return None if count == there else count
+    return None if count == size else count
 
 
 def _digest_of_many(manifest: Manifest) -> dict[str, str]:
-    """A digest of all shards where not all are named one by one."""
+    """A digest of all shards where there are too many to list."""
     if len(manifest.shards) <= _NAMED_SHARDS:
         return {}
     digest = hashlib.sha256()
@@ -188,7 +189,7 @@ def _digest_of_many(manifest: Manifest) -> dict[str, str]:
 
 
 def same_data(before: Any, now: Any) -> bool:
-    """Whether two `RunData.identity` mean the same data; checkpoints of old have no digest of many shards."""
+    """Whether two `RunData.identity` mean the same data; early checkpoints have no digest of many shards."""
     if isinstance(before, dict) and isinstance(now, dict):
         if "sources" in before and "sources" in now:
             pairs = zip(before["sources"], now["sources"], strict=False)
@@ -199,7 +200,7 @@ def same_data(before: Any, now: Any) -> bool:
 
 
 def describe(data: RunData) -> list[str]:
-    """The mixture, for the log: a line for each of several sources."""
+    """The training sets, for the log: a line each; none for one that is used as a whole."""
     if len(data.train) == 1 and data.train[0].subset is None:
         return []
     total = sum(source.share for source in data.train)

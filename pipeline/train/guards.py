@@ -1,9 +1,9 @@
-"""What happens when a step would do harm: a loss or gradient that isn't finite, or a loss far above the last ones.
+"""Steps that would do harm: with a loss or gradient that isn't finite, or a loss far above the last ones.
 
-The engine leaves such a step out on all ranks alike, and nothing changes. Too many in a row, and the run goes back to a
-checkpoint from before them and passes over the samples around them, as PaLM did by hand (Chowdhery et al. 2022, section
-5.1); after too many of these it stops. Every decision is a function of what is saved in the state, so a resumed run
-takes the same ones.
+The engine skips such a step on all ranks, and nothing changes. After too many in a row, the run goes back to a
+checkpoint from before them and skips the samples around them, as PaLM did by hand (Chowdhery et al. 2022, section 5.1);
+after too many of these rollbacks it stops. Every decision depends on the saved state alone, so a resumed run takes the
+same ones.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ MAD_TO_DEVIATION = 1.4826  # of a normal distribution
 log = logging.getLogger("vitrail")
 
 
-class RollBack(Exception):  # noqa: N818 -- not an error: the run goes on from an older checkpoint
+class RollBack(Exception):  # noqa: N818 -- not an error: the run continues from an older checkpoint
     """The run is to go back.
 
     Args:
-        state: where it is given up.
-        before_steps: the newest checkpoint at or before the first of these steps is to be resumed, else of the second.
-        window: samples [start, stop) of the run that are then passed over.
-        reason: a message that stands if there is no such checkpoint.
+        state: the state that is given up.
+        before_steps: resume the newest checkpoint at or before the first of these steps, else the second.
+        window: samples [start, stop) of the run that are skipped from then on.
+        reason: the error to raise if there is no such checkpoint.
     """
 
     def __init__(self, state: State, before_steps: tuple[int, int], window: tuple[int, int], reason: DataError) -> None:
@@ -42,7 +42,7 @@ class RollBack(Exception):  # noqa: N818 -- not an error: the run goes on from a
 
 
 class Guards:
-    """The rules of one run's configuration."""
+    """Decides, by a run's configuration, which steps are skipped and when to go back."""
 
     def __init__(self, config: TrainConfig) -> None:
         self._batch = config.data.global_batch
@@ -51,23 +51,23 @@ class Guards:
         self._spikes = config.spikes
 
     def loss_limit(self, state: State) -> float:
-        """The loss above which the next step is left out: median and scaled median deviation of the last losses."""
+        """The loss above which the next step is skipped: median and scaled median deviation of the last losses."""
         if self._spikes is None or len(state.losses) < self._spikes.window:
             return math.inf
         median = statistics.median(state.losses)
         deviation = statistics.median(abs(loss - median) for loss in state.losses) * MAD_TO_DEVIATION
         return median + self._spikes.deviations * max(deviation, self._spikes.floor * abs(median))
 
-    def passes(self, state: State) -> bool:
-        """Whether the next global batch is passed over, after a rollback."""
-        return any(start <= state.samples < stop for start, stop in state.passed)
+    def skips(self, state: State) -> bool:
+        """Whether the next global batch is skipped, since a rollback excluded it."""
+        return any(start <= state.samples < stop for start, stop in state.windows_to_skip)
 
     def advance(self, state: State, after: State, result: StepResult) -> State:
         """Judge the step that led from `state` to `after`, and remember its loss.
 
         Raises:
-            RollBack: too many steps in a row were left out.
-            DataError: the same, and the run has gone back often enough.
+            RollBack: too many steps in a row were skipped.
+            DataError: the same, and the run has gone back too often already.
         """
         if result.applied and self._spikes is not None:
             after = after._replace(losses=(*state.losses, result.loss)[-self._spikes.window :])
@@ -75,7 +75,7 @@ class Guards:
             return after
         named = ", ".join(map(str, result.suspects[:NUM_NAMED])) + (", ..." if len(result.suspects) > NUM_NAMED else "")
         log.warning(
-            "step %d left out on all ranks (%s): loss %g, gradient norm %g; sample ids %s",
+            "step %d skipped on all ranks (%s): loss %g, gradient norm %g; sample ids %s",
             after.step,
             result.cause,
             result.loss,
@@ -86,13 +86,13 @@ class Guards:
             return after
         reason = DataError(
             f"{after.num_skipped_in_a_row} steps in a row had a loss or gradient that isn't finite or a loss beyond "
-            f"the limit, {after.num_rollbacks} rollback(s) notwithstanding",
+            f"the limit, after {after.num_rollbacks} rollback(s)",
             where=f"step {after.step}, sample ids {named}",
             fix="lower optim.lr, set optim.clip_grad, try engine.precision=fp32, or look at these samples",
         )
         if after.num_rollbacks >= self._max_rollbacks:
             raise reason
         num_bad = after.num_skipped_in_a_row
-        # What led to the bad steps came before them: as many steps as there are of these.
+        # The cause may lie before the bad steps: as many steps before them are skipped too.
         steps = (after.step - 2 * num_bad, after.step - num_bad)
         raise RollBack(after, steps, (max(0, after.samples - 2 * num_bad * self._batch), after.samples), reason)

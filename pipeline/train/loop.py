@@ -1,9 +1,9 @@
-"""The training loop. Its unit is the global step; it knows the contracts and no stage, optimizer or store."""
+"""The training loop. Its unit is the global step; it knows the contracts, but no stage, optimizer or storage."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal, Protocol, runtime_checkable
+from typing import Literal
 
 from pipeline.data.loader import Loader
 from pipeline.train.checkpoints.saving import CheckpointWriter
@@ -15,13 +15,6 @@ from pipeline.train.state import Due, State, StopSignal
 from pipeline.train.watchdog import Phase
 
 
-@runtime_checkable
-class Measure(Protocol):
-    """Evaluates and records the figures; collective."""
-
-    def __call__(self, state: State) -> object: ...
-
-
 def run_loop(
     state: State,
     *,
@@ -30,20 +23,21 @@ def run_loop(
     loader: Loader,
     schedule: Callable[[int], float],
     checkpoints: CheckpointWriter,
-    measure: Measure,
+    evaluate: Callable[[State], object],
     meter: Meter,
     stop: StopSignal,
     watch: Callable[[Phase], None],
 ) -> tuple[State, Literal["done", "stopped"]]:
-    """Train from `state` until the length is reached or a stop is agreed; the last state is saved either way.
+    """Train from `state` until the length is reached or the ranks agree to stop; the last state is saved either way.
 
     Args:
         schedule: learning rate by samples seen.
-        watch: is told what begins now.
+        evaluate: measures the stage and records the figures; collective.
+        watch: called with each phase as it begins.
 
     Raises:
-        RollBack: too many steps in a row did harm, and an older checkpoint is to be resumed.
-        DataError: the same, once too often.
+        RollBack: too many steps in a row were skipped, and an older checkpoint is to be resumed.
+        DataError: the same, but the run has gone back too often already.
         CheckpointError: a later attempt has taken the run over.
         StorageError: the last checkpoint couldn't be saved.
     """
@@ -55,7 +49,7 @@ def run_loop(
         checkpoints.wait_copied()
         rate = schedule(state.samples)
         stopping = stop.requested() or checkpoints.superseded
-        if guards.passes(state):
+        if guards.skips(state):
             result = engine.skip(stop=stopping)
         else:
             result = engine.step(step.micro, rate, stop=stopping, loss_limit=guards.loss_limit(state))
@@ -63,10 +57,10 @@ def run_loop(
         state = guards.advance(state, state.advanced(step.after, result, config.data.global_batch), result)
         watch("step")
         if due.log(state):
-            meter.tell(state)
+            meter.write_line(state)
         if due.evaluate(state):
             watch("evaluate")
-            measure(state)
+            evaluate(state)
             meter.restart()
             watch("step")
         stopped = result.stop

@@ -1,4 +1,4 @@
-"""What a configuration comes to on the machine at hand: printed, saved beside it, never read back."""
+"""The values derived from a configuration and the machine: printed and saved, never read back."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ def resolve(config: TrainConfig, world: World, device: torch.device) -> Resolved
     """Derive what the configuration leaves to the machine.
 
     Raises:
-        ConfigError: the world size doesn't divide the global batch; an optimizer that can't be partitioned is asked
-            to be.
+        ConfigError: the world size doesn't divide the global batch, or ZeRO would partition an optimizer that can't be
+            partitioned.
     """
     batch = config.data.global_batch
     if batch % world.size:
@@ -64,7 +64,7 @@ def resolve(config: TrainConfig, world: World, device: torch.device) -> Resolved
     micro_batch = max(n for n in range(1, min(bound, rank_batch) + 1) if rank_batch % n == 0)
     if config.optim.name == "lars" and config.engine.zero_stage > 0:
         raise ConfigError(
-            "LARS needs whole parameters for its trust ratio, ZeRO cuts them into pieces",
+            "LARS needs whole parameters for its trust ratio, and ZeRO partitions them",
             where="engine.zero_stage",
             fix="set engine.zero_stage=0 with optim.name=lars",
         )

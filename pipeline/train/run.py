@@ -17,6 +17,7 @@ from typing import Literal, NamedTuple
 import torch
 
 from pipeline import ranks
+from pipeline.machine import available_cores
 from pipeline.run_dir import RunDir
 from pipeline.train.checkpoints.commits import Attempt
 from pipeline.train.checkpoints.restore import read_weights, weights_digest
@@ -25,10 +26,10 @@ from pipeline.train.config import TrainConfig
 from pipeline.train.engine.deepspeed_engine import DeepSpeedEngine
 from pipeline.train.engine.deepspeed_setup import join_group
 from pipeline.train.engine.ema import decay_after
+from pipeline.train.evaluation import Evaluator
 from pipeline.train.guards import RollBack
 from pipeline.train.initial import initialize_weights
 from pipeline.train.loop import run_loop
-from pipeline.train.measure import Measurement
 from pipeline.train.meter import Meter
 from pipeline.train.optim import scheduled_rate
 from pipeline.train.resume import Resumption, Start
@@ -154,7 +155,7 @@ class Training:
                 loader=loader,
                 schedule=partial(scheduled_rate, config.optim, resolved.peak_lr, length_samples=config.length_samples),
                 checkpoints=checkpoints,
-                measure=Measurement(self._stage, self._engine, config, self._setup.data, tracker),
+                evaluate=Evaluator(self._stage, self._engine, config, self._setup.data, tracker),
                 meter=Meter(tracker, config.data.global_batch, checkpoints),
                 stop=stop,
                 watch=self._watchdog.enter,
@@ -203,5 +204,4 @@ def _failure_recorded(run_dir: RunDir) -> Iterator[None]:
 def _set_threads() -> None:
     """Share the cores among this machine's ranks, unless OMP_NUM_THREADS is set: results depend on it."""
     if "OMP_NUM_THREADS" not in os.environ:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
-        torch.set_num_threads(max(1, cores // ranks.local_size()))
+        torch.set_num_threads(max(1, available_cores() // ranks.local_size()))

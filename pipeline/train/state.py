@@ -1,4 +1,4 @@
-"""Where a run is, what is due next, and whether to stop."""
+"""The state of a run, what is due after a step, and whether to stop."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from pipeline.data.order.permutation import Cursor
 from pipeline.train.config import TrainConfig
 from pipeline.train.engine.base import StepResult
 
-SAVING_RESERVE_S = 60.0  # of a time limit, kept for the last checkpoint
+SAVING_RESERVE_S = 60.0  # of a time limit, for the last checkpoint
 
 
 class State(NamedTuple):
-    """Where a run is. Saved in every checkpoint; the same on all ranks."""
+    """How far a run is. Saved in every checkpoint; the same on all ranks."""
 
     step: int = 0
     samples: int = 0
@@ -23,8 +23,8 @@ class State(NamedTuple):
     num_skipped: int = 0  # steps whose loss or gradient wasn't finite
     num_skipped_in_a_row: int = 0
     num_rollbacks: int = 0
-    passed: tuple[tuple[int, int], ...] = ()  # samples [start, stop) that are passed over since a rollback
-    losses: tuple[float, ...] = ()  # of the last applied steps, where a rule looks at them
+    windows_to_skip: tuple[tuple[int, int], ...] = ()  # samples [start, stop) that rollbacks exclude from training
+    losses: tuple[float, ...] = ()  # of the last applied steps, if the configuration has `spikes`
 
     def advanced(self, cursor: Cursor, result: StepResult, global_batch: int) -> State:
         """The state after one more step."""
@@ -37,26 +37,41 @@ class State(NamedTuple):
         )
 
     def rolled_back(self, window: tuple[int, int], earlier: State) -> State:
-        """From this older state the run goes on past `window`; `earlier` is where it was given up."""
-        windows = {*self.passed, *earlier.passed, window}
+        """The state to continue from at this older one, without the samples of `window`.
+
+        Args:
+            window: samples [start, stop).
+            earlier: the state that was given up.
+        """
+        windows = {*self.windows_to_skip, *earlier.windows_to_skip, window}
         return self._replace(
-            passed=tuple(sorted(windows)), num_rollbacks=earlier.num_rollbacks + 1, num_skipped=earlier.num_skipped
+            windows_to_skip=tuple(sorted(windows)),
+            num_rollbacks=earlier.num_rollbacks + 1,
+            num_skipped=earlier.num_skipped,
         )
 
     def document(self) -> dict[str, Any]:
-        """As saved."""
-        return {**self._asdict(), "cursor": self.cursor._asdict()}
+        """As saved, under the names that checkpoints have used from the first."""
+        document = {**self._asdict(), "cursor": self.cursor._asdict()}
+        document["passed"] = document.pop("windows_to_skip")
+        return document
 
     @classmethod
     def from_document(cls, document: Mapping[str, Any]) -> State:
         """As read back."""
-        windows = tuple((int(start), int(stop)) for start, stop in document.get("passed", ()))
-        losses = tuple(document.get("losses", ()))
-        return cls(**{**document, "cursor": Cursor(**document["cursor"]), "passed": windows, "losses": losses})
+        fields = {key: value for key, value in document.items() if key != "passed"}
+        return cls(
+            **{
+                **fields,
+                "cursor": Cursor(**document["cursor"]),
+                "windows_to_skip": tuple((int(start), int(stop)) for start, stop in document.get("passed", ())),
+                "losses": tuple(document.get("losses", ())),
+            }
+        )
 
 
 class Due:
-    """What is to be done after a step: a function of samples alone, so that a resumed run does the same."""
+    """What is to be done after a step. It depends on samples alone, so a resumed run does the same."""
 
     def __init__(self, config: TrainConfig) -> None:
         self._batch = config.data.global_batch
@@ -78,9 +93,9 @@ class Due:
         return self.done(state) or self._passed(state, self._evaluate)
 
     def checkpoint(self, state: State) -> bool:
-        """Whether a checkpoint is due, but for the last one.
+        """Whether a checkpoint is due; the last one is saved apart from these.
 
-        None is while steps are being left out: nothing has changed, and it would push out one to go back to.
+        Not after a skipped step: nothing has changed, and a checkpoint that a rollback needs would be deleted for it.
         """
         return not self.done(state) and not state.num_skipped_in_a_row and self._passed(state, self._checkpoint)
 
@@ -90,9 +105,9 @@ class Due:
 
 
 class StopSignal:
-    """A wish to stop: from a signal handler, a drain, or a time limit.
+    """A request to stop: from a signal handler, a machine that is drained, or a time limit.
 
-    Each rank has its own; the loop lets all ranks agree within a step.
+    Each rank has its own; at every step the loop lets the ranks agree.
     """
 
     def __init__(self) -> None:
@@ -100,11 +115,11 @@ class StopSignal:
         self._deadline: float | None = None
 
     def request(self) -> None:
-        """Ask to stop after the step under way; safe in a signal handler."""
+        """Ask to stop after the current step; safe in a signal handler."""
         self._event.set()
 
     def limit(self, time_limit_s: float | None) -> None:
-        """Stop in time to have saved when `time_limit_s` from now is over."""
+        """Stop early enough to have saved within `time_limit_s` from now."""
         if time_limit_s is not None:
             self._deadline = time.monotonic() + max(time_limit_s / 2, time_limit_s - SAVING_RESERVE_S)
 

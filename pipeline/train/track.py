@@ -1,4 +1,4 @@
-"""What a run tells while it goes on: metric lines, TensorBoard scalars, progress in the log. Rank 0 only."""
+"""Metric lines, TensorBoard scalars and progress in the log while a run trains. Rank 0 only."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ log = logging.getLogger("vitrail")
 
 
 class Tracker:
-    """Writes one attempt's course.
+    """Writes the metrics and progress of one attempt.
 
     Args:
         run: the run directory.
-        attempt: number of this start.
-        resumed_step: where it began; what earlier attempts told beyond it is void.
+        attempt: its number.
+        resumed_step: where it began; metrics of earlier attempts beyond that step are void.
         length_samples: of the whole run, for the time that is left.
     """
 
@@ -67,14 +67,14 @@ class Tracker:
     def evaluated(
         self, step: int, samples: int, figures: Mapping[str, float], details: Mapping[str, Any], *, weights: str
     ) -> None:
-        """Figures of an evaluation; `weights` says of which, "raw" or "ema" (those named *_raw apart)."""
+        """Figures of an evaluation of the "raw" or "ema" weights; figures named *_raw are always of the raw ones."""
         self._run.write_evaluation(step, figures, {**details, "weights": weights})
         line = {"kind": "evaluate", "attempt": self._attempt, "step": step, "samples": samples, "time": time.time()}
         self._run.append_metrics([{**line, "weights": weights, "figures": dict(figures)}])
         self._board.add(step, figures)
         shown = ", ".join(f"{name} {value:.4g}" for name, value in figures.items())
-        of = " (weights' moving average)" if weights == "ema" else ""
-        log.info("step %d%s: %s", step, of, shown or "nothing to evaluate")
+        kind = " (moving average of the weights)" if weights == "ema" else ""
+        log.info("step %d%s: %s", step, kind, shown or "nothing to evaluate")
 
     def pictures(self, step: int, pictures: Sequence[tuple[str, Sequence[tuple[str, bytes]]]]) -> None:
         """Pictures for the report, panels as PNG."""
@@ -82,7 +82,7 @@ class Tracker:
             self._run.write_pictures(step, pictures)
 
     def flush(self) -> None:
-        """Make everything told so far durable; called before a checkpoint makes it final."""
+        """Make everything written so far durable; called before a checkpoint, which makes its steps final."""
         self._run.flush_metrics()
         self._board.flush()
 

@@ -1,8 +1,8 @@
-"""A deadline for everything a rank does, so that a hang ends the attempt instead of the budget.
+"""A deadline for each phase of a run, so that a hang ends the attempt instead of using up the budget.
 
-The start, a step, an evaluation and a save each have their own. A rank that is late, its own fault or not (its peers
-wait for a hung one in a collective), dumps the stacks of all its threads and hands over to `on_late`, which ends the
-process; whoever started the group then ends the rest and starts a new attempt.
+The start, a step, an evaluation and a save each have their own. A rank that is late (because it hangs, or waits in a
+collective for one that does) dumps the stacks of all its threads and calls `on_late`, which ends the process; the
+launcher then ends the other ranks and starts a new attempt.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ class Watchdog:
 
     Args:
         limits: seconds each phase may take.
-        on_late: called once, with a message, in the watching thread; it isn't expected to return.
-        saving_since: when the oldest background save that is still under way began (`time.monotonic`), or None.
+        on_late: called once, with a message, in the watching thread; it needn't return.
+        saving_since: when the oldest background save in progress began (`time.monotonic`), or None.
     """
 
     def __init__(
@@ -55,19 +55,19 @@ class Watchdog:
         self._thread.start()
 
     def enter(self, phase: Phase) -> None:
-        """A phase begins, and the one before it is over. Cheap: called every step."""
+        """Begin a phase, which ends the one before it. Cheap: called every step."""
         self._lapse_s = 0.0
         self._phase = (phase, time.monotonic())
 
     def close(self) -> None:
-        """End the watch."""
+        """Stop watching."""
         self._closed.set()
 
     def _watch(self) -> None:
         last = time.monotonic()
         while not self._closed.wait(self._poll_s):
             now = time.monotonic()
-            if now - last > 4 * self._poll_s:  # stopped by a debugger or SIGSTOP: the time isn't the run's
+            if now - last > 4 * self._poll_s:  # stopped by a debugger or SIGSTOP: that doesn't count
                 self._lapse_s += now - last - self._poll_s
             last = now
             message = self._late(now)

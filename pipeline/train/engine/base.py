@@ -1,4 +1,4 @@
-"""What runs a stage's forward, backward and update over all ranks, and hands out and takes back its state.
+"""The contract of an engine: it runs a stage's forward, backward and update over all ranks, and saves its state.
 
 The loop and the checkpoints know this file alone; `deepspeed_engine` implements it.
 """
@@ -26,11 +26,11 @@ class Span(NamedTuple):
 
 
 class Fragment(NamedTuple):
-    """A span's state. The tensors of a snapshot are views, valid until the next `step`.
+    """The state of a span. The tensors of a snapshot are views, valid until the next `step`.
 
-    `tensors` holds `value` (fp32 for parameters, a buffer's own type for buffers) and what the optimizer keeps per
-    element (`exp_avg`, `exp_avg_sq`, `momentum_buffer`), and `ema` where a moving average is kept; `group` what the
-    optimizer keeps per parameter (`lr`, `weight_decay`, `lr_scale`, `step`). Empty `group`: frozen, or a buffer.
+    `tensors` holds `value` (fp32 for parameters, a buffer's own type for buffers), the optimizer's state by element
+    (`exp_avg`, `exp_avg_sq`, `momentum_buffer`), and `ema` where there is a moving average; `group` holds the
+    optimizer's state by parameter (`lr`, `weight_decay`, `lr_scale`, `step`). Empty `group`: frozen, or a buffer.
     """
 
     name: str
@@ -41,23 +41,23 @@ class Fragment(NamedTuple):
 
 
 class TensorFacts(NamedTuple):
-    """What a checkpoint tells about one parameter or buffer as a whole."""
+    """Facts of a whole parameter or buffer, as checkpoints have them."""
 
     shape: tuple[int, ...]
     kind: str  # "parameter", "frozen" or "buffer"
-    dtype: str  # torch's name of the values' type
+    dtype: str  # of the values, as torch names it
 
 
 class StepResult(NamedTuple):
-    """What one global step came to; the same on every rank."""
+    """The result of one global step; the same on every rank."""
 
     loss: float  # weighted mean over the global batch
     parts: dict[str, float]
     grad_norm: float  # before clipping; inf or NaN when the step was skipped for it
     applied: bool  # False: nothing changed
     stop: bool  # some rank was asked to stop
-    cause: str = ""  # why it wasn't applied: "loss" or "gradient" isn't finite, loss "spike"; "": nothing to learn from
-    suspects: tuple[int, ...] = ()  # ids of the samples it came from, all of the batch where it can't be told
+    cause: str = ""  # of a skipped step: "loss" or "gradient" isn't finite, a loss "spike"; "": no samples
+    suspects: tuple[int, ...] = ()  # ids of samples that may be the cause
 
 
 Read = Callable[[str, int, int], Fragment]
@@ -67,8 +67,8 @@ Read = Callable[[str, int, int], Fragment]
 class Engine(Protocol):
     """One stage in training. All methods but `snapshot` are collective.
 
-    `busy_s` is what this rank's forward passes took in the last step. Up to ZeRO 2 it waits for no other rank in them,
-    so they tell a slow one from those that wait for it.
+    `busy_s` is the time that this rank's forward passes took in the last step. Up to ZeRO 2 they wait for no other
+    rank, so they distinguish a slow rank from those that wait for it.
     """
 
     busy_s: float
@@ -76,14 +76,20 @@ class Engine(Protocol):
     def step(
         self, micro: Sequence[Batch], lr: float, *, stop: bool = False, loss_limit: float = math.inf
     ) -> StepResult:
-        """Forward and backward over this rank's micro batches, one update, unless the loss is beyond the limit.
+        """Forward and backward over this rank's micro batches, and one update.
 
-        `stop` is this rank's vote.
+        The step is skipped on all ranks when a loss or gradient isn't finite, or the mean loss exceeds `loss_limit`.
+
+        Args:
+            micro: this rank's share of the global batch.
+            lr: learning rate, before each group's scale.
+            stop: whether this rank was asked to stop.
+            loss_limit: for the mean loss of the global batch.
         """
         ...
 
     def skip(self, *, stop: bool = False) -> StepResult:
-        """No step: only the vote."""
+        """Skip a step; the ranks only agree whether to stop."""
         ...
 
     def predict(self, batch: Batch) -> Predictions:
@@ -91,10 +97,10 @@ class Engine(Protocol):
         ...
 
     def averaged(self) -> AbstractContextManager[None]:
-        """Within the block `predict` uses the moving average of the weights; no step and no snapshot may be taken.
+        """In the block `predict` uses the moving average of the weights; no step and no snapshot may be taken there.
 
         Raises:
-            ValueError: none is kept.
+            ValueError: there is no moving average.
         """
         ...
 
@@ -103,13 +109,13 @@ class Engine(Protocol):
         ...
 
     def snapshot(self) -> Iterable[Fragment]:
-        """The rank's own share of the state; all ranks' shares together hold every element once."""
+        """A rank's share of the state; the shares of all ranks together hold every element once."""
         ...
 
     def wanted(self) -> list[Span]:
-        """What `restore` will read on this rank."""
+        """The spans that `restore` will read on this rank."""
         ...
 
     def restore(self, read: Read) -> None:
-        """Take over a snapshot made at any ZeRO stage, world size and precision."""
+        """Restore a snapshot, made with any ZeRO stage, world size and precision."""
         ...

@@ -1,7 +1,6 @@
 """The engine on DeepSpeed: ZeRO stages 0 to 3 in bf16 and fp32, with exact accumulation and portable state.
 
-What DeepSpeed 0.19 needs care with, and how it is met here, stands beside the code; docs/decisions.md says why each
-was chosen.
+Comments beside the code say what DeepSpeed 0.19 needs care with; docs/decisions.md gives the reasons.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ class DeepSpeedEngine:
         precision: of forward and backward; masters and moments are fp32 always.
         peak_lr: highest learning rate, at which groups start.
         seed: of what draws from torch's global generator (dropout).
-        ema_decay: what a step keeps of the weights' moving average, by the samples seen before it; None: there is none.
+        ema_decay: factor of the weights' moving average in a step, by the samples seen before it; None: no average.
     """
 
     def __init__(
@@ -151,7 +150,7 @@ class DeepSpeedEngine:
         self._state.restore(read)
 
     def close(self) -> None:
-        """Let go of DeepSpeed's hooks and memory; the process group stays."""
+        """Release DeepSpeed's hooks and memory; the process group stays."""
         self._ds.destroy()
         torch.nn.functional.linear = self._linear  # ZeRO-3 replaces it for the whole process, with other rounding
 
@@ -201,7 +200,7 @@ class DeepSpeedEngine:
         self._ds.backward(total * (float("nan") if is_bad else factor), scale_wrt_gas=False)
 
     def _spoil(self, batch: Batch) -> None:
-        """Make gradients NaN after all, so that DeepSpeed skips the update by its own rules and empties its buffers."""
+        """Make the gradients NaN, so that DeepSpeed skips the update by its own rules and empties its buffers."""
         if self.zero_stage > 0:
             self._ds.backward(self._ds("loss", batch).total * float("nan"), scale_wrt_gas=False)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import socket
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
@@ -13,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from pipeline import ranks
+from pipeline.machine import free_port
 from pipeline.stages.base import Stage
 from pipeline.train.config import OptimConfig
 from pipeline.train.optim import ParamGroup
@@ -31,9 +31,8 @@ def join_group() -> None:
         for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("MASTER_ADDR", "127.0.0.1")):
             os.environ.setdefault(name, value)
         if "MASTER_PORT" not in os.environ and os.environ["WORLD_SIZE"] == "1":
-            with socket.socket() as probe:  # with a fixed port two such processes on one machine would collide
-                probe.bind((os.environ["MASTER_ADDR"], 0))
-                os.environ["MASTER_PORT"] = str(probe.getsockname()[1])
+            # With a fixed port two such processes on one machine would collide.
+            os.environ["MASTER_PORT"] = str(free_port(os.environ["MASTER_ADDR"]))
     with _quiet():
         deepspeed.init_distributed(verbose=False)
 

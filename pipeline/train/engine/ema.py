@@ -1,4 +1,4 @@
-"""The moving average of the weights, kept in fp32 beside each rank's own masters: nothing is gathered.
+"""The moving average of the weights, in fp32 beside each rank's own masters: nothing is gathered.
 
 With a half-life of h samples and a global batch of G, each step keeps `0.5 ** (G / h)` of the average, so a recipe
 means the same at any batch size. The optional ramp-up, which shortens the half-life to a share of the samples seen so
@@ -18,7 +18,7 @@ from pipeline.train.engine.layout import Slot
 
 
 def decay_after(config: EmaConfig, samples: int, global_batch: int) -> float:
-    """What is kept of the average at the step that begins after `samples`."""
+    """The average's decay in the step that begins after `samples`."""
     half_life = float(config.half_life_samples)
     if config.rampup_ratio is not None:
         half_life = min(half_life, (samples + global_batch) * config.rampup_ratio)
@@ -29,9 +29,9 @@ class MovingAverage:
     """Averages of the flat masters that slots lie in, and of buffers.
 
     Args:
-        slots: this rank's, over whose masters the average begins.
+        slots: this rank's; the average begins with their masters.
         buffers: gives the module's persistent buffers by name, as they are now.
-        decay: what a step keeps, by the samples seen before it.
+        decay: factor of the average in a step, by the samples seen before it.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class MovingAverage:
         self._buffer_averages = {name: value.detach().clone() for name, value in self._floating_buffers()}
 
     def update(self, samples: int) -> None:
-        """Take in the weights after the step that began at `samples`."""
+        """Average the weights in, after the step that began at `samples`."""
         share = 1.0 - self._decay(samples)
         pairs = [(self._averages[key], flat) for key, flat in self._flats.items()]
         pairs += [(self._buffer_averages[name], value) for name, value in self._floating_buffers()]
@@ -65,14 +65,14 @@ class MovingAverage:
         return self._buffer_averages.get(name)
 
     def swap(self) -> None:
-        """Exchange weights and averages, bit for bit; twice is not at all. The forward's copies are the caller's."""
+        """Exchange weights and averages, bit for bit; a second call undoes it. The forward's copies aren't updated."""
         pairs = [(self._averages[key], flat) for key, flat in self._flats.items()]
         pairs += [(self._buffer_averages[name], value) for name, value in self._floating_buffers()]
         with torch.no_grad():
             for average, value in pairs:
-                kept = value.detach().clone()
+                previous = value.detach().clone()
                 value.copy_(average)
-                average.copy_(kept)
+                average.copy_(previous)
 
     def _floating_buffers(self) -> list[tuple[str, Tensor]]:
         return [(name, value.detach()) for name, value in self._buffers() if value.is_floating_point()]

@@ -1,11 +1,11 @@
 """Where DeepSpeed keeps the fp32 masters and the optimizer's state of each parameter.
 
-This file leans on private names of DeepSpeed 0.19; tests/contract/test_deepspeed_names.py guards them. The layouts:
+This file uses private names of DeepSpeed 0.19, which tests/contract/test_deepspeed_names.py checks. The layouts:
 
 - ZeRO 0 in fp32: the module's own parameters; the optimizer's state by parameter.
 - ZeRO 0 in bf16: `FP16_UnfusedOptimizer.fp32_groups`, one master per parameter.
 - ZeRO 1 and 2: `single_partition_of_fp32_groups`, one flat master per parameter group and rank, with
-  `p._hp_mapping` telling which part of a parameter lies where in it.
+  `p._hp_mapping`: which part of a parameter lies where in it.
 - ZeRO 3: `fp32_partitioned_groups_flat`, one flat master per sub-group; each parameter is cut into equal parts, the
   last one padded.
 """
@@ -80,7 +80,7 @@ def inner_optimizer(engine: Any) -> torch.optim.Optimizer:
 
 
 def publish_masters(engine: Any, zero_stage: int) -> None:
-    """Make the forward's weights follow the masters, on all ranks, after the masters were set from outside."""
+    """Update the forward's weights on all ranks, after the masters were set from outside."""
     optimizer = engine.optimizer
     with torch.no_grad():
         if zero_stage == 3:
@@ -128,7 +128,7 @@ def set_frozen(parameter: nn.Parameter, value: Tensor, rank: int) -> None:
 
 
 def clamp_visible(parameter: nn.Parameter, low: float, high: float) -> None:
-    """Clamp the forward's copy of a parameter; its master is the caller's."""
+    """Clamp the forward's copy of a parameter; the caller clamps the master."""
     with torch.no_grad():
         if hasattr(parameter, "ds_tensor"):
             parameter.ds_tensor.data.clamp_(low, high)

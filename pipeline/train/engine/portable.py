@@ -54,7 +54,7 @@ class PortableState:
         engine: DeepSpeed's, over `built`'s stage.
         built: the stage before that engine was made.
         zero_stage: of the engine.
-        ema_decay: what a step keeps of the moving average, by the samples seen before it; None: there is none.
+        ema_decay: factor of the moving average in a step, by the samples seen before it; None: no average.
     """
 
     def __init__(

@@ -242,7 +242,7 @@ def test_training_that_diverges_ends_with_the_samples_named(folder: Path, two: P
     assert "lower optim.lr" in fix
     run = RunDir(str(folder / "runs" / "diverged"))
     assert run.status()["state"] == "failed"
-    assert "2 rollback(s) notwithstanding" in message
+    assert "after 2 rollback(s)" in message
     assert run.metrics()[-1]["num_skipped"] == 2 * 3 + 2, "the last one ends the run before it is logged"
 
 

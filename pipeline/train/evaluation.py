@@ -1,4 +1,4 @@
-"""Evaluations and pictures of a stage in training."""
+"""Evaluations and pictures of a stage while it trains."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from pipeline.train.engine.base import Engine
 from pipeline.train.state import State
 from pipeline.train.track import Tracker
 
-PICTURE_BATCH = 16  # samples that pictures are made of
+PICTURE_BATCH = 16  # samples that pictures show
 
 
-class Measurement:
-    """Runs every evaluation the stage offers and saves figures, details and pictures. Collective.
+class Evaluator:
+    """Runs every evaluation of the stage and saves figures, details and pictures. Collective.
 
     Args:
-        data: the evaluation sets, and the training data, which an evaluation sees as "train", without augmentation.
+        data: the evaluation sets, and the training data, which evaluations may read as "train", without augmentation.
         tracker: rank 0's; None elsewhere.
     """
 
@@ -46,7 +46,7 @@ class Measurement:
         self._kinds = ("raw",) if ema is None else ("ema", "raw") if ema.evaluate == "both" else (ema.evaluate,)
 
     def __call__(self, state: State) -> dict[str, float]:
-        """Measure now; the figures, which are the same on all ranks."""
+        """Evaluate now; the figures, which are the same on all ranks."""
         figures: dict[str, float] = {}
         details: dict[str, Any] = {}
         pictures: list[Picture] = []
@@ -65,7 +65,7 @@ class Measurement:
         return figures
 
     def sweep(self, name: str) -> Iterator[Batch]:
-        """Once over the named set, this rank's share; see `pipeline.evaluate.base.Sweep`."""
+        """A rank's share of one pass over the named set; see `pipeline.evaluate.base.Sweep`."""
         return iter(self._sweep(name, self._config.data.evaluate_batch, self._config.data.loader_workers))
 
     def _sweep(self, name: str, batch: int, workers: int) -> Iterable[Batch]:
@@ -73,7 +73,7 @@ class Measurement:
         return self._data.sweep(name, transform, ranks.world(), seed=self._config.seed, batch=batch, workers=workers)
 
     def _pictures(self) -> list[Picture]:
-        """Of the first samples of the first evaluation set (rank 0's share)."""
+        """Pictures of the first samples of the first evaluation set, on rank 0."""
         if not self._names:
             return []
         batch = next(iter(self._sweep(self._names[0], PICTURE_BATCH, 0)), None)
