@@ -37,14 +37,20 @@ def train_one(
         UserError: the configuration is wrong, or the machine or cluster can't serve it.
         JobFailedError: attempts kept dying without progress.
     """
-    document = read_document(config_or_run, overrides)
-    config = configs.validate(TrainConfig, document, where=config_or_run)
+    return train_document(read_document(config_or_run, overrides), config_or_run, where, stop=stop, say=say)
+
+
+def train_document(
+    document: configs.Document, name: str, where: Where, *, stop: StopRequest, say: Callable[[str], None]
+) -> TrainResult:
+    """As `train_one`, of a configuration that was read already; messages call it `name`."""
+    config = configs.validate(TrainConfig, document, where=name)
     batch = config.data.global_batch
     allocate = _on_ray(where, batch) if where.use_ray else _on_this_machine(where.request, batch)
     stop.take_signals()  # Ray put its own handlers in their place
     return run_training(
         document,
-        where=config_or_run,
+        where=name,
         run_url=config.run_url,
         allocate=allocate,
         stop=stop,

@@ -46,6 +46,9 @@ def convert(
 ) -> Conversion:
     """Read weights, of a file or of a run's newest checkpoint, and write them in another format.
 
+        >>> vitrail.convert("runs/mae", "vit.safetensors", "timm").saved.files
+        ['vit.safetensors']
+
     Args:
         source: a run directory, one checkpoint's folder, or a weight file or folder; local or s3://.
         target: the file to write, or a folder for formats with a config.json.

@@ -10,6 +10,7 @@ import re
 import urllib.error
 import urllib.request
 from collections.abc import Sequence
+from typing import cast
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -47,6 +48,20 @@ def find_images(places: Sequence[str]) -> list[str]:
             )
         images.update(dict.fromkeys(urls))
     return list(images)
+
+
+def list_images(images: ImageInput | Sequence[ImageInput]) -> list[ImageInput]:
+    """One image or several as a list, with `find_images` for each path and URL.
+
+    Raises:
+        DataError, StorageError: see `find_images`.
+    """
+    single = isinstance(images, str | os.PathLike | bytes | Image.Image | np.ndarray | Tensor)
+    several = cast("Sequence[ImageInput]", [images] if single else images)
+    listed: list[ImageInput] = []
+    for image in several:
+        listed += find_images([str(image)]) if isinstance(image, str | os.PathLike) else [image]
+    return listed
 
 
 def image_names(images: Sequence[ImageInput]) -> list[str]:

@@ -56,6 +56,10 @@ def load(
 ) -> Model:
     """The stage of a run's newest checkpoint, of a weight file of ours, or of another project's.
 
+        >>> model = vitrail.load("runs/mae")
+        >>> model.name
+        'mae'
+
     Args:
         source: a run directory, one checkpoint's folder, or a weight file or folder; local or s3://.
         format: one of `pipeline.convert.FORMATS`; None for a run or a file of ours.

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-PACKAGES = ("pipeline", "data_prep", "launch", "configs", "benchmarks")
+PACKAGES = ("pipeline", "data_prep", "launch", "vitrail", "configs", "benchmarks")
 
 # A room may import its own level and the levels before it. `stages` may not see `convert`, and so on.
 DIRECTION: tuple[tuple[str, ...], ...] = (
@@ -36,6 +36,7 @@ DIRECTION: tuple[tuple[str, ...], ...] = (
     ("pipeline.inference",),
     ("data_prep",),
     ("launch",),
+    ("vitrail",),
     ("benchmarks",),
 )
 LEVEL = {room: level for level, rooms in enumerate(DIRECTION) for room in rooms}
