@@ -141,7 +141,7 @@ def measure(rows: int, samples: int, folder: str) -> dict[str, float]:
     if not report.inputs == report.written == rows:
         raise RuntimeError(f"{report.written} of {rows} rows were written")
     ends["publish"] = (time.monotonic(), time.process_time())
-    found: dict[str, float] = {
+    figures: dict[str, float] = {
         "rows": rows,
         "shards": report.splits["train"].shards,
         "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
@@ -150,9 +150,9 @@ def measure(rows: int, samples: int, folder: str) -> dict[str, float]:
     }
     begun = started
     for phase in ("plan", "write", "publish"):
-        found |= {f"{phase}_s": ends[phase][0] - begun[0], f"{phase}_cpu_s": ends[phase][1] - begun[1]}
+        figures |= {f"{phase}_s": ends[phase][0] - begun[0], f"{phase}_cpu_s": ends[phase][1] - begun[1]}
         begun = ends[phase]
-    return {key: round(value, 2) for key, value in found.items()}
+    return {key: round(value, 2) for key, value in figures.items()}
 
 
 def main(arguments: list[str] | None = None) -> int:

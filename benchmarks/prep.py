@@ -62,7 +62,7 @@ def run(pairs: int) -> list[Comparison]:
     """The comparisons of `CASES`."""
     python = _environment()
     photos, source = load_photos()
-    found = []
+    comparisons = []
     with tempfile.TemporaryDirectory(prefix="vitrail-bench-") as folder:
         for case in CASES:
             work = Path(folder) / case.name
@@ -74,13 +74,13 @@ def run(pairs: int) -> list[Comparison]:
             try:
                 assert server.stdout is not None
                 address = server.stdout.readline().strip()
-                found.append(_compare(case, work, address, python, source, pairs))
+                comparisons.append(_compare(case, work, address, python, source, pairs))
                 if case.resize and not case.large:
-                    found.append(_compare_bare(case, work, address, source, pairs))
+                    comparisons.append(_compare_bare(case, work, address, source, pairs))
             finally:
                 server.kill()
                 server.wait()
-    return found
+    return comparisons
 
 
 def _compare(case: Case, work: Path, address: str, python: Path, source: str, pairs: int) -> Comparison:
@@ -98,8 +98,8 @@ def _compare(case: Case, work: Path, address: str, python: Path, source: str, pa
     def check(ours: dict[str, bytes], peer: dict[str, bytes]) -> bool:
         if len(ours) != case.counts[1] or len(peer) != case.counts[1]:
             raise UnequalWork(f"{len(ours)} images of ours, {len(peer)} of the peer's, {case.counts[1]} wanted")
-        for name, found in (("ours", ours), ("peer", peer)):
-            quality[name].append(_quality(found, photos, resize=case.resize))
+        for name, images in (("ours", ours), ("peer", peer)):
+            quality[name].append(_quality(images, photos, resize=case.resize))
         if quality["ours"][-1] < quality["peer"][-1] - 0.05:
             raise UnequalWork(f"PSNR of {quality['ours'][-1]:.2f} dB against {quality['peer'][-1]:.2f} dB")
         return True
@@ -288,10 +288,10 @@ def _samples(folder: Path) -> Iterator[tuple[str, bytes]]:
                 yield json.loads(data)["url"], image
 
 
-def _quality(found: dict[str, bytes], photos: Path, *, resize: bool) -> float:
+def _quality(images: dict[str, bytes], photos: Path, *, resize: bool) -> float:
     """Mean PSNR in dB of a few stored images against Lanczos resizing of full decodes; 99 for equal bytes."""
     values = []
-    for url, data in sorted(found.items())[:: max(1, len(found) // 20)]:
+    for url, data in sorted(images.items())[:: max(1, len(images) // 20)]:
         source = (photos / url.rpartition("/")[2].partition("?")[0]).read_bytes()
         if not resize:
             values.append(99.0 if source == data else 0.0)

@@ -184,12 +184,12 @@ class _RayScorers:
 
         handles = self._handles[number]
         first = secrets.randbelow(len(handles))
-        asked = [
+        pending = [
             handles[(first + place) % len(handles)].scores.remote(list(some))
             for place, some in enumerate(_cut(pairs, self._batches[number]))
         ]
-        found: list[list[float]] = ray.get(asked)
-        return list(itertools.chain.from_iterable(found))
+        scores: list[list[float]] = ray.get(pending)
+        return list(itertools.chain.from_iterable(scores))
 
 
 def _cut(pairs: Sequence[tuple[bytes, str]], size: int) -> Iterator[Sequence[tuple[bytes, str]]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from data_prep.indexing.index import Choice, Indexed, index_tars
+from data_prep.indexing.index import Indexed, IndexOptions, index_tars
 from data_prep.sources.base import read_classes
 from launch.stopping import StopRequest
 
@@ -30,27 +30,12 @@ def index_dataset(
         Stopped: it was asked to; the same command goes on.
     """
     names = () if classes is None else read_classes(classes)
-    found = index_tars(Choice(url, to, match, names, skip_bad, workers), say=say, stop=stop.requested)
-    manifest = found.manifest
-    document = {
-        "data_set": manifest.url,
-        "tars_at": manifest.shards_url or manifest.url,
-        "num_samples": manifest.num_samples,
-        "num_shards": len(manifest.shards),
-        "size_bytes": sum(shard.size_bytes for shard in manifest.shards),
-        "num_classes": len(manifest.classes),
-        "fingerprint": manifest.fingerprint,
-        "num_read": found.num_read,
-        "changed": list(found.changed),
-        "gone": list(found.gone),
-        "already": found.already,
-        **found.facts,
-    }
-    return document, _lines(found)
+    indexed = index_tars(IndexOptions(url, to, match, names, skip_bad, workers), say=say, stop=stop.requested)
+    return indexed.document(), _lines(indexed)
 
 
-def _lines(found: Indexed) -> list[str]:
-    manifest, facts = found.manifest, found.facts
+def _lines(indexed: Indexed) -> list[str]:
+    manifest, facts = indexed.manifest, indexed.facts
     size = sum(shard.size_bytes for shard in manifest.shards)
     lines = [f"{manifest.num_samples} samples in {len(manifest.shards)} tars, {size / 2**20:.1f} MiB"]
     lines.append("members: " + ", ".join(f"{count} {kind}" for kind, count in facts["members"].items()))
@@ -73,7 +58,7 @@ def _lines(found: Indexed) -> list[str]:
         lines.append(f"{len(facts['empty'])} tars without samples: {_names(facts['empty'])}")
     if facts["left_out"]:
         lines.append(f"{len(facts['left_out'])} tars left out: {_names(facts['left_out'])}")
-    if found.already:
+    if indexed.already:
         lines.append(f"indexed already, nothing has changed: {manifest.url}")
     else:
         lines.append(f"data set: {manifest.url}")

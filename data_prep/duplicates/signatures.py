@@ -55,10 +55,10 @@ def near_pairs(hashes: UInt64[np.ndarray, " n"], most: int) -> Iterator[tuple[In
 
 def near_any(hashes: UInt64[np.ndarray, " n"], others: UInt64[np.ndarray, " m"], most: int) -> Int64[np.ndarray, " n"]:
     """For each hash an index into `others` of one that differs in at most `most` bits; -1 where there is none."""
-    found = np.full(len(hashes), -1, dtype=np.int64)
+    nearest = np.full(len(hashes), -1, dtype=np.int64)
     for i, j in _cross_pairs(hashes, others, most):
-        found[i] = np.maximum(found[i], j)
-    return found
+        nearest[i] = np.maximum(nearest[i], j)
+    return nearest
 
 
 def _cross_pairs(

@@ -1,7 +1,7 @@
 """Reading source images: a size cap, retries, many reads at once, results as they come.
 
-A store that fails as a whole (an outage, credentials that ran out) stops the build, which a rerun then finishes; it is
-never booked as failed inputs. Of web servers each stands for itself: see `data_prep.fetch.web`.
+A store that fails as a whole (an outage, expired credentials) stops the build, which a rerun then finishes; it is never
+counted as failed inputs. The failure of a web server concerns its own URLs only: see `data_prep.fetch.web`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _MAX_SIDECAR_BYTES = 2**20
 
 
 class Wanted(NamedTuple):
-    """What is to be read of one input; fields as in `sources.SCHEMA`."""
+    """What is to be read of one input; fields as in `sources.base.SCHEMA`."""
 
     url: bytes | None
     held: bytes | None = None
@@ -32,7 +32,7 @@ class Wanted(NamedTuple):
 
     @classmethod
     def of(cls, row: Input) -> Wanted:
-        """That of a row of `sources.SCHEMA`."""
+        """What is to be read for a row of `sources.base.SCHEMA`."""
         return cls(row["url"], row["held"], row["start"], row["stop"], row["sidecar"])
 
 
@@ -49,10 +49,10 @@ Result = Fetched | Refused
 def fetch_all(
     wanted: Sequence[Wanted], places: AllowedPlaces, options: FetchConfig, *, tasks_at_once: int = 1
 ) -> Iterator[tuple[int, Result]]:
-    """(index, what was read or why not) of each, in the order in which they arrive: one that hangs holds up no other.
+    """(index, what was read or why not) of each, in the order of arrival: an input that hangs delays no other.
 
     Args:
-        tasks_at_once: among how many tasks like this one the limits per host are shared out.
+        tasks_at_once: how many tasks like this one share the limits per host.
 
     Raises:
         StorageError: a store can't be used at all.
@@ -68,10 +68,10 @@ def fetch_all(
 
         def begin(index: int, item: Wanted) -> None:
             if item.held is None and item.sidecar is None and is_web(item.url):
-                web.submit(item.url or b"").add_done_callback(lambda found: done.put((index, found)))
+                web.submit(item.url or b"").add_done_callback(lambda finished: done.put((index, finished)))
             else:
                 future = pool.submit(_fetch_or_refuse, item, places, options, web)
-                future.add_done_callback(lambda found: done.put((index, found)))
+                future.add_done_callback(lambda finished: done.put((index, finished)))
 
         try:
             while True:
@@ -86,19 +86,19 @@ def fetch_all(
                     return
                 index, future = done.get()
                 under_way -= 1
-                found = future.result()
-                yield index, Fetched(found) if isinstance(found, bytes) else found
+                result = future.result()
+                yield index, Fetched(result) if isinstance(result, bytes) else result
         finally:
             web.cancel()
             pool.shutdown(wait=False, cancel_futures=True)
 
 
 def fetch(item: Wanted, places: AllowedPlaces, options: FetchConfig) -> Fetched:
-    """What is wanted of one input.
+    """Read one input.
 
     Raises:
-        Refused: the row's own fault.
-        StorageError: the place can't be used at all.
+        Refused: the input can't be read.
+        StorageError: the store can't be used at all.
     """
     for _, result in fetch_all([item], places, options):
         if isinstance(result, Refused):
@@ -116,8 +116,8 @@ def _fetch_or_refuse(item: Wanted, places: AllowedPlaces, options: FetchConfig, 
             held = item.held.decode("utf-8", "surrogateescape")
             return Fetched(_read(held, places, options, item.start or 0, item.stop), sidecar)
         if is_web(item.url):
-            found = web.submit(item.url or b"").result()
-            return found if isinstance(found, Refused) else Fetched(found, sidecar)
+            body = web.submit(item.url or b"").result()
+            return body if isinstance(body, Refused) else Fetched(body, sidecar)
         return Fetched(_read(places.resolve(item.url), places, options), sidecar)
     except Refused as refused:
         return refused
@@ -130,7 +130,7 @@ def _read(url: str, places: AllowedPlaces, options: FetchConfig, start: int = 0,
         raise Refused("too_many_bytes", f"{url}: {size} bytes, more than {options.max_bytes}")
 
     def read() -> bytes:
-        # One byte more than allowed tells an object that is too large without reading the rest of it.
+        # One byte more than allowed shows that an object is too large, without reading the rest of it.
         return storage.read_range(url, start, start + size + (stop is None))
 
     try:
@@ -145,7 +145,7 @@ def _read(url: str, places: AllowedPlaces, options: FetchConfig, start: int = 0,
     except storage.StorageUnavailable:
         raise
     except StorageError as error:
-        # A refusal concerns this object alone as long as the same credentials still open the listing itself.
+        # The refusal concerns this object alone as long as the same credentials can still read the listing itself.
         if storage.is_remote(url):
             if places.witness is None:
                 raise

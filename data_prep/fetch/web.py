@@ -1,10 +1,11 @@
 """Reading from the web on behalf of tables that come from strangers.
 
-Rules: names are resolved here, once, and the connection goes to an address that was checked, so that a name can't
-answer "public" first and "inside" then. Private, loopback, link-local, multicast and reserved addresses are refused
-(`address_not_allowed`), also where IPv6 wraps an IPv4 address, and again at every redirect; so are ports other than
-the web's, and every scheme but http and https. Cookies, proxies and credentials of this machine's environment are not
-used. One deadline holds for an object in all: connecting, redirects, retries, waits and a body that drips.
+Rules: names are resolved here, once, and the connection goes to the address that was checked, so that a name can't
+resolve to a public address first and to an internal one later. Private, loopback, link-local, multicast and reserved
+addresses are refused (`address_not_allowed`), also where IPv6 wraps an IPv4 address, and again at every redirect; so
+are ports other than the web's, and every scheme but http and https. Cookies, proxies and credentials of this machine's
+environment are not used. One deadline covers an object as a whole: connecting, redirects, retries, waits, and a slow
+body.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ def is_web(url: bytes | None) -> bool:
 
 
 class Boundary:
-    """Which addresses may be connected to: public ones at the web's ports, and the networks that were allowed."""
+    """Which addresses may be connected to: public ones at the web's ports, and explicitly allowed networks."""
 
     def __init__(self, networks: tuple[str, ...], ports: tuple[int, ...]) -> None:
         self._networks = tuple(ipaddress.ip_network(network) for network in networks)
@@ -53,31 +54,32 @@ class Boundary:
     def refusal(self, address: Address, port: int) -> str | None:
         """Why an address may not be connected to; None if it may.
 
-        What an IPv6 address wraps (IPv4-mapped, NAT64, 6to4, Teredo) is judged as well, since that is where it leads.
+        Addresses that an IPv6 address wraps (IPv4-mapped, NAT64, 6to4, Teredo) are judged too, since it leads there.
         """
-        each = (address, *_wrapped(address))
-        if any(one in network for one in each for network in self._networks):
+        targets = (address, *_wrapped(address))
+        if any(target in network for target in targets for network in self._networks):
             return None
-        if not all(one.is_global and not one.is_multicast and not one.is_reserved for one in each):
-            return f"{address} is no public address (fetch.web.allow_networks)"
+        if not all(target.is_global and not target.is_multicast and not target.is_reserved for target in targets):
+            return f"{address} is not a public address (fetch.web.allow_networks)"
         if port not in self._ports:
             return f"port {port} isn't one of fetch.web.ports"
         return None
 
 
 def _wrapped(address: Address) -> tuple[ipaddress.IPv4Address, ...]:
+    """IPv4 addresses inside an IPv6 address."""
     if isinstance(address, ipaddress.IPv4Address):
         return ()
-    found = [address.ipv4_mapped, address.sixtofour, *(address.teredo or ())]
+    inner = [address.ipv4_mapped, address.sixtofour, *(address.teredo or ())]
     if address in _NAT64:
-        found.append(ipaddress.IPv4Address(int(address) & 0xFFFF_FFFF))
-    return tuple(each for each in found if each is not None)
+        inner.append(ipaddress.IPv4Address(int(address) & 0xFFFF_FFFF))
+    return tuple(address for address in inner if address is not None)
 
 
 def opts_out(values: list[str], directives: tuple[str, ...]) -> bool:
     """Whether `X-Robots-Tag` headers hold one of the directives, for all robots or for one that isn't named.
 
-    A directive may follow a robot's name and a colon; as img2dataset does, only unnamed ones and `*` concern us.
+    A directive may follow a robot's name and a colon; like img2dataset, we heed those without a name, and `*`.
     """
     for value in values:
         robot, colon, rest = value.partition(":")
@@ -91,7 +93,7 @@ def opts_out(values: list[str], directives: tuple[str, ...]) -> bool:
 
 
 def retry_after_s(value: str | None, now: float) -> float | None:
-    """Seconds that a `Retry-After` header asks for: a number or a date (RFC 9110, 10.2.3); None: nothing sound."""
+    """Seconds that a `Retry-After` header asks for, as a number or a date (RFC 9110, 10.2.3); None: no valid value."""
     if value is None:
         return None
     if value.strip().isdigit():
@@ -103,11 +105,11 @@ def retry_after_s(value: str | None, now: float) -> float | None:
 
 
 class _AddressRefusedError(OSError):
-    """All addresses of a name are ones that may not be connected to."""
+    """A name has no address that may be connected to."""
 
 
-class _TryAgain(Exception):  # noqa: N818 -- no defect
-    """An attempt failed in a way that may pass."""
+class _TryAgain(Exception):  # noqa: N818 -- no error yet
+    """An attempt failed, and another may succeed."""
 
     def __init__(self, refused: Refused, wait_s: float | None = None) -> None:
         super().__init__(refused.message)
@@ -116,7 +118,7 @@ class _TryAgain(Exception):  # noqa: N818 -- no defect
 
 
 class WebReader:
-    """Reads web addresses in an event loop of its own; that starts with the first of them, and ends with the context.
+    """Reads web addresses in an event loop of its own, which starts with the first one and ends with the context.
 
     Args:
         tasks_at_once: how many such readers share the limit per host.
@@ -131,7 +133,7 @@ class WebReader:
         self._session: aiohttp.ClientSession | None = None
         self._lookups: ThreadPoolExecutor | None = None
         self._hosts: dict[str, asyncio.Semaphore] = {}
-        self._quiet_until: dict[str, float] = {}  # hosts that asked to be left alone for a while
+        self._quiet_until: dict[str, float] = {}  # until when a host asked not to be called
         self._lock = threading.Lock()
 
     def __enter__(self) -> WebReader:
@@ -143,7 +145,7 @@ class WebReader:
         self.cancel()
 
     def submit(self, url: bytes) -> Future[bytes | Refused]:
-        """Begin to read a web address; the result is what was read, or the refusal."""
+        """Start to read a web address; the future's result is its content, or the refusal."""
         with self._lock:
             if self._loop is None:
                 self._loop = asyncio.new_event_loop()
@@ -152,7 +154,7 @@ class WebReader:
         return asyncio.run_coroutine_threadsafe(self._get_or_refuse(url), self._loop)
 
     def cancel(self) -> None:
-        """Give up what is under way and end the loop."""
+        """Cancel the reads under way and end the loop."""
         with self._lock:
             loop, thread, self._loop, self._thread = self._loop, self._thread, None, None
         if loop is None or thread is None:
@@ -177,7 +179,7 @@ class WebReader:
             url = _decoded(raw)
             host = urlsplit(url).hostname or ""
             slot = self._hosts.setdefault(host, asyncio.Semaphore(self._per_host))
-            async with slot:  # waiting for one's turn is nobody's fault, so the deadline starts after it
+            async with slot:  # the deadline starts after waiting for a free connection
                 return await self._within_deadline(url, host)
         except Refused as refused:
             return refused
@@ -188,7 +190,7 @@ class WebReader:
         try:
             async with asyncio.timeout(limit_s) as deadline:
                 for attempt in range(self._options.retries + 1):
-                    await self._until_welcome(host, deadline.when() or 0.0, last)
+                    await self._wait_for_host(host, deadline.when() or 0.0, last)
                     try:
                         return await self._follow(url)
                     except _TryAgain as again:
@@ -207,24 +209,28 @@ class WebReader:
         assert last is not None
         raise last
 
-    async def _until_welcome(self, host: str, deadline: float, last: Refused | None) -> None:
-        """Wait for as long as the host asked for, unless that is longer than there is time."""
+    async def _wait_for_host(self, host: str, deadline: float, last: Refused | None) -> None:
+        """Wait as long as the host asked for.
+
+        Raises:
+            Refused: that is longer than the time left.
+        """
         wait_s = self._quiet_until.get(host, 0.0) - time.monotonic()
         if wait_s <= 0:
             return
         if asyncio.get_running_loop().time() + wait_s > deadline:
-            raise last or Refused("server_busy", f"{host} asked to be left alone for another {wait_s:.0f} s")
+            raise last or Refused("server_busy", f"{host} asks to wait another {wait_s:.0f} s")
         await asyncio.sleep(wait_s)
 
     async def _follow(self, url: str) -> bytes:
-        """One attempt, through its redirects."""
+        """One attempt, following redirects."""
         at = url
         for _ in range(self._options.web.max_redirects + 1):
             self._check(at)
-            found = await self._get(at)
-            if not isinstance(found, str):
-                return found
-            at = urljoin(at, found)
+            answer = await self._get(at)
+            if not isinstance(answer, str):
+                return answer
+            at = urljoin(at, answer)
         raise Refused("too_many_redirects", f"{url}: more than {self._options.web.max_redirects} redirects")
 
     async def _get(self, url: str) -> bytes | str:
@@ -248,17 +254,17 @@ class WebReader:
             raise _TryAgain(Refused("connection_failed", what)) from None
 
     def _judge(self, url: str, reply: aiohttp.ClientResponse) -> None:
-        told = f"{url}: {reply.status} {reply.reason}"
+        message = f"{url}: {reply.status} {reply.reason}"
         if reply.status in (404, 410):
-            raise Refused("not_found", told)
+            raise Refused("not_found", message)
         if reply.status in _PASSING:
             reason = "server_busy" if reply.status in _BUSY else "server_error"
             wait_s = retry_after_s(reply.headers.get("Retry-After"), time.time())
-            raise _TryAgain(Refused(reason, told), wait_s)
+            raise _TryAgain(Refused(reason, message), wait_s)
         if reply.status != 200:
-            raise Refused("server_error" if reply.status >= 500 else "read_refused", told)
+            raise Refused("server_error" if reply.status >= 500 else "read_refused", message)
         if opts_out(reply.headers.getall("X-Robots-Tag", []), self._options.web.opt_out):
-            raise Refused("opted_out", f"{url}: its X-Robots-Tag header asks not to be taken")
+            raise Refused("opted_out", f"{url}: its X-Robots-Tag header forbids to use it")
 
     async def _body(self, url: str, reply: aiohttp.ClientResponse) -> bytes:
         limit = self._options.max_bytes
@@ -277,10 +283,10 @@ class WebReader:
         if encoding in ("", "identity"):
             return data
         if encoding not in ("gzip", "x-gzip", "deflate"):
-            raise Refused("read_refused", f"{url}: sent as {encoding!r}, which wasn't asked for")
+            raise Refused("read_refused", f"{url}: sent as {encoding!r}, which was not requested")
         try:
             inflater = zlib.decompressobj(47 if "gzip" in encoding else 15)
-            data = inflater.decompress(data, limit + 1)  # no more, whatever a bomb would give
+            data = inflater.decompress(data, limit + 1)  # a decompression bomb stops here
         except zlib.error as error:
             raise Refused("read_refused", f"{url}: damaged {encoding} ({error})") from None
         if len(data) > limit:
@@ -288,7 +294,7 @@ class WebReader:
         return data
 
     def _check(self, url: str) -> None:
-        """Raise Refused for URLs that may not be asked for, whatever their names resolve to."""
+        """Raise Refused for URLs that may not be read, whatever their hosts resolve to."""
         try:
             parts = urlsplit(url)
             host, port = parts.hostname, parts.port
@@ -298,7 +304,7 @@ class WebReader:
             raise Refused("unsupported_scheme", f"{url}: a redirect to {parts.scheme}:")
         if not host:
             raise Refused("url_invalid", f"{url}: names no host")
-        # The connector asks no resolver where the host is an address already.
+        # Hosts that are addresses already don't reach the resolver.
         try:
             literal = ipaddress.ip_address(host.partition("%")[0])
         except ValueError:
@@ -315,7 +321,7 @@ class WebReader:
             )
             self._session = aiohttp.ClientSession(
                 connector=connector,
-                timeout=aiohttp.ClientTimeout(total=None),  # ours is around it
+                timeout=aiohttp.ClientTimeout(total=None),  # `_within_deadline` has one for all attempts
                 cookie_jar=aiohttp.DummyCookieJar(),
                 auto_decompress=False,
                 read_bufsize=_PIECE_BYTES,  # with less, reading stops and starts several times for each photo
@@ -325,7 +331,7 @@ class WebReader:
 
 
 class _Resolver(AbstractResolver):
-    """Names to those of their addresses that may be connected to."""
+    """Resolves names to those of their addresses that may be connected to."""
 
     def __init__(self, boundary: Boundary, pool: ThreadPoolExecutor) -> None:
         self._boundary = boundary
@@ -333,12 +339,12 @@ class _Resolver(AbstractResolver):
 
     async def resolve(self, host: str, port: int = 0, family: int = socket.AF_UNSPEC) -> list[ResolveResult]:
         loop = asyncio.get_running_loop()
-        found = await loop.run_in_executor(
+        addresses = await loop.run_in_executor(
             self._pool, lambda: socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, family=family)
         )
         usable = []
         refused: set[str] = set()
-        for kind, _, protocol, _, place in found:
+        for kind, _, protocol, _, place in addresses:
             address = ipaddress.ip_address(str(place[0]).partition("%")[0])
             refusal = self._boundary.refusal(address, port)
             if refusal is None:

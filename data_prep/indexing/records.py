@@ -1,7 +1,7 @@
-"""What an index remembers of the tars it has read, so that it goes on where it was killed and sees what has changed.
+"""Records of the tars that were indexed, so that a killed run resumes and a later one sees what has changed.
 
-`_index/journal/` takes what was read lately, several tars an object; a run that comes to its end leaves all of it in
-`_index/tars.json` and an empty journal.
+`_index/journal/` holds the latest records, several tars per object; a run that completes moves all of them into
+`_index/tars.json` and leaves the journal empty.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pipeline.errors import ConfigError, DataError
 FORMAT = "vitrail.index"
 FORMAT_VERSION = 1
 FOLDER = "_index"
-_CHUNK_TARS, _CHUNK_S = 64, 2.0  # a killed run reads at most as much again
+_CHUNK_TARS, _CHUNK_S = 64, 2.0  # a killed run reads at most this much again
 _AT_ONCE = 16
 
 
@@ -45,15 +45,15 @@ class Records:
         place = storage.join(self._folder, FOLDER, "settings.json")
         document = {"format": FORMAT, "format_version": FORMAT_VERSION, "url": url, "match": match}
         try:
-            found = _document(place)
+            settings = _document(place)
         except FileNotFoundError:
             storage.write(place, json_bytes(document))
             return
-        if (found.get("url"), found.get("match")) != (url, match):
+        if (settings.get("url"), settings.get("match")) != (url, match):
             raise ConfigError(
-                f"holds the index of {found.get('url')} ({found.get('match')}), not of {url} ({match})",
+                f"holds the index of {settings.get('url')} ({settings.get('match')}), not of {url} ({match})",
                 where=self._folder,
-                fix="give another folder with --to; or, if the tars have moved, delete _index and manifest.json there",
+                fix="name another folder with --to; or, if the tars have moved, delete _index and manifest.json there",
             )
 
     def read(self) -> dict[str, Walked]:
@@ -62,44 +62,44 @@ class Records:
         Raises:
             DataError: a record is damaged.
         """
-        found: list[Any] = []
+        items: list[Any] = []
         with contextlib.suppress(FileNotFoundError):
-            found += _document(storage.join(self._folder, FOLDER, "tars.json"))["tars"]
+            items += _document(storage.join(self._folder, FOLDER, "tars.json"))["tars"]
         with ThreadPoolExecutor(_AT_ONCE) as pool:
             for chunk in pool.map(_document, self._journal()):
-                found += chunk["tars"]
+                items += chunk["tars"]
         try:
-            return {record.name: record for record in map(_walked, found)}
+            return {record.name: record for record in map(_walked, items)}
         except (TypeError, KeyError) as error:
             raise DataError(f"damaged records ({error})", where=self._folder, fix=_DELETE) from error
 
     def add(self, record: Walked) -> None:
-        """Remember a tar, on disk within `_CHUNK_S` seconds or `_CHUNK_TARS` tars, or at the next `flush`."""
+        """Record a tar, on disk within `_CHUNK_S` seconds or `_CHUNK_TARS` tars, or at the next `flush`."""
         with self._lock:
             self._fresh.append(record)
             if len(self._fresh) >= _CHUNK_TARS or time.monotonic() - self._written >= _CHUNK_S:
                 self._flush()
 
     def flush(self) -> None:
-        """Write what is only in memory."""
+        """Write the records that are only in memory."""
         with self._lock:
             self._flush()
 
     def finish(self, records: Sequence[Walked]) -> None:
         """Keep these records and no others."""
         place = storage.join(self._folder, FOLDER, "tars.json")
-        passed = self._journal()
+        journal = self._journal()
         storage.write(place, _chunk(sorted(records, key=lambda record: record.name)))
         self._fresh = []
         with ThreadPoolExecutor(_AT_ONCE) as pool:
-            list(pool.map(storage.delete, passed))
+            list(pool.map(storage.delete, journal))
 
     def _journal(self) -> list[str]:
         return [entry.url for entry in storage.entries(storage.join(self._folder, FOLDER, "journal"))]
 
     def _flush(self) -> None:
         if self._fresh:
-            name = f"{time.time_ns():020d}-{secrets.token_hex(4)}.json"  # later ones come last, and count
+            name = f"{time.time_ns():020d}-{secrets.token_hex(4)}.json"  # later records come last, and win
             storage.write(storage.join(self._folder, FOLDER, "journal", name), _chunk(self._fresh))
         self._fresh, self._written = [], time.monotonic()
 
@@ -124,4 +124,4 @@ def _document(place: str) -> dict[str, Any]:
     )
 
 
-_DELETE = "delete it, which has the tars it tells of read again, and run the same command"
+_DELETE = "delete it and run the same command, which reads its tars again"

@@ -1,7 +1,7 @@
-"""One tar, read once from front to back: where its samples lie, what they consist of, and what is wrong with it.
+"""One tar, read once from front to back: where its samples lie, what they hold, and what is wrong with it.
 
-Samples are what WebDataset makes of the tar: neighbouring members that share a key. Nothing of a tar is held but two
-pieces, 16 bytes for each key and 8 for each offset.
+Samples are what WebDataset sees in the tar: neighbouring members that share a key. In memory are only two pieces
+of a tar, 16 bytes for each key and 8 for each offset.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ from pipeline.errors import Stopped
 PIECE_BYTES = 16 * 2**20
 NO_SAMPLE, LINK = "without an extension", "links and devices"  # kinds of members that belong to no sample
 _MAX_LABEL_BYTES = 64
-_MAX_KINDS = 50  # of members no stage reads, counted each by itself
+_MAX_KINDS = 50  # of members that no stage reads; more are counted together
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd", b"PK\3\4": "zip"}
-_UNPACK = "unpack it (`gunzip`, `unzstd` ...): images don't get smaller, and only a plain tar can be read in parts"
-_FETCH = "fetch or write it anew"
+_UNPACK = "unpack it (`gunzip`, `unzstd`, ...): images don't get smaller, and only a plain tar can be read in parts"
+_FETCH = "fetch or write it again"
 
 
 class TarProblem(NamedTuple):
@@ -46,12 +46,12 @@ class TarProblem(NamedTuple):
 
 
 class Walked(NamedTuple):
-    """What is known about a tar once it was read."""
+    """What is known about a tar that was read."""
 
     name: str  # relative to the folder of the tars
     size_bytes: int
     stamp: str  # `storage.Entry.stamp`
-    sha256: str = ""  # "" where there is a problem, as the remaining fields
+    sha256: str = ""  # where there is a problem, this and the fields below are empty
     num_samples: int = 0
     index_sha256: str = ""
     members: Mapping[str, int] = {}  # extension -> members that stages read
@@ -59,13 +59,13 @@ class Walked(NamedTuple):
     num_without_image: int = 0
     num_several_images: int = 0
     num_labels: int = 0
-    num_bad_labels: int = 0  # no class numbers
+    num_bad_labels: int = 0  # labels that aren't class numbers
     highest_label: int = -1
     examples: Mapping[str, str] = {}  # kind of member, or one of the counts above -> the name of such a member
     problem: TarProblem | None = None
 
 
-class _UnusableTar(Exception):  # noqa: N818 -- ends the reading of one tar, no more
+class _UnusableTar(Exception):  # noqa: N818 -- ends the reading of one tar only
     def __init__(self, what: str, fix: str) -> None:
         super().__init__(what)
         self.problem = TarProblem(what, fix)
@@ -91,24 +91,24 @@ def walk(
     """Read a tar.
 
     Args:
-        name: what the manifest is to call it.
+        name: its name in the manifest.
         entry: where it lies, as it was listed.
-        stop: whether to give up.
+        stop: called between pieces; True gives up.
         passed: called with the size of each piece that was read.
 
     Returns:
         What is known about it, and the offsets of its samples: none where there is a problem.
 
     Raises:
-        Stopped: `stop` said so.
+        Stopped: `stop` returned True.
         StorageError: the place can't be read.
     """
     stream = _Stream(entry, stop, passed)
     samples = _Samples(stream)
     try:
         _walk(stream, samples, entry.size_bytes)
-    except _UnusableTar as found:
-        return refused(name, entry, *found.problem), np.zeros(1, dtype=np.int64)
+    except _UnusableTar as error:
+        return refused(name, entry, *error.problem), np.zeros(1, dtype=np.int64)
     known = samples.known(name, entry)
     return known._replace(sha256=stream.sha256()), samples.offsets()
 
@@ -119,7 +119,7 @@ def _walk(stream: _Stream, samples: _Samples, size_bytes: int) -> None:
     head = bytes(stream.take(0, min(8, size_bytes)))
     for magic, how in _COMPRESSED.items():
         if head.startswith(magic):
-            raise _UnusableTar(f"no tar but compressed ({how})", _UNPACK)
+            raise _UnusableTar(f"compressed ({how}), not a tar", _UNPACK)
     end = 0
     try:
         for item in tar_entries(stream.take, size_bytes):
@@ -129,12 +129,12 @@ def _walk(stream: _Stream, samples: _Samples, size_bytes: int) -> None:
             samples.add(item)
         else:
             raise _UnusableTar(
-                f"ends at byte {size_bytes} without an end of archive: cut there, or its writer was killed", _FETCH
+                f"ends at byte {size_bytes} without an end of archive: cut off, or its writer was killed", _FETCH
             )
     except DamagedTar as damage:
         if damage.at == 0:
             raise _UnusableTar(
-                f"no tar ({damage.reason} at its start)", "move it elsewhere, or fetch it anew"
+                f"not a tar ({damage.reason} at its start)", "move it elsewhere, or fetch it again"
             ) from damage
         if "end within" in damage.reason:
             raise _UnusableTar(f"cut off at byte {size_bytes}, within a member's header", _FETCH) from damage
@@ -146,13 +146,13 @@ def _walk(stream: _Stream, samples: _Samples, size_bytes: int) -> None:
     samples.close()
     if not stream.only_zeros(end):
         raise _UnusableTar(
-            f"goes on after its end of archive at byte {end}: several tars joined, of which most readers read one",
-            "unpack it (`tar --ignore-zeros -xf`) and pack it anew, or fetch the parts as files of their own",
+            f"continues after its end of archive at byte {end}: several tars joined, of which readers see the first",
+            "unpack it (`tar --ignore-zeros -xf`) and pack it again, or fetch the parts as separate files",
         )
 
 
 class _Stream:
-    """A tar's bytes from front to back, hashed on their way; what is passed is forgotten."""
+    """A tar's bytes from front to back, hashed as they pass; earlier bytes are dropped."""
 
     def __init__(self, entry: storage.Entry, stop: Callable[[], bool], passed: Callable[[int], None]) -> None:
         self._entry = entry
@@ -160,14 +160,14 @@ class _Stream:
         self._passed = passed
         self._hash = hashlib.sha256()
         self._held = b""
-        self._held_at = 0  # where what is held begins
+        self._held_at = 0  # position of its first byte
 
     @property
     def _end(self) -> int:
         return self._held_at + len(self._held)
 
     def take(self, start: int, stop: int) -> bytes:
-        """Bytes [start, stop), of which none may lie before an earlier call's start."""
+        """Bytes [start, stop); `start` must not lie before an earlier call's."""
         while self._end < stop:
             begin = self._end
             piece = self._next()
@@ -188,19 +188,19 @@ class _Stream:
         return clean
 
     def sha256(self) -> str:
-        """Of all that was read."""
+        """Digest of everything that was read."""
         return self._hash.hexdigest()
 
     def _next(self) -> bytes:
         if self._stop():
-            raise Stopped("asked to stop")
+            raise Stopped("stopped as requested")
         start, size_bytes = self._end, self._entry.size_bytes
         try:
             piece = storage.read_range(self._entry.url, start, min(start + PIECE_BYTES, size_bytes))
         except FileNotFoundError as error:
             raise _UnusableTar("gone since it was listed", "run the same command again") from error
         if len(piece) < min(PIECE_BYTES, size_bytes - start):
-            raise _UnusableTar("became shorter while it was read", "wait for whatever writes it, then run this again")
+            raise _UnusableTar("became shorter while it was read", "wait until its writer is done, then run this again")
         self._hash.update(piece)
         self._passed(len(piece))
         return piece
@@ -236,7 +236,7 @@ class _Samples:
             self._begin(key, item)
         if extension in self._extensions:
             raise _UnusableTar(
-                f"holds {key}.{extension} twice (byte {item.header})", "write it anew with each name once in a tar"
+                f"holds {key}.{extension} twice (byte {item.header})", "write it again with each name once in a tar"
             )
         self._extensions.add(extension)
         self._end = item.stop + -item.stop % BLOCK_BYTES
@@ -248,7 +248,7 @@ class _Samples:
             self._label(item)
 
     def close(self) -> None:
-        """After the last member of a key."""
+        """End the current sample: all members of its key were added."""
         known = self._extensions & EXTENSIONS
         if not known:
             return
@@ -276,7 +276,7 @@ class _Samples:
         )
 
     def offsets(self) -> Int64[np.ndarray, " n_plus_1"]:
-        """Where each sample starts, and where the last one ends."""
+        """Position of each sample's start, and of the last one's end."""
         offsets: Int64[np.ndarray, " n_plus_1"] = np.array([*self._starts, self._stop], dtype=np.int64)
         return offsets
 
@@ -285,9 +285,9 @@ class _Samples:
         digest = hashlib.blake2b(key.encode("utf-8", "replace"), digest_size=16).digest()
         if digest in self._seen:
             raise _UnusableTar(
-                f"key {key!r} comes a second time (byte {item.header}, {item.name}): its members don't stand side by "
-                "side, or two samples are called so",
-                "unpack it and pack it anew sorted (`tar --sort=name -cf NEW.tar FOLDER`)",
+                f"key {key!r} comes a second time (byte {item.header}, {item.name}): its members aren't stored side by "
+                "side, or two samples have this name",
+                "unpack it and pack it again, sorted (`tar --sort=name -cf NEW.tar FOLDER`)",
             )
         self._seen.add(digest)
         self._key, self._at, self._extensions = key, item.header, set()

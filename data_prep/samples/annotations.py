@@ -32,14 +32,14 @@ def parse_annotations(raw: bytes | None) -> list[dict[str, Any]] | None:
     if raw is None or not raw.strip():
         return None
     try:
-        found = json.loads(raw)
+        annotations = json.loads(raw)
     except ValueError as error:
         raise Refused("annotations_invalid", f"no JSON ({error})") from None
-    if found is None:
+    if annotations is None:
         return None
-    if not isinstance(found, list) or not all(isinstance(item, dict) for item in found):
+    if not isinstance(annotations, list) or not all(isinstance(item, dict) for item in annotations):
         raise Refused("annotations_invalid", "no JSON list of objects")
-    return found
+    return annotations
 
 
 def follow_image(annotations: list[dict[str, Any]], geometry: Geometry) -> list[dict[str, Any]]:
@@ -61,13 +61,13 @@ def _follow_one(item: dict[str, Any], geometry: Geometry) -> dict[str, Any] | No
     category = 0 if _PASSED_ON[1] in item else item["category_id"]  # SA-1B's objects have no category
     if isinstance(category, bool) or not isinstance(category, int):
         raise Refused("annotations_invalid", f"category_id {category!r} is no integer")
-    kept: dict[str, Any] = {"category_id": category, "iscrowd": int(item.get("iscrowd", 0))}
-    kept |= {name: item[name] for name in _PASSED_ON if name in item}
+    result: dict[str, Any] = {"category_id": category, "iscrowd": int(item.get("iscrowd", 0))}
+    result |= {name: item[name] for name in _PASSED_ON if name in item}
     mask = _compressed(item["segmentation"], geometry.source) if item.get("segmentation") else None
     if geometry.unchanged:
         box = _numbers(item["bbox"])
         area = item.get("area")
-        return kept | {"bbox": box, "area": area if area is not None else box[2] * box[3]} | _segmentation(mask)
+        return result | {"bbox": box, "area": area if area is not None else box[2] * box[3]} | _segmentation(mask)
     moved = _move_box(_numbers(item["bbox"]), geometry)
     if moved is None:
         return None
@@ -81,7 +81,7 @@ def _follow_one(item: dict[str, Any], geometry: Geometry) -> dict[str, Any] | No
         area = int(coco_mask.area(mask))
     else:
         area = round(min(area, moved[2] * moved[3]), 2)
-    return kept | {"bbox": moved, "area": area} | _segmentation(mask)
+    return result | {"bbox": moved, "area": area} | _segmentation(mask)
 
 
 def _numbers(box: Any) -> list[float]:

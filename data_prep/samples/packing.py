@@ -102,12 +102,12 @@ def pack_samples(job: SegmentJob, inputs: Sequence[Input], writer: ShardWriter) 
         except Refused as refused:
             made[i] = _failure(item, refused, None)
     asked = [Wanted.of(inputs[i]) for i in wanted]
-    for number, found in fetch_all(asked, job.places, job.config.fetch, tasks_at_once=job.tasks_at_once):
+    for number, fetched in fetch_all(asked, job.places, job.config.fetch, tasks_at_once=job.tasks_at_once):
         i = wanted[number]
-        if isinstance(found, Refused):
-            made[i] = _failure(inputs[i], found, None)
+        if isinstance(fetched, Refused):
+            made[i] = _failure(inputs[i], fetched, None)
         else:
-            made[i] = _make(job, inputs[i], texts.get(i), found)
+            made[i] = _make(job, inputs[i], texts.get(i), fetched)
     _apply_filters(job, inputs, made)
     rows: list[SidecarRow] = []
     for i, result in enumerate(made):
@@ -175,25 +175,25 @@ def _captions(config: PrepConfig, item: Input) -> tuple[str, ...]:
     """All captions that can be used, the first of which stands in `txt`."""
     if item["captions"] is None:
         return (captions.clean(item["caption"], config.caption),)
-    found: dict[str, None] = {}
+    usable: dict[str, None] = {}
     refused = Refused("caption_empty", "no caption")
     for number, text in enumerate(json.loads(item["captions"])):
         try:
-            found[captions.clean(text.encode("utf-8", "surrogatepass"), config.caption)] = None
+            usable[captions.clean(text.encode("utf-8", "surrogatepass"), config.caption)] = None
         except Refused as why:
             refused = why if number == 0 else refused
-    if not found:
+    if not usable:
         raise refused
-    return tuple(found)
+    return tuple(usable)
 
 
-def _make(job: SegmentJob, item: Input, texts: Texts | None, found: Fetched) -> _Made | SidecarRow:
-    digest = hashlib.sha256(found.data)
+def _make(job: SegmentJob, item: Input, texts: Texts | None, fetched: Fetched) -> _Made | SidecarRow:
+    digest = hashlib.sha256(fetched.data)
     try:
         if item["sha256"] is not None and item["sha256"] != digest.digest():
             raise Refused("changed_while_reading", "the image changed since all images were looked at")
-        texts = texts or read_texts(job, item, found.sidecar)
-        image = images.convert(found.data, job.config.image)
+        texts = texts or read_texts(job, item, fetched.sidecar)
+        image = images.convert(fetched.data, job.config.image)
         annotations = follow_image(texts.annotations, image.geometry) if texts.annotations is not None else None
     except Refused as refused:
         return _failure(item, refused, digest.hexdigest())
@@ -220,13 +220,13 @@ def _apply_filters(job: SegmentJob, inputs: Sequence[Input], made: list[_Made | 
     """Turn samples that a filter refuses into failures, and note the scores of the others."""
     if not job.config.filters:
         return
-    kept = [i for i, result in enumerate(made) if isinstance(result, _Made)]
+    usable = [i for i, result in enumerate(made) if isinstance(result, _Made)]
     candidates = []
-    for i in kept:
+    for i in usable:
         sample = made[i]
         assert isinstance(sample, _Made)
         candidates.append(Candidate(sample.image, sample.row.caption or "", sample.row.url, sample.texts.extra))
-    for i, verdict in zip(kept, judge(job.config.filters, candidates, job.scorers), strict=True):
+    for i, verdict in zip(usable, judge(job.config.filters, candidates, job.scorers), strict=True):
         sample = made[i]
         assert isinstance(sample, _Made)
         if isinstance(verdict, Refused):

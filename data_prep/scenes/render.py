@@ -189,10 +189,10 @@ def _annotations(scene: Scene) -> list[dict[str, Any]]:
     """COCO annotations of every object, the main one first and its part last."""
     from pycocotools import mask as coco_mask
 
-    found = []
+    annotations = []
     for item in (*reversed(scene.objects), *([scene.part] if scene.part else [])):
         mask = coco_mask.encode(np.asfortranarray(item.mask.astype(np.uint8)))
-        found.append(
+        annotations.append(
             {
                 "bbox": coco_mask.toBbox(mask).tolist(),
                 "category_id": CLASSES.index((item.shape, item.texture)),
@@ -201,7 +201,7 @@ def _annotations(scene: Scene) -> list[dict[str, Any]]:
                 "iscrowd": 0,
             }
         )
-    return found
+    return annotations
 
 
 def _is_begun(url: str, settings: str) -> bool:

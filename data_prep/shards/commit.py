@@ -366,8 +366,8 @@ def read_document(
 
 def _examples(rows: Sequence[SidecarRow]) -> dict[str, str]:
     """The first input that each reason struck."""
-    found: dict[str, str] = {}
+    examples: dict[str, str] = {}
     for row in rows:
         if row.reason:
-            found.setdefault(row.reason, f"{row.url!r}: {row.error_message}"[:300])
-    return found
+            examples.setdefault(row.reason, f"{row.url!r}: {row.error_message}"[:300])
+    return examples

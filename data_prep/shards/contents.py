@@ -53,12 +53,12 @@ def first_samples(manifest: Manifest, count: int) -> list[dict[str, Any]]:
     Raises:
         DataError: see `first_members`.
     """
-    found: list[dict[str, Any]] = []
+    samples: list[dict[str, Any]] = []
     for name, key, members in first_members(manifest, count):
         caption = members.get("txt", b"").decode("utf-8", "replace")
         shown: dict[str, Any] = {"shard": name, "key": key, "caption": caption, "members": sorted(members)}
-        found.append(_facts(members) | shown if is_indexed(manifest) else shown | _facts(members))
-    return found
+        samples.append(_facts(members) | shown if is_indexed(manifest) else shown | _facts(members))
+    return samples
 
 
 def _facts(members: Mapping[str, bytes]) -> dict[str, Any]:

@@ -67,7 +67,7 @@ def read_markers(url: str, segments: Sequence[Segment]) -> Markers:
     Raises:
         ConfigError: one belongs to another build.
     """
-    found: Markers = {}
+    markers: Markers = {}
     places = [entry.url for entry in storage.entries(storage.join(url, "_prep", "partitions"))]
     fingerprints = {segment.number: segment.fingerprint for segment in segments}
     with ThreadPoolExecutor(_AT_ONCE) as pool:
@@ -77,25 +77,25 @@ def read_markers(url: str, segments: Sequence[Segment]) -> Markers:
                 raise ConfigError(
                     "a partition of another build lies here", where=place, fix="choose another output for this build"
                 )
-            found[committed.place] = committed
-    return found
+            markers[committed.place] = committed
+    return markers
 
 
 def named(committed: Iterable[Committed]) -> dict[str, list[Named]]:
     """Split -> its partitions in order with their final names."""
-    found: dict[str, list[Named]] = defaultdict(list)
+    splits: dict[str, list[Named]] = defaultdict(list)
     full: Counter[str] = Counter()
     empty: Counter[str] = Counter()
     for part in sorted(committed, key=lambda part: part.place):
         if part.shard is not None:
             stem = shard_stem(full[part.split])
-            found[part.split].append(Named(part, stem, f"{stem}.parquet"))
+            splits[part.split].append(Named(part, stem, f"{stem}.parquet"))
             full[part.split] += 1
         else:
             stem = f"failed-{shard_stem(empty[part.split])}"
-            found[part.split].append(Named(part, stem, f"{stem}.parquet"))
+            splits[part.split].append(Named(part, stem, f"{stem}.parquet"))
             empty[part.split] += 1
-    return dict(sorted(found.items()))
+    return dict(sorted(splits.items()))
 
 
 def finish(
@@ -201,12 +201,12 @@ def _move(source: str, target: str) -> None:
 
 def _check_sizes(folder: str, parts: Sequence[Named]) -> None:
     """What the markers name must lie there now, in one listing."""
-    found = {entry.url.rpartition("/")[2]: entry.size_bytes for entry in storage.entries(folder)}
+    sizes = {entry.url.rpartition("/")[2]: entry.size_bytes for entry in storage.entries(folder)}
     for part in parts:
         shard = part.shard
-        if shard is not None and (found.get(shard.name) != shard.size_bytes or shard.index_name not in found):
+        if shard is not None and (sizes.get(shard.name) != shard.size_bytes or shard.index_name not in sizes):
             raise DataError(
-                f"{shard.name} was committed with {shard.size_bytes} bytes and now has {found.get(shard.name, 'none')}",
+                f"{shard.name} was committed with {shard.size_bytes} bytes and now has {sizes.get(shard.name, 'none')}",
                 where=folder,
                 fix="restore it from a copy, or build anew",
             )

@@ -224,13 +224,13 @@ def sample_problem(data: bytes, key: str | None, *, foreign: bool = False) -> st
         content = tar_content(data)
     except (tarfile.TarError, ValueError, EOFError) as error:
         return f"no tar members ({error})"
-    found = {parts: value for name, value in content.items() if (parts := key_and_extension(name)) is not None}
+    members = {parts: value for name, value in content.items() if (parts := key_and_extension(name)) is not None}
     if foreign:
-        found = {parts: value for parts, value in found.items() if parts[1] in EXTENSIONS}
-    keys = {name for name, _ in found}
+        members = {parts: value for parts, value in members.items() if parts[1] in EXTENSIONS}
+    keys = {name for name, _ in members}
     if len(keys) != 1 or (key is not None and keys != {key}):
         return f"members of {sorted(keys)} where {key or 'one sample'} should be"
-    by_extension = {extension: value for (_, extension), value in found.items()}
+    by_extension = {extension: value for (_, extension), value in members.items()}
     unknown = set(by_extension) - EXTENSIONS
     if unknown:
         return f"unexpected members {sorted(unknown)}"

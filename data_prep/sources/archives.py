@@ -148,10 +148,10 @@ class TarsSource:
 
 def _facts(data: bytes) -> dict[str, Any]:
     try:
-        found = json.loads(data)
+        facts = json.loads(data)
     except ValueError:
         return {}
-    return found if isinstance(found, dict) else {}
+    return facts if isinstance(facts, dict) else {}
 
 
 def _members(url: str) -> Iterator[tuple[tarfile.TarInfo, IO[bytes]]]:

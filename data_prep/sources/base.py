@@ -103,12 +103,12 @@ class AllowedPlaces(NamedTuple):
 def places_below(folder: str, allow: Sequence[str], witness: str | None) -> AllowedPlaces:
     """The places a source in `folder` may name: below it on a disk or in its bucket, and below those of `allow`."""
     if storage.is_remote(folder):
-        own = "s3://" + folder.removeprefix("s3://").partition("/")[0]
+        whole = "s3://" + folder.removeprefix("s3://").partition("/")[0]
     else:
-        own = folder = os.path.realpath(folder)
+        whole = folder = os.path.realpath(folder)
         witness = None
     further = tuple(place if storage.is_remote(place) else os.path.realpath(place) for place in allow)
-    return AllowedPlaces(folder, tuple(place.rstrip("/") + "/" for place in (own, *further)), witness)
+    return AllowedPlaces(folder, tuple(place.rstrip("/") + "/" for place in (whole, *further)), witness)
 
 
 def nulls(field: pa.Field, rows: int) -> pa.Array:

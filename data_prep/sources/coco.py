@@ -68,10 +68,10 @@ class CocoSource:
             objects[item["image_id"]].append(item | {"category_id": numbers[item["category_id"]]})
         captions = self._captions()
         for image in sorted(self._instances()["images"], key=lambda image: image["id"]):
-            found = objects.pop(image["id"], [])
+            annotations = objects.pop(image["id"], [])
             row: dict[str, Any] = {
                 "url": image["file_name"].encode(),
-                "annotations": json.dumps(found).encode(),
+                "annotations": json.dumps(annotations).encode(),
                 "extra": json.dumps({"image_id": image["id"]}).encode(),
             }
             if self.options.captions is not None:
@@ -83,11 +83,11 @@ class CocoSource:
 
     def _captions(self) -> dict[int, list[str]]:
         """Image id -> captions."""
-        found: dict[int, list[str]] = defaultdict(list)
+        captions: dict[int, list[str]] = defaultdict(list)
         if self.options.captions is not None:
             for item in _read(self.options.captions, ("annotations",))["annotations"]:
-                found[item["image_id"]].append(item["caption"])
-        return found
+                captions[item["image_id"]].append(item["caption"])
+        return captions
 
     def _instances(self) -> dict[str, Any]:
         if self._document is None:

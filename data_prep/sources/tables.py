@@ -87,10 +87,10 @@ class TableSource:
         self.classes()
         wanted = self._columns()
         for file in self.files():
-            found = _column_names(file.url, _format_of(file.url, self.options))
+            known = _column_names(file.url, _format_of(file.url, self.options))
             for setting, column in wanted:
-                if column not in found:
-                    raise _no_column(file.url, setting, column, found)
+                if column not in known:
+                    raise _no_column(file.url, setting, column, known)
         if next(self.batches(), None) is None:
             raise DataError(
                 "the table holds no rows", where=self.options.url, fix="point source.url at a table with rows"
@@ -140,27 +140,27 @@ class TableSource:
                 columns[field] = _as_binary(batch.column(column), nested=nested, where=f"{where}: column {column!r}")
         columns |= self._caption_columns(batch, where)
         if self.options.keep_columns:
-            kept = batch.select(list(self.options.keep_columns)).to_pylist()
-            columns["extra"] = pa.array([_extra(row) for row in kept], pa.binary())
+            passed_on = batch.select(list(self.options.keep_columns)).to_pylist()
+            columns["extra"] = pa.array([_extra(row) for row in passed_on], pa.binary())
         arrays = [columns[field.name] if field.name in columns else nulls(field, rows) for field in SCHEMA]
         return pa.RecordBatch.from_arrays(arrays, schema=SCHEMA)
 
     def _caption_columns(self, batch: pa.RecordBatch, where: str) -> dict[str, pa.Array]:
         names = self._captions()
-        found = [batch.column(name) for name in names]
-        lists = [pa.types.is_list(column.type) or pa.types.is_large_list(column.type) for column in found]
-        if len(found) == 1 and not lists[0]:
+        columns = [batch.column(name) for name in names]
+        lists = [pa.types.is_list(column.type) or pa.types.is_large_list(column.type) for column in columns]
+        if len(columns) == 1 and not lists[0]:
             if _format_of(where, self.options) == "jsonl":
-                return _captions_of_lines(found[0])
-            return {"caption": _as_binary(found[0], nested=False, where=f"{where}: column {names[0]!r}")}
+                return _captions_of_lines(columns[0])
+            return {"caption": _as_binary(columns[0], nested=False, where=f"{where}: column {names[0]!r}")}
         texts: list[list[str]] = [[] for _ in range(batch.num_rows)]
-        for column, is_list in zip(found, lists, strict=True):
+        for column, is_list in zip(columns, lists, strict=True):
             for row, value in zip(texts, column.to_pylist(), strict=True):
                 if isinstance(value, bytes) and value.startswith(_LIST_MARK):
                     row.extend(_texts(json.loads(value.removeprefix(_LIST_MARK))))
                 else:
                     row.extend(_texts(value if is_list else [value]))
-        return {"captions": pa.array([json.dumps(row).encode() for row in texts], pa.binary())} if found else {}
+        return {"captions": pa.array([json.dumps(row).encode() for row in texts], pa.binary())} if columns else {}
 
 
 def _table_files(options: TableOptions) -> tuple[storage.Entry, ...]:
@@ -169,17 +169,17 @@ def _table_files(options: TableOptions) -> tuple[storage.Entry, ...]:
         with contextlib.suppress(FileNotFoundError):
             return (storage.Entry(url, storage.size_bytes(url)),)
     listed = itertools.islice(storage.entries(url), 100_000)
-    found = tuple(entry for entry in listed if _format_by_name(entry.url) or options.format != "auto")
-    formats = {_format_of(entry.url, options) for entry in found}
+    tables = tuple(entry for entry in listed if _format_by_name(entry.url) or options.format != "auto")
+    formats = {_format_of(entry.url, options) for entry in tables}
     if len(formats) > 1:
         raise DataError(
             f"the folder holds tables of several formats ({', '.join(sorted(formats))})",
             where=url,
             fix="point source.url at one file, or at a folder of one format",
         )
-    if not found:
+    if not tables:
         raise DataError("no such table", where=url, fix=_similar_file(url))
-    return found
+    return tables
 
 
 def _similar_file(url: str) -> str:
@@ -296,13 +296,13 @@ def _json_cell(value: Any, *, mark_lists: bool = False) -> bytes | None:
 
 def _texts(values: Sequence[Any] | None) -> list[str]:
     """Captions out of a cell: what is no text is left out; bytes that are no UTF-8 are refused later, by their mark."""
-    found = []
+    texts = []
     for value in values or ():
         if isinstance(value, bytes):
             value = value.decode("utf-8", "surrogateescape")
         if isinstance(value, str):
-            found.append(value)
-    return found
+            texts.append(value)
+    return texts
 
 
 def _captions_of_lines(column: pa.Array) -> dict[str, pa.Array]:
@@ -342,8 +342,8 @@ def _as_binary(column: pa.Array, *, nested: bool, where: str) -> pa.Array:
     raise DataError(f"holds values of type {kind}, expected text", where=where, fix="choose another column")
 
 
-def _no_column(url: str, setting: str, column: str, found: Sequence[str]) -> DataError:
-    close = difflib.get_close_matches(column, found, n=1, cutoff=0.5)
+def _no_column(url: str, setting: str, column: str, known: Sequence[str]) -> DataError:
+    close = difflib.get_close_matches(column, known, n=1, cutoff=0.5)
     hint = f"did you mean {close[0]!r}? " if close else ""
-    listed = ", ".join(found[:30])
+    listed = ", ".join(known[:30])
     return DataError(f"no column {column!r}", where=url, fix=f"{hint}set source.{setting} to one of: {listed}")

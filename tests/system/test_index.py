@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from data_prep.indexing.index import Choice, index_tars
+from data_prep.indexing.index import IndexOptions, index_tars
 from data_prep.shards.verify import verify
 from launch.s3_server import S3Server, find_rclone
 from pipeline import storage
@@ -55,7 +55,7 @@ def test_a_killed_index_goes_on_and_ends_as_if_nothing_had_been(tmp_path: Path, 
     first = write_tar(source / "00000.tar", pair_members(0, 2))
     for i in range(1, NUM_TARS):
         shutil.copy(first, source / f"{i:05d}.tar")
-    index_tars(Choice(str(source), str(whole)))
+    index_tars(IndexOptions(str(source), str(whole)))
     process = start(str(source), "--to", str(parts), "--workers", "2")
     journal = parts / "_index" / "journal"
     while not any(journal.glob("*.json")):
@@ -67,7 +67,7 @@ def test_a_killed_index_goes_on_and_ends_as_if_nothing_had_been(tmp_path: Path, 
     assert not (parts / "manifest.json").exists()
     done = sum(len(json.loads(chunk.read_text())["tars"]) for chunk in journal.glob("*.json"))
     assert 0 < done < NUM_TARS
-    found = index_tars(Choice(str(source), str(parts)))
+    found = index_tars(IndexOptions(str(source), str(parts)))
     assert found.num_read == NUM_TARS - done
     found_files = files_of(parts)  # with what was half-written at the kill, which no listing shows
     left = [found_files.pop(name) for name in list(found_files) if name.endswith(".partial")]
@@ -80,7 +80,7 @@ def test_tars_on_s3_are_indexed_where_they_are(tmp_path: Path, monkeypatch: pyte
         pytest.skip("rclone has no wheel for this machine")
     write_tar(tmp_path / "local" / "sa_0.tar", sa1b_members(0, 5), folder="./")
     write_tar(tmp_path / "local" / "sub" / "sa_1.tar", sa1b_members(5, 4))
-    local = index_tars(Choice(str(tmp_path / "local"), str(tmp_path / "to"))).manifest
+    local = index_tars(IndexOptions(str(tmp_path / "local"), str(tmp_path / "to"))).manifest
     with S3Server(tmp_path / "s3") as server:
         for name, value in server.environment.items():
             monkeypatch.setenv(name, value)
@@ -92,7 +92,7 @@ def test_tars_on_s3_are_indexed_where_they_are(tmp_path: Path, monkeypatch: pyte
         told, said = process.communicate()
         assert process.returncode == 0, said
         assert json.loads(told.splitlines()[-1])["num_read"] == 2
-        again = index_tars(Choice("s3://raw/sa", "s3://mine/sa"))
+        again = index_tars(IndexOptions("s3://raw/sa", "s3://mine/sa"))
         assert (again.already, again.num_read) == (True, 0)
         manifest = read_manifest("s3://mine/sa")
         assert manifest.shards == local.shards
@@ -110,8 +110,8 @@ def test_tars_on_s3_are_indexed_where_they_are(tmp_path: Path, monkeypatch: pyte
         data = bytearray(storage.read("s3://raw/sa/sa_0.tar"))
         data[1100] ^= 1
         storage.write("s3://raw/sa/sa_0.tar", bytes(data))
-        assert index_tars(Choice("s3://raw/sa", "s3://mine/sa")).changed == ("sa_0.tar",), "told by its ETag"
-        assert index_tars(Choice("s3://raw/sa")).manifest.shards_url is None
+        assert index_tars(IndexOptions("s3://raw/sa", "s3://mine/sa")).changed == ("sa_0.tar",), "told by its ETag"
+        assert index_tars(IndexOptions("s3://raw/sa")).manifest.shards_url is None
         assert len(manifest_bytes(read_manifest("s3://raw/sa"))) > 0
 
 

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from data_prep.build import build
 from data_prep.indexing import index as indexing
 from data_prep.indexing import walk as walking
-from data_prep.indexing.index import Choice, Indexed, index_tars
+from data_prep.indexing.index import Indexed, IndexOptions, index_tars
 from data_prep.shards.contents import first_samples
 from data_prep.shards.verify import verify
 from pipeline import storage
@@ -36,7 +36,7 @@ FORMATS = [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT]
 
 
 def indexed(folder: Path | str, **choice: Any) -> Indexed:
-    return index_tars(Choice(str(folder), **choice))
+    return index_tars(IndexOptions(str(folder), **choice))
 
 
 def ours(manifest: Manifest) -> list[tuple[str, dict[str, bytes]]]:
@@ -189,13 +189,13 @@ def flipped(data: bytes, at: int) -> bytes:
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda data: cut(data, 0.2), r"cut off at byte \d+, within the member at byte \d+.*anew"),
+        (lambda data: cut(data, 0.2), r"cut off at byte \d+, within the member at byte \d+.*again"),
         (lambda data: data.rstrip(b"\0") + bytes(-len(data.rstrip(b"\0")) % 512), "without an end of archive"),
         (lambda data: data[: 512 * 3 + 200], r"cut off at byte 1736, within a member's header"),
         (lambda data: b"", "an empty file"),
-        (lambda data: b"<html>not found</html>" * 100, "no tar"),
+        (lambda data: b"<html>not found</html>" * 100, "not a tar"),
         (gzip.compress, r"compressed \(gzip\).*unpack"),
-        (lambda data: joined(data, data), "goes on after its end of archive.*several tars joined"),
+        (lambda data: joined(data, data), "continues after its end of archive.*several tars joined"),
         (lambda data: flipped(data, 512 + 1024 + 3), r"cut off|damaged tar header"),
     ],
 )
@@ -281,7 +281,7 @@ def test_samples_without_image_and_with_several_are_counted(tmp_path: Path) -> N
 
 def test_a_set_of_something_else_is_refused(tmp_path: Path) -> None:
     write_tar(tmp_path / "0.tar", [("0.flac", b"sound"), ("0.txt", b"words"), ("1.image.jpg", encoded(1))])
-    with pytest.raises(DataError, match=r"members are txt, flac, image.jpg.*000.image.jpg has to become 000.jpg"):
+    with pytest.raises(DataError, match=r"members are txt, flac, image.jpg.*000.image.jpg must be called 000.jpg"):
         indexed(tmp_path)
 
 
@@ -346,23 +346,23 @@ def test_a_folder_of_training_and_validation_tars_makes_two_sets(tmp_path: Path)
     assert (train.num_samples, val.num_samples) == (4, 2)
     with pytest.raises(ConfigError, match=r"holds the index of .*x-train.*--to"):
         indexed(tmp_path / "tars", match="x-val-*.tar", to=str(tmp_path / "train"))
-    with pytest.raises(DataError, match=r"no tars called y-\*"):
+    with pytest.raises(DataError, match=r"no tars matching y-\*"):
         indexed(tmp_path / "tars", match="y-*", to=str(tmp_path / "y"))
 
 
 def test_a_prepared_data_set_is_one_already(tmp_path: Path) -> None:
     build(settings(write_pairs(tmp_path / "raw", 8), tmp_path / "out"))
-    with pytest.raises(ConfigError, match=r"is a data set already, of 8 samples.*data.train"):
+    with pytest.raises(ConfigError, match=r"already is a data set of 8 samples.*data.train"):
         indexed(tmp_path / "out" / "train")
-    with pytest.raises(DataError, match=r"holds data sets of their own: train"):
+    with pytest.raises(DataError, match=r"has data sets below it: train"):
         indexed(tmp_path / "out", to=str(tmp_path / "to"))
     write_tar(tmp_path / "tars" / "0.tar", pair_members(0, 3))
-    with pytest.raises(ConfigError, match=r"is a data set already.*another folder"):
+    with pytest.raises(ConfigError, match=r"already is a data set.*another folder"):
         indexed(tmp_path / "tars", to=str(tmp_path / "out" / "train"))
 
 
 def test_a_tar_alone_is_no_folder(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="names a tar"):
+    with pytest.raises(ConfigError, match="is a tar, not a folder"):
         indexed(write_tar(tmp_path / "0.tar", pair_members(0, 3)))
 
 
@@ -374,7 +374,7 @@ def test_a_stop_keeps_what_is_done_and_the_end_is_the_same(tmp_path: Path) -> No
     indexed(source, to=str(whole))
     asked = itertools.count()
     with pytest.raises(Stopped):
-        index_tars(Choice(str(source), str(tmp_path / "parts"), workers=2), stop=lambda: next(asked) > 12)
+        index_tars(IndexOptions(str(source), str(tmp_path / "parts"), readers=2), stop=lambda: next(asked) > 12)
     assert not (tmp_path / "parts" / "manifest.json").exists()
     found = indexed(source, to=str(tmp_path / "parts"))
     assert 0 < found.num_read < 12
@@ -425,10 +425,10 @@ def test_no_more_than_two_pieces_of_a_tar_are_held(tmp_path: Path, monkeypatch: 
 
 
 def test_progress_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(indexing, "TELL_S", 0.0)
+    monkeypatch.setattr(indexing, "SAY_EVERY_S", 0.0)
     write_tar(tmp_path / "0.tar", pair_members(0, 3))
     said: list[str] = []
-    index_tars(Choice(str(tmp_path)), say=said.append)
+    index_tars(IndexOptions(str(tmp_path)), say=said.append)
     assert any("of 1 tars" in line and "to go" in line for line in said)
 
 

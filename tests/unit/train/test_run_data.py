@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from data_prep.build import build as prepare
-from data_prep.indexing.index import Choice, index_tars
+from data_prep.indexing.index import IndexOptions, index_tars
 from pipeline import config as configs
 from pipeline.classes import check_initial
 from pipeline.convert.weights import build
@@ -169,7 +169,7 @@ def test_reconstruction_mixes_and_measures_sets_of_any_classes_and_resumes_exact
 def test_segment_anything_mixes_instances_of_any_categories_and_of_none(kinds: Path, one: ProcessGroup) -> None:
     """As SA-1B, which has no categories, beside COCO, which has 80."""
     write_tar(kinds / "tars" / "sa_000000.tar", sa1b_members(0, 14))
-    index_tars(Choice(str(kinds / "tars"), str(kinds / "sa1b" / "train")))
+    index_tars(IndexOptions(str(kinds / "tars"), str(kinds / "sa1b" / "train")))
     options = {"model": sam_batches.MODEL, "sam": sam_batches.SAM, "clicks": 1, "repeats": 1, "max_objects": 2}
     changes = {"stage": "sam", "options": options, "engine.zero_stage": 0, "length_samples": 32}
     names = ["animals", "sa1b", "plants"]

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from data_prep.indexing.index import Choice, index_tars
+from data_prep.indexing.index import IndexOptions, index_tars
 from pipeline.data.images.transforms import ImageExample, TrainImage
 from pipeline.data.instances import decode_masks
 from pipeline.data.loader import Cursor, Loader, sweep
@@ -31,7 +31,7 @@ def sa1b(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("sa1b")
     write_tar(folder / "tars" / "sa_000000.tar", sa1b_members(0, 14), tarfile.GNU_FORMAT, folder="./")
     write_tar(folder / "tars" / "sa_000020.tar", sa1b_members(14, 10), tarfile.GNU_FORMAT, folder="./")
-    index_tars(Choice(str(folder / "tars"), str(folder / "index")))
+    index_tars(IndexOptions(str(folder / "tars"), str(folder / "index")))
     return folder
 
 
@@ -65,11 +65,11 @@ def test_segment_anything_trains_and_resumes_on_raw_tars(sa1b: Path, one: Proces
 
 def test_a_run_refuses_tars_that_have_changed(sa1b: Path, one: ProcessGroup, tmp_path: Path) -> None:
     shutil.copytree(sa1b / "tars", tmp_path / "tars")
-    index_tars(Choice(str(tmp_path / "tars"), str(tmp_path / "index")))
+    index_tars(IndexOptions(str(tmp_path / "tars"), str(tmp_path / "index")))
     assert one.run(run_cases.run, sam_document(tmp_path, "changed"), 1)[0][0] == "stopped"
     path = tmp_path / "tars" / "sa_000020.tar"
     path.write_bytes(path.read_bytes().replace(b'"predicted_iou": 0.93', b'"predicted_iou": 0.92'))
-    assert index_tars(Choice(str(tmp_path / "tars"), str(tmp_path / "index"))).changed == ("sa_000020.tar",)
+    assert index_tars(IndexOptions(str(tmp_path / "tars"), str(tmp_path / "index"))).changed == ("sa_000020.tar",)
     error, what, _ = one.run(run_cases.run, sam_document(tmp_path, "changed"))[0]
     assert error == "DataError"
     assert "isn't the one this run began with" in what
@@ -98,7 +98,7 @@ def test_the_same_tars_come_in_the_same_order_prepared_or_indexed(tmp_path: Path
     (tmp_path / "tars").mkdir()
     for tar in (tmp_path / "prepared").glob("*.tar"):
         shutil.copy(tar, tmp_path / "tars")
-    indexed = index_tars(Choice(str(tmp_path / "tars"))).manifest
+    indexed = index_tars(IndexOptions(str(tmp_path / "tars"))).manifest
     assert [shard._replace(index_sha256="") for shard in indexed.shards] == [
         shard._replace(index_sha256="") for shard in prepared.shards
     ]
@@ -119,7 +119,7 @@ def test_pairs_as_img2dataset_leaves_them_are_trained_on(tmp_path: Path, one: Pr
     for i in range(2):
         write_tar(tmp_path / "train" / f"{i:05d}.tar", pair_members(100 * i, 16))
         (tmp_path / "train" / f"{i:05d}_stats.json").write_text("{}")
-    index_tars(Choice(str(tmp_path / "train")))
+    index_tars(IndexOptions(str(tmp_path / "train")))
     changes: dict[str, Any] = {"data.evaluate": {}, "length_samples": 32}
     if stage == "flip":
         changes |= {"stage": "flip", "options": {**flip_cases.OPTIONS, "evaluate": []}}
@@ -131,7 +131,7 @@ def test_pairs_as_img2dataset_leaves_them_are_trained_on(tmp_path: Path, one: Pr
 
 def test_a_stage_learns_the_names_of_labels(tmp_path: Path, one: ProcessGroup) -> None:
     write_tar(tmp_path / "train" / "00000.tar", pair_members(0, 32, label=True))
-    index_tars(Choice(str(tmp_path / "train"), classes=("cat", "dog", "hen", "owl")))
+    index_tars(IndexOptions(str(tmp_path / "train"), classes=("cat", "dog", "hen", "owl")))
     changes = {"stage": "classify", "data.evaluate": {}, "length_samples": 16, "options.decoder": None}
     document = train_cases.document(tmp_path, "labels", **changes)
     document["options"] = {"model": document["options"]["model"]}
