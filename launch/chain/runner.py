@@ -304,6 +304,6 @@ def only_one(work: Path) -> Iterator[None]:
 
 def _brief(summary: dict[str, Any]) -> str:
     """What a person wants to see of a step's summary at once."""
-    counts = [f"{summary[key]} {noun}" for key, noun in _COUNTS.items() if key in summary]
+    counts = [f"{summary[key]} {noun}" for key, noun in _COUNTS.items() if isinstance(summary.get(key), int)]
     figures = [f"{name} {value:.4g}" for name, value in headline(summary.get("figures", {})).items()]
     return "".join(f", {part}" for part in [*counts, *figures])
