@@ -166,7 +166,7 @@ def test_a_classifier_comes_back_bit_for_bit(tmp_path: Path) -> None:
     assert all(torch.equal(first[name], second[name]) for name in first)
     again = ViTForImageClassification.from_pretrained(tmp_path / "again", **SDPA).eval()
     assert torch.equal(again(pixels(32, 32)).logits, peer(pixels(32, 32)).logits)
-    assert again.options.id2label == peer.config.id2label
+    assert again.config.id2label == peer.config.id2label
 
 
 def test_features_without_a_head(tmp_path: Path) -> None:
