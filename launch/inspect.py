@@ -1,21 +1,16 @@
-"""Looking at what is there: runs, data sets, reports."""
+"""The verbs that show what is there: runs and data sets as documents and as lines, reports."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from launch.progress import figures_of
 from launch.replies import Reply
 from pipeline import config as configs
-from pipeline import storage
-from pipeline.data.manifest import MANIFEST_NAME, Manifest, read_manifest
+from pipeline import inspection
 from pipeline.errors import DataError
-from pipeline.run_dir import RunDir
-
-SILENT_S = 600.0  # without news from a run that says it is running
+from pipeline.inspection import RunSummary
 
 
 def describe(place: str, *, verify: bool = False, num_samples: int = 0) -> Reply:
@@ -28,61 +23,28 @@ def describe(place: str, *, verify: bool = False, num_samples: int = 0) -> Reply
     Raises:
         DataError: it is neither.
     """
-    if storage.exists(storage.join(place, "status.json")):
+    if inspection.is_run_directory(place):
         return _describe_run(place, verify=verify)
-    manifests = splits_of(place)
-    if not manifests:
+    from data_prep.shards.describe import describe_splits
+
+    splits = describe_splits(place, num_samples)
+    if not splits:
         raise DataError(
             "neither a run directory (status.json) nor a data set (manifest.json)",
             where=place,
             fix="check the path; `vitrail runs FOLDER` lists runs, `vitrail index` makes a data set of existing tars",
         )
-    from data_prep.shards.contents import first_samples
-
-    document: dict[str, Any] = {}
     lines: list[str] = []
-    for name, manifest in manifests.items():
-        size_bytes = sum(shard.size_bytes for shard in manifest.shards)
-        document[name] = {
-            "num_samples": manifest.num_samples,
-            "num_shards": len(manifest.shards),
-            "size_bytes": size_bytes,
-            "classes": list(manifest.classes),
-            "fingerprint": manifest.fingerprint,
-            "info": manifest.info,
-        }
-        classes = f", {len(manifest.classes)} classes" if manifest.classes else ""
-        size = f"{len(manifest.shards)} shards, {size_bytes / 2**20:.1f} MiB"
-        lines.append(f"{name}: {manifest.num_samples} samples in {size}{classes}")
-        if num_samples:
-            found = first_samples(manifest, num_samples)
-            document[name]["samples"] = found
-            lines += [_sample_line(facts) for facts in found]
-    return {"data_set": place, "splits": document}, lines
-
-
-def _sample_line(facts: dict[str, Any]) -> str:
-    """A sample in one line; captions are strangers' text, so what a terminal would obey is left out."""
-    caption = "".join(c if c.isprintable() else " " for c in str(facts.get("caption") or ""))
-    size = f"{facts.get('width', '?')}x{facts.get('height', '?')}"
-    return f"  {facts['shard']} {facts.get('key', '?')}  {size:>9}  {caption[:90]}"
-
-
-def splits_of(place: str) -> dict[str, Manifest]:
-    """The manifest in a folder, or those of the folders in it, by name."""
-    if storage.exists(storage.join(place, MANIFEST_NAME)):
-        return {place.rstrip("/").rpartition("/")[2]: read_manifest(place)}
-    suffix = f"/{MANIFEST_NAME}"
-    try:
-        found = sorted(entry.url for entry in storage.entries(place) if entry.url.endswith(suffix))
-    except FileNotFoundError:
-        return {}
-    folders = [url.removesuffix(suffix) for url in found]
-    return {folder.rpartition("/")[2]: read_manifest(folder) for folder in folders}
+    for name, split in splits.items():
+        classes = f", {len(split['classes'])} classes" if split["classes"] else ""
+        size = f"{split['num_shards']} shards, {split['size_bytes'] / 2**20:.1f} MiB"
+        lines.append(f"{name}: {split['num_samples']} samples in {size}{classes}")
+        lines += [_sample_line(facts) for facts in split.get("samples", ())]
+    return {"data_set": place, "splits": splits}, lines
 
 
 def verify_dataset(url: str, say: Callable[[str], None]) -> tuple[dict[str, Any], list[str], bool]:
-    """Check a data set down to the sample: the findings as a document and as lines, and whether all is well."""
+    """Check a data set down to the sample: what was found as a document and as lines, and whether all is well."""
     from data_prep.shards.verify import verify
 
     report = verify(url, progress=lambda done, total: say(f"{done} of {total} shards checked"))
@@ -94,33 +56,10 @@ def verify_dataset(url: str, say: Callable[[str], None]) -> tuple[dict[str, Any]
 
 
 def list_runs(folder: str) -> tuple[list[dict[str, Any]], list[str]]:
-    """Every run directory in a folder: its state, its newest valid checkpoint, and why it isn't going on."""
-    from pipeline.train.checkpoints.listing import list_checkpoints
-
-    documents = []
-    lines = []
-    for name in _names_of_runs(folder):
-        url = storage.join(folder, name)
-        status = RunDir(url).status()
-        state = state_of(status)
-        saved = list_checkpoints(_checkpoints_of(url, status))
-        resumable = saved.checkpoints[0].step if saved.checkpoints else None
-        documents.append({"name": name, **status, "state": state, "resumable_step": resumable})
-        lines.append(
-            f"{name:<24} {state:<8} {status.get('stage', '?'):<10} step {status.get('step', 0):<8} "
-            f"{status.get('samples', 0)}/{status.get('length_samples', '?')} samples  "
-            f"{'no checkpoint' if resumable is None else f'saved at {resumable}':<16} {_ago(status.get('updated'))}"
-        )
-        if status.get("message"):
-            lines.append(f"    {status['message']}")
-    return documents, lines or [f"no runs in {folder}"]
-
-
-def state_of(status: dict[str, Any]) -> str:
-    """A run's state; "silent" for one that says it is running and hasn't been heard of for long."""
-    state = str(status.get("state", "?"))
-    age_s = time.time() - float(status.get("updated") or 0)
-    return "silent" if state == "running" and age_s > SILENT_S else state
+    """Every run directory in a folder: its state, its newest valid checkpoint, and why it has ended or stopped."""
+    runs = inspection.list_runs(folder)
+    lines = [line for run in runs for line in _run_lines(run)]
+    return [run.document() for run in runs], lines or [f"no runs in {folder}"]
 
 
 def report_on(sources: Sequence[str], out: str) -> str:
@@ -137,35 +76,39 @@ def report_on(sources: Sequence[str], out: str) -> str:
 
 
 def _describe_run(url: str, *, verify: bool) -> Reply:
-    from pipeline.train.checkpoints.listing import list_checkpoints
-
-    status = RunDir(url).status()
-    status["state"] = state_of(status)
-    figures = figures_of(url)
-    lines = [f"{key:<16} {value}" for key, value in status.items() if value not in (None, "")]
-    lines += [f"{name:<32} {value:.4g}" for name, value in figures.items()]
-    saved = list_checkpoints(_checkpoints_of(url, status), verify=verify)
-    for attempt in saved.attempts:
+    run = inspection.describe_run(url, verify=verify)
+    lines = [f"{key:<16} {value}" for key, value in run.status.items() if value not in (None, "")]
+    lines += [f"{name:<32} {value:.4g}" for name, value in run.figures.items()]
+    listing = run.checkpoints
+    for attempt in listing.attempts:
         lines.append(f"attempt {attempt.number:<8} began at step {attempt.resumed_step}")
-    for number, one in enumerate(saved.checkpoints):
-        facts = f"{one.samples} samples, {one.size_bytes / 2**20:.1f} MiB, attempt {one.attempt}, {_ago(one.time)}"
-        lines.append(f"checkpoint       step {one.step}: {facts}{'  <- would be resumed' if number == 0 else ''}")
-    lines += [f"unusable         {reason}" for reason in saved.skipped]
-    if saved.skipped and not saved.checkpoints:
+    for number, checkpoint in enumerate(listing.checkpoints):
+        size = f"{checkpoint.samples} samples, {checkpoint.size_bytes / 2**20:.1f} MiB"
+        facts = f"{size}, attempt {checkpoint.attempt}, {_ago(checkpoint.time)}"
+        mark = "  <- would be resumed" if number == 0 else ""
+        lines.append(f"checkpoint       step {checkpoint.step}: {facts}{mark}")
+    lines += [f"unusable         {reason}" for reason in listing.skipped]
+    if listing.skipped and not listing.checkpoints:
         lines.append("no checkpoint can be used: restore the files, or delete the folder to start over")
-    return {"run": url, "status": status, "figures": figures, "checkpoints": saved.document()}, lines
+    return run.document(), lines
 
 
-def _checkpoints_of(url: str, status: dict[str, Any]) -> str:
-    return str(status.get("checkpoints") or RunDir(url).checkpoints_url)
+def _run_lines(run: RunSummary) -> list[str]:
+    status = run.status
+    saved = "no checkpoint" if run.resumable_step is None else f"saved at {run.resumable_step}"
+    line = (
+        f"{run.name:<24} {status['state']:<8} {status.get('stage', '?'):<10} step {status.get('step', 0):<8} "
+        f"{status.get('samples', 0)}/{status.get('length_samples', '?')} samples  "
+        f"{saved:<16} {_ago(status.get('updated'))}"
+    )
+    return [line, f"    {status['message']}"] if status.get("message") else [line]
 
 
-def _names_of_runs(folder: str) -> list[str]:
-    if not storage.is_remote(folder):
-        return sorted(path.parent.name for path in Path(folder).glob("*/status.json"))
-    start = len(folder.rstrip("/")) + 1
-    found = (entry.url[start:] for entry in storage.entries(folder) if entry.url.endswith("/status.json"))
-    return sorted(name.removesuffix("/status.json") for name in found if name.count("/") == 1)
+def _sample_line(facts: Mapping[str, Any]) -> str:
+    """A sample in one line. Captions are strangers' text: control characters, which a terminal obeys, are left out."""
+    caption = "".join(c if c.isprintable() else " " for c in str(facts.get("caption") or ""))
+    size = f"{facts.get('width', '?')}x{facts.get('height', '?')}"
+    return f"  {facts['shard']} {facts.get('key', '?')}  {size:>9}  {caption[:90]}"
 
 
 def _ago(unix_time: object) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from pipeline.errors import UserError
 from pipeline.run_dir import RunDir
@@ -66,16 +66,6 @@ def training_progress(run_url: str) -> StepProgress:
     if "samples_per_s" in last:
         parts.append(f"{last['samples_per_s']:.0f} samples/s")
     return StepProgress(", ".join(parts), int(last["samples"]), length)
-
-
-def figures_of(run_url: str) -> dict[str, float]:
-    """The figures of the run's last evaluation, by name."""
-    try:
-        metrics = RunDir(run_url).metrics()
-    except (FileNotFoundError, UserError):
-        return {}
-    measured: list[dict[str, Any]] = [line for line in metrics if line.get("kind") == "evaluate"]
-    return dict(measured[-1]["figures"]) if measured else {}
 
 
 def headline(figures: Mapping[str, float]) -> dict[str, float]:

@@ -23,7 +23,7 @@ from launch.chain.graph import Chain, ChainStep
 from launch.chain.kinds import step_kind
 from launch.chain.records import ChainStepResult, StepRecord, StepRecords, delete_tree
 from launch.display import Display
-from launch.progress import AttemptWatcher, StepProgress, figures_of, headline, training_progress
+from launch.progress import AttemptWatcher, StepProgress, headline, training_progress
 from launch.stopping import StopRequest
 from launch.workers.attempts import JobFailedError, run_training
 from launch.workers.group import allocator
@@ -31,6 +31,7 @@ from launch.workers.placement import ElasticPlacement, RankPlacement, placement_
 from pipeline import config as configs
 from pipeline import storage
 from pipeline.errors import ConfigError, ResourceError, UserError
+from pipeline.inspection import figures_of
 from pipeline.train.config import TrainConfig
 
 PROGRESS_EVERY_S = 5.0

@@ -33,7 +33,7 @@ DIRECTION: tuple[tuple[str, ...], ...] = (
     ("pipeline.convert",),
     ("pipeline.train",),
     ("pipeline.report",),
-    ("pipeline.inference",),
+    ("pipeline.inference", "pipeline.inspection"),
     ("data_prep",),
     ("launch",),
     ("vitrail",),

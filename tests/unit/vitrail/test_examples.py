@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -112,15 +113,27 @@ def test_using_weights_needs_neither_ray_nor_deepspeed(use: str) -> None:
     assert done.stdout.strip() == "[]"
 
 
+def build_wheel(folder: Path) -> Path:
+    """The wheel of a copy of the source tree: building leaves its traces in the tree."""
+    source = folder / "source"
+    for package in ("pipeline", "data_prep", "launch", "vitrail", "configs"):
+        shutil.copytree(REPOSITORY / package, source / package, ignore=shutil.ignore_patterns("__pycache__"))
+    for file in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(REPOSITORY / file, source)
+    build = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-w", str(folder)]
+    uv = Path(sys.executable).with_name("uv")
+    if uv.exists():
+        build = [str(uv), "build", "--wheel", "--no-build-isolation", "--python", sys.executable, "-o", str(folder)]
+    done = subprocess.run([*build, str(source)], cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (wheel,) = folder.glob("*.whl")
+    return wheel
+
+
 @pytest.mark.slow
 def test_the_examples_run_from_the_built_wheel(tmp_path: Path) -> None:
     """In an environment that has the dependencies, but knows nothing of this source tree."""
-    build = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-q", "-w", str(tmp_path)]
-    uv = Path(sys.executable).with_name("uv")
-    if uv.exists():
-        build = [str(uv), "build", "--wheel", "--no-build-isolation", "-q", "-o", str(tmp_path)]
-    subprocess.run([*build, str(REPOSITORY)], check=True, cwd=tmp_path)
-    (wheel,) = tmp_path.glob("*.whl")
+    wheel = build_wheel(tmp_path)
     venv.create(tmp_path / "env", with_pip=False, symlinks=True)
     python = tmp_path / "env" / "bin" / "python"
     packages = Path(sysconfig.get_path("purelib", vars={"base": str(tmp_path / "env")}))
