@@ -41,12 +41,14 @@ from data_prep.samples.packing import SegmentJob
 from data_prep.shards.commit import (
     SIDECAR_SCHEMA,
     Committed,
+    PackedPartition,
+    PackedSamples,
     Sample,
     ShardWriter,
     commit,
     json_bytes,
     sample_key,
-    stage_packed,
+    stage,
 )
 from data_prep.shards.page import NUM_SAMPLES
 from data_prep.sources.base import BATCH_ROWS, SCHEMA, AllowedPlaces
@@ -115,10 +117,11 @@ def simulate(job: SegmentJob, partition: Partition) -> Committed:
     archive, offsets = _few_samples()
     rest = max(0, rows + 1 - len(offsets))  # of which each has one byte: an index must rise
     offsets = np.concatenate([offsets[: rows + 1], offsets[-1] + np.arange(1, rest + 1)])
-    packed = (archive + bytes(rest), offsets, json_bytes({"count": rows}))
+    packed = PackedSamples(archive + bytes(rest), offsets, json_bytes({"count": rows}))
     place = (job.segment, partition.split, partition.number)
     table = pa.table(columns, schema=SIDECAR_SCHEMA)
-    return commit(job.config.output, stage_packed(job.config.output, place, packed, table, {}, {}, job.fingerprint))
+    partition_objects = PackedPartition(place, job.fingerprint, packed, table, {}, {})
+    return commit(job.config.output, stage(job.config.output, partition_objects))
 
 
 def measure(rows: int, samples: int, folder: str) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""Why an input doesn't become a sample, and the account of a whole build: inputs = written + filtered + failed.
+"""Why inputs don't become samples, and the account of a whole build: inputs = written + filtered + failed.
 
 An input *fails* where it can't be used (it can't be fetched, is damaged, is not text); it is *filtered* where it
 could be used, but the settings don't want it.
@@ -15,9 +15,9 @@ Phase = Literal["plan", "scan", "write", "publish"]
 
 
 class Meaning(NamedTuple):
-    """What a reason says about its input."""
+    """What a reason means for its input."""
 
-    status: Status  # the word img2dataset's readers know
+    status: Status  # in img2dataset's words
     filtered: bool  # usable, but not wanted
 
 
@@ -93,7 +93,7 @@ class PrepReport(NamedTuple):
     failed: dict[str, int]
     splits: dict[str, SplitCount]
     fingerprint: str
-    examples: dict[str, str]  # reason -> one input it struck, with the message
+    examples: dict[str, str]  # reason -> an input that was refused for it, with the message
     resumed_partitions: int = 0  # committed by earlier attempts
     duration_s: float = 0.0
 
@@ -153,7 +153,7 @@ def total(counts: Mapping[str, int], *, filtered: bool) -> int:
 
 
 def describe(counts: Mapping[str, int], examples: Mapping[str, str]) -> str:
-    """The commonest reasons with their numbers and an example, as a phrase."""
+    """The most common reasons with their numbers and an example, as text."""
     parts = [f"{count} {reason} (e.g. {examples[reason]})" for reason, count in Counter(counts).most_common(3)]
     return "; ".join(parts)
 

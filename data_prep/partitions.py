@@ -1,6 +1,6 @@
-"""Tasks on Ray: as many under way as there are workers, dead workers replaced, every result handed back and checked.
+"""Tasks on Ray: a bounded number at once, repeated where their process dies, every result returned and checked.
 
-The only file of data_prep that knows Ray.
+The only file of data_prep that imports Ray.
 """
 
 from __future__ import annotations
@@ -23,12 +23,13 @@ from data_prep.filters.candidate import Scorers
 from data_prep.filters.options import FilterOptions
 from pipeline.config import by_dotted_name
 from pipeline.errors import ResourceError, Stopped, UserError
+from pipeline.machine import available_cores
 
 TaskT = TypeVar("TaskT")
 ResultT = TypeVar("ResultT")
 
 _POLL_S = 0.5
-_QUEUED = 2  # tasks handed over beyond those that run, so that no worker waits for the driver
+_QUEUED = 2  # tasks submitted beyond those that run, so that no core waits for the driver
 _OBJECT_STORE_BYTES = 512 * 2**20
 _SCORER_START_S = 900  # weights may have to be downloaded
 _START_FIX = "check ray.address, or leave it out to use this machine alone"
@@ -43,22 +44,23 @@ def run(
 ) -> Generator[ResultT, None, None]:
     """Results of `function` over `tasks`, in the order in which they finish.
 
-    Tasks are taken from the iterable only as workers become free, so neither tasks nor results pile up. A task whose
-    worker dies is run again, up to `options.task_retries` times; so `function` must bear being run twice.
+    Inputs are taken from the iterable only as cores become free, so neither inputs nor results pile up. A task whose
+    process dies is run again, up to `options.task_retries` times, so running `function` twice must do no harm.
 
     Args:
-        function: importable on the workers (a module's function, or a partial of one).
-        stop: asked between results; once it says yes, tasks under way are given up.
+        function: importable on all machines (a module's function, or a partial of one).
+        tasks: the inputs, one for each task.
+        stop: called between results; True cancels the running tasks.
 
     Raises:
-        UserError: the first one a task raised.
-        ResourceError: no Ray there, or a task's workers died again and again.
-        Stopped: `stop` said so.
+        UserError: the first one that a task raised.
+        ResourceError: Ray can't be reached, or a task's process died too often.
+        Stopped: `stop` returned True.
     """
     if options.tasks == 0:
         for task in tasks:
             if stop():
-                raise Stopped("data preparation was stopped; the same command goes on")
+                raise Stopped("data preparation was stopped; the same command resumes it")
             yield function(task)
         return
     with session(options):
@@ -70,12 +72,12 @@ def _run_on_ray(
 ) -> Generator[ResultT, None, None]:
     import ray
 
-    num_tasks_at_once = options.tasks or _num_cpus()
+    most = options.tasks or _num_cpus()
     remote = ray.remote(num_cpus=1, max_retries=options.task_retries, retry_exceptions=False)(_guarded)
     shared = ray.put(function)
     waiting: list[Any] = []
     queue = iter(tasks)
-    limit = num_tasks_at_once if options.tasks else num_tasks_at_once + _QUEUED
+    limit = most if options.tasks else most + _QUEUED
     more = True
     try:
         while more or waiting:
@@ -86,13 +88,13 @@ def _run_on_ray(
                 else:
                     waiting.append(remote.remote(shared, task))
             if stop():
-                raise Stopped("data preparation was stopped; the same command goes on")
+                raise Stopped("data preparation was stopped; the same command resumes it")
             ready, waiting = ray.wait(waiting, timeout=_POLL_S) if waiting else ([], [])
             for reference in ready:
                 yield _result(reference)
     finally:
         for reference in waiting:
-            with contextlib.suppress(Exception):  # Ray itself may be what failed
+            with contextlib.suppress(Exception):  # Ray itself may have failed
                 ray.cancel(reference, force=True)
 
 
@@ -103,8 +105,8 @@ def num_tasks(options: RayConfig) -> int:
 
 @contextlib.contextmanager
 def scorers(config: PrepConfig) -> Iterator[Scorers | None]:
-    """Processes that hold the models of `config.filters` for a while: Ray actors, on GPUs where there are some; with
-    `ray.tasks` 0 this process. None where no filter has a model.
+    """The models of `config.filters`, until the context ends: in Ray actors, on GPUs where there are some; with
+    `ray.tasks` 0 in this process. None where no filter has a model.
 
     Raises:
         UserError: a model can't be loaded.
@@ -119,13 +121,13 @@ def scorers(config: PrepConfig) -> Iterator[Scorers | None]:
     import ray
 
     resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
-    places = [number for number in numbers if config.filters[number].wants_gpu]
-    each, share = scorer_share(resources.get("GPU", 0.0), len(places), config.ray.scorers)
+    on_gpu = [number for number in numbers if config.filters[number].wants_gpu]
+    each, share = scorer_share(resources.get("GPU", 0.0), len(on_gpu), config.ray.scorers)
     handles: dict[int, list[Any]] = {}
     try:
         for number in numbers:
-            gpu, count = (share, each) if number in places else (0.0, config.ray.scorers or 1)
-            # On CPUs a scorer shares the tasks' cores, which wait for it meanwhile.
+            gpu, count = (share, each) if number in on_gpu else (0.0, config.ray.scorers or 1)
+            # On CPUs scorers share the cores of the tasks, which wait for them meanwhile.
             actor: Any = ray.remote(num_cpus=0, num_gpus=gpu, max_restarts=3, max_task_retries=3)(_ScorerActor)
             handles[number] = [actor.remote(config.filters[number], number) for _ in range(count)]
         for number, of_filter in handles.items():
@@ -134,7 +136,7 @@ def scorers(config: PrepConfig) -> Iterator[Scorers | None]:
                     error = ray.get(handle.ready.remote(), timeout=_SCORER_START_S)
                 except ray.exceptions.GetTimeoutError as late:
                     raise ResourceError(
-                        f"the model of filter {number} wasn't there after {_SCORER_START_S} s",
+                        f"the model of filter {number} wasn't ready after {_SCORER_START_S} s",
                         where="data preparation",
                         fix="lower ray.scorers, free GPUs, or download the model's weights first",
                     ) from late
@@ -148,10 +150,10 @@ def scorers(config: PrepConfig) -> Iterator[Scorers | None]:
 
 
 def scorer_share(num_gpus: float, num_filters: int, wanted: int | None) -> tuple[int, float]:
-    """How many scorers each of the filters that may use a GPU gets, and which share of a GPU each of those takes.
+    """How many scorers each filter with a model on GPUs gets, and which share of a GPU each scorer takes.
 
-    All of them run at once: as many per filter as there are GPUs for, unless `wanted` says how many, and where GPUs
-    don't suffice for that several share one.
+    All run at once: as many per filter as there are GPUs for, or `wanted`; several scorers share a GPU where there are
+    too few.
     """
     if num_gpus < 1 or not num_filters:
         return wanted or 1, 0.0
@@ -169,15 +171,15 @@ class _LocalScorers:
 
     def scores(self, number: int, pairs: Sequence[tuple[bytes, str]]) -> list[float]:
         size = self._options[number].batch_size
-        return [score for some in _cut(pairs, size) for score in self._models[number].scores(some)]
+        return [score for batch in _batches(pairs, size) for score in self._models[number].scores(batch)]
 
 
 class _RayScorers:
-    """Models in actors. The batches of a call go to all of them at once, beginning with one by chance."""
+    """Models in actors. The batches of a call go to all of them at once, starting with a random one."""
 
-    def __init__(self, handles: dict[int, list[Any]], batches: Sequence[int]) -> None:
+    def __init__(self, handles: dict[int, list[Any]], batch_sizes: Sequence[int]) -> None:
         self._handles = handles
-        self._batches = batches
+        self._batch_sizes = batch_sizes
 
     def scores(self, number: int, pairs: Sequence[tuple[bytes, str]]) -> list[float]:
         import ray
@@ -185,24 +187,26 @@ class _RayScorers:
         handles = self._handles[number]
         first = secrets.randbelow(len(handles))
         pending = [
-            handles[(first + place) % len(handles)].scores.remote(list(some))
-            for place, some in enumerate(_cut(pairs, self._batches[number]))
+            handles[(first + place) % len(handles)].scores.remote(list(batch))
+            for place, batch in enumerate(_batches(pairs, self._batch_sizes[number]))
         ]
         scores: list[list[float]] = ray.get(pending)
         return list(itertools.chain.from_iterable(scores))
 
 
-def _cut(pairs: Sequence[tuple[bytes, str]], size: int) -> Iterator[Sequence[tuple[bytes, str]]]:
+def _batches(pairs: Sequence[tuple[bytes, str]], size: int) -> Iterator[Sequence[tuple[bytes, str]]]:
     """Batches of the filter's size, the same ones wherever they are scored."""
     return (pairs[start : start + size] for start in range(0, len(pairs), size))
 
 
 class _ScorerActor:
+    """A filter's model in a process of its own."""
+
     def __init__(self, option: FilterOptions, number: int) -> None:
         self._error: UserError | None = None
         try:
             self._scorer = load_scorer(option, number)
-        except UserError as error:  # told by `ready`: Ray would wrap it
+        except UserError as error:  # returned by `ready`, since Ray would wrap it
             self._error = error
 
     def ready(self) -> UserError | None:
@@ -227,7 +231,7 @@ def _num_cpus() -> int:
 
 
 def _guarded(function: Callable[[Any], Any], task: Any) -> tuple[Any, UserError | None]:
-    """A user's mistake comes back as a value: Ray would wrap it into an exception of another class."""
+    """Calls `function`; returns a user's mistake as a value, since Ray would wrap it into another exception."""
     try:
         return function(task), None
     except UserError as error:
@@ -241,7 +245,7 @@ def _result(reference: Any) -> Any:
         value, error = ray.get(reference)
     except (ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError, ray.exceptions.NodeDiedError) as died:
         raise ResourceError(
-            f"the workers of a task died again and again ({type(died).__name__})",
+            f"a task's process died again and again ({type(died).__name__})",
             where="data preparation",
             fix="give the machine more memory, or lower shard.samples, fetch.concurrency or ray.tasks",
         ) from died
@@ -252,18 +256,18 @@ def _result(reference: Any) -> Any:
 
 @contextlib.contextmanager
 def session(options: RayConfig) -> Iterator[None]:
-    """A Ray to run on: the one this process is connected to, the one at `address`, or one of its own for a while.
+    """A connection to Ray: this process's, a new one to `address`, or else to a Ray that is started and ends with it.
 
-    Nothing happens where no Ray is wanted, or inside another session.
+    Nothing happens with `ray.tasks` 0 and inside another session.
 
     Raises:
-        ResourceError: there is none at the address, or it doesn't start.
+        ResourceError: nothing answers at the address, or Ray doesn't start.
     """
     if options.tasks == 0:
         yield
         return
     if options.address is None and "ray" not in sys.modules:
-        # A lock for what listens, of this Ray alone; Ray reads it when it is imported, and its processes inherit it.
+        # A token for this Ray alone; Ray reads it when it is imported, and its processes inherit it.
         os.environ.setdefault("RAY_AUTH_MODE", "token")
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     import ray
@@ -280,15 +284,15 @@ def session(options: RayConfig) -> Iterator[None]:
         else:
             start(
                 address="local",  # never another user's Ray on this machine
-                num_cpus=options.tasks or os.cpu_count(),
+                num_cpus=options.tasks or available_cores(),
                 include_dashboard=False,
                 object_store_memory=_OBJECT_STORE_BYTES,
             )
     except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
-        what = f"no Ray to run on ({' '.join(str(error).split())[:200]})"
+        what = f"can't connect to Ray ({' '.join(str(error).split())[:200]})"
         raise ResourceError(what, where=f"ray.address {options.address}", fix=_START_FIX) from error
     if in_main_thread:
-        signal.signal(signal.SIGTERM, handler)  # ray.init puts its own in place, which exits at once
+        signal.signal(signal.SIGTERM, handler)  # ray.init installs a handler that exits at once
     try:
         yield
     finally:

@@ -1,7 +1,7 @@
 """What one task does: turn the inputs of a partition into a committed shard.
 
-A task is a function of its inputs and the settings, so a task that is run again, by whichever worker, does the same,
-unless a source answers differently; then what was committed first counts.
+A task's result depends on its inputs and the settings only, so a task that is run again, anywhere, gives the same,
+unless a source answers differently; then the first commit counts.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from data_prep.shards.commit import (
     commit,
     json_bytes,
     marker_url,
+    pack_partition,
     read_marker,
     sample_key,
     stage,
@@ -38,7 +39,7 @@ from pipeline import storage
 
 
 class SegmentJob(NamedTuple):
-    """What all tasks of one attempt at a segment share."""
+    """What all tasks of one attempt at a segment have in common."""
 
     config: PrepConfig
     places: AllowedPlaces
@@ -51,7 +52,7 @@ class SegmentJob(NamedTuple):
 
 
 class Texts(NamedTuple):
-    """What a row says beside its image."""
+    """What a row holds besides its image."""
 
     captions: tuple[str, ...]
     label: int | None
@@ -70,7 +71,7 @@ class _Made(NamedTuple):
 
 
 def pack(job: SegmentJob, partition: Partition) -> Committed:
-    """Make and commit a partition's shard; what is committed already is only told.
+    """Make and commit a partition's shard, unless it is committed already.
 
     Raises:
         StorageError: a place can't be used, or a newer attempt has taken over.
@@ -84,26 +85,26 @@ def pack(job: SegmentJob, partition: Partition) -> Committed:
     writer = ShardWriter()
     rows = pack_samples(job, partition.inputs.to_pylist(), writer)
     check_attempt(url, job.attempt)
-    staged = stage(url, place, writer, rows, fingerprint=job.fingerprint, times=(started, time.time()))
-    return commit(url, staged)
+    packed = pack_partition(place, job.fingerprint, writer, rows, (started, time.time()))
+    return commit(url, stage(url, packed))
 
 
 def pack_samples(job: SegmentJob, inputs: Sequence[Input], writer: ShardWriter) -> list[SidecarRow]:
-    """Add the inputs' samples to `writer` in order; what became of each."""
+    """Add the inputs' samples to `writer` in order; returns what became of each."""
     made: list[_Made | SidecarRow | None] = [None] * len(inputs)
     texts: dict[int, Texts] = {}
-    wanted = []
+    to_fetch = []
     for i, item in enumerate(inputs):
         try:
             refuse_judged(item)
             if item["sidecar"] is None:
                 texts[i] = read_texts(job, item)
-            wanted.append(i)
+            to_fetch.append(i)
         except Refused as refused:
             made[i] = _failure(item, refused, None)
-    asked = [Wanted.of(inputs[i]) for i in wanted]
-    for number, fetched in fetch_all(asked, job.places, job.config.fetch, tasks_at_once=job.tasks_at_once):
-        i = wanted[number]
+    wanted = [Wanted.of(inputs[i]) for i in to_fetch]
+    for number, fetched in fetch_all(wanted, job.places, job.config.fetch, tasks_at_once=job.tasks_at_once):
+        i = to_fetch[number]
         if isinstance(fetched, Refused):
             made[i] = _failure(inputs[i], fetched, None)
         else:
@@ -113,7 +114,7 @@ def pack_samples(job: SegmentJob, inputs: Sequence[Input], writer: ShardWriter) 
     for i, result in enumerate(made):
         if isinstance(result, _Made):
             rows.append(result.row._replace(tar_sha256=writer.add(_sample(result))))
-            made[i] = None  # two copies of a shard are enough
+            made[i] = None  # frees the image: the writer holds a copy
         else:
             assert result is not None
             rows.append(result)
@@ -138,15 +139,15 @@ def parse_label(raw: bytes | None, classes: tuple[str, ...]) -> int:
     try:
         number = float(text)
     except ValueError:
-        known = f"neither a number nor one of the {len(classes)} classes" if classes else "no number"
-        raise Refused("label_invalid", f"label {text[:100]!r} is {known}") from None
+        problem = f"neither a number nor one of the {len(classes)} classes" if classes else "not a number"
+        raise Refused("label_invalid", f"label {text[:100]!r} is {problem}") from None
     if not number.is_integer() or number < 0 or (classes and number >= len(classes)):
         raise Refused("label_invalid", f"label {text[:100]!r} isn't in [0, {len(classes) or 'any'})")
     return int(number)
 
 
 def refuse_judged(item: Input) -> None:
-    """Raise the verdict on an input that was refused when all images were looked at."""
+    """Raise the verdict on an input that was refused after all images were scanned."""
     if item["verdict"] is not None:
         reason, message = json.loads(item["verdict"])
         raise Refused(reason, message)
@@ -156,7 +157,7 @@ def read_texts(job: SegmentJob, item: Input, sidecar: bytes | None = None) -> Te
     """An input's captions, label and annotations, checked.
 
     Args:
-        sidecar: the object that holds its caption, where there is one.
+        sidecar: content of the object that holds its caption, where there is one.
 
     Raises:
         Refused: one of them can't be used.
@@ -172,7 +173,7 @@ def read_texts(job: SegmentJob, item: Input, sidecar: bytes | None = None) -> Te
 
 
 def _captions(config: PrepConfig, item: Input) -> tuple[str, ...]:
-    """All captions that can be used, the first of which stands in `txt`."""
+    """All captions that can be used, of which `txt` holds the first."""
     if item["captions"] is None:
         return (captions.clean(item["caption"], config.caption),)
     usable: dict[str, None] = {}
@@ -191,7 +192,7 @@ def _make(job: SegmentJob, item: Input, texts: Texts | None, fetched: Fetched) -
     digest = hashlib.sha256(fetched.data)
     try:
         if item["sha256"] is not None and item["sha256"] != digest.digest():
-            raise Refused("changed_while_reading", "the image changed since all images were looked at")
+            raise Refused("changed_while_reading", "the image has changed since it was scanned")
         texts = texts or read_texts(job, item, fetched.sidecar)
         image = images.convert(fetched.data, job.config.image)
         annotations = follow_image(texts.annotations, image.geometry) if texts.annotations is not None else None
@@ -217,7 +218,7 @@ def _make(job: SegmentJob, item: Input, texts: Texts | None, fetched: Fetched) -
 
 
 def _apply_filters(job: SegmentJob, inputs: Sequence[Input], made: list[_Made | SidecarRow | None]) -> None:
-    """Turn samples that a filter refuses into failures, and note the scores of the others."""
+    """Replace samples that a filter refuses by their failures, and note the scores of the others."""
     if not job.config.filters:
         return
     usable = [i for i, result in enumerate(made) if isinstance(result, _Made)]
@@ -239,8 +240,8 @@ def _apply_filters(job: SegmentJob, inputs: Sequence[Input], made: list[_Made | 
 
 def _sample(made: _Made) -> Sample:
     facts = made.row._asdict()
-    for ours in ("reason", "position", "tar_sha256", "extra"):
-        del facts[ours]
+    for column in ("reason", "position", "tar_sha256", "extra"):  # ours, which img2dataset doesn't write
+        del facts[column]
     facts = made.texts.extra | facts
     if len(made.texts.captions) > 1:
         facts["captions"] = list(made.texts.captions)

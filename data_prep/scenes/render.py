@@ -2,8 +2,8 @@
 
 A scene shows one main object, a textured shape whose (shape, texture) pair is the label, before a lit and patterned
 background, with a few small objects of the same kinds around it. Position, size, tilt, colors, light, image size and
-file format vary independently of the class. Written are loose image objects, `classes.json` and `pairs.parquet`
-(the table comes last, so that a folder with a table is complete).
+file format vary independently of the class. It writes single image files, `classes.json` and
+`pairs.parquet` (the table last, so that a folder with a table is complete).
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from data_prep.scenes.captions import caption, class_name
 from data_prep.scenes.draw import SHAPES, TEXTURES, Scene, draw_scene
 from pipeline import storage
 from pipeline.config import Config
+from pipeline.machine import available_cores
 
 FORMAT_VERSION = 1
 TABLE_NAME = "pairs.parquet"
@@ -66,7 +67,7 @@ class ScenesConfig(Config):
     part_share: float = Field(default=0, ge=0, le=1)  # of main objects that bear a part, an annotated object of its own
 
     @model_validator(mode="after")
-    def _possible(self) -> ScenesConfig:
+    def _check(self) -> ScenesConfig:
         if self.min_side > self.max_side:
             raise ValueError("min_side is larger than max_side")
         if not any(self.num_scenes(split) for split in _SPLITS):
@@ -86,11 +87,11 @@ class RenderedScene(NamedTuple):
 
 
 class ScenesReport(NamedTuple):
-    """What `write_scenes` left behind."""
+    """The result of `write_scenes`."""
 
     url: str
     num_scenes: int
-    num_rendered: int  # 0 when everything was there already
+    num_rendered: int  # 0 where everything existed already
 
 
 def class_names() -> tuple[str, ...]:
@@ -99,7 +100,7 @@ def class_names() -> tuple[str, ...]:
 
 
 def label_of(config: ScenesConfig, split: str, index: int) -> int:
-    """The label of scene `index`: every run of as many scenes as there are classes holds each class once."""
+    """The label of scene `index`: each block of as many scenes as there are classes holds every class once."""
     block, place = divmod(index, len(CLASSES))
     order = np.random.default_rng([config.seed, _SPLITS.index(split), block, 1]).permutation(len(CLASSES))
     return int(order[place])
@@ -129,12 +130,12 @@ def render(config: ScenesConfig, split: str, index: int) -> RenderedScene:
 
 
 def write_scenes(config: ScenesConfig, url: str, *, processes: int | None = None) -> ScenesReport:
-    """Render every scene into folder `url`; run again after a stop, it writes only what is missing.
+    """Render every scene into folder `url`; a repeated call after a stop writes only what is missing.
 
     Args:
         config: what to render.
         url: a folder or s3:// prefix.
-        processes: that render; None: one per core this process may use, 1: none beside this one.
+        processes: that render; None: one per core this process may use, 1: this process alone.
 
     Raises:
         StorageError: `url` can't be written.
@@ -147,21 +148,15 @@ def write_scenes(config: ScenesConfig, url: str, *, processes: int | None = None
             return ScenesReport(url, total, 0)
         present = _sizes(url)
     else:
-        # The table stands for a complete folder: it goes before anything of another rendering is replaced.
+        # A table marks a complete folder, so it is deleted before anything of another rendering is replaced.
         storage.delete(table_url)
         storage.write(storage.join(url, SETTINGS_NAME), settings.encode())
         present = {}
-    rows = _write_images(config, url, present, processes or _num_cores())
+    rows = _write_images(config, url, present, processes or available_cores())
     names = json.dumps(class_names(), indent=1) + "\n"
     storage.write(storage.join(url, CLASSES_NAME), names.encode())
     storage.write(table_url, _table(rows))
     return ScenesReport(url, total, total)
-
-
-def _num_cores() -> int:
-    """Cores this process may use."""
-    affinity = getattr(os, "sched_getaffinity", None)
-    return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
 def _draw_size(config: ScenesConfig, draw: np.random.Generator) -> tuple[int, int]:
@@ -213,13 +208,13 @@ def _is_begun(url: str, settings: str) -> bool:
 
 
 def _sizes(url: str) -> dict[str, int]:
-    """Path below the folder -> size in bytes, of the images that are there."""
+    """Path below the folder -> size in bytes, of the existing images."""
     folder = storage.join(url, "images")
     return {"images" + entry.url.split("/images")[-1]: entry.size_bytes for entry in storage.entries(folder)}
 
 
 def _write_images(config: ScenesConfig, url: str, present: dict[str, int], processes: int) -> list[dict[str, Any]]:
-    """Write the images that are missing; returns the rows of all."""
+    """Write the missing images; returns the rows of all."""
     rows = []
     with concurrent.futures.ThreadPoolExecutor(_WRITERS) as writers:
         pending: set[concurrent.futures.Future[None]] = set()
@@ -227,7 +222,7 @@ def _write_images(config: ScenesConfig, url: str, present: dict[str, int], proce
             rows.append(scene.row)
             if present.get(scene.row["url"]) != len(scene.data):
                 pending.add(writers.submit(storage.write, storage.join(url, scene.row["url"]), scene.data))
-            if len(pending) >= 4 * _WRITERS:  # no more is held in memory than this
+            if len(pending) >= 4 * _WRITERS:  # bounds the images in memory
                 done, pending = concurrent.futures.wait(pending, return_when=concurrent.futures.FIRST_COMPLETED)
                 for write in done:
                     write.result()
@@ -259,7 +254,7 @@ def _render_range(task: tuple[ScenesConfig, str, int, int]) -> list[RenderedScen
 
 
 def _end_with_parent() -> None:
-    """A renderer whose parent was killed would wait for tasks forever."""
+    """End this process when its parent ends, since it would wait for tasks forever."""
     parent = multiprocessing.parent_process()
     assert parent is not None
 

@@ -1,10 +1,10 @@
 """Shards: deterministic WebDataset tars, their sidecars, and the commit of a partition.
 
-A partition is a fixed list of inputs; what succeeds becomes one shard. Its objects (the whole tar, its index, the
-sidecar Parquet with one row per input, `_stats.json`) are first staged under a name that this execution alone uses;
-last, create-only, comes the commit marker that names them. Only when all partitions of a segment are committed are
-they published: moved to their final names (`finish`). So a name in a split's folder never shows bytes other than the
-final ones, whatever dies when, and also where a source answers differently the second time.
+A partition is a fixed list of inputs; those that succeed become one shard. Its objects (the tar, its index, the sidecar
+Parquet with one row per input, `_stats.json`) are first staged under names that only this execution uses; then the
+commit marker that names them is created, only if absent. Once all partitions of a segment are committed, they are
+published: moved to their final names (`finish`). So a name in a split's folder never shows other bytes than the final
+ones, whatever is killed at whatever moment, and even where a source answers differently the second time.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class Sample(NamedTuple):
 
 
 class SidecarRow(NamedTuple):
-    """What became of one input: a row of the sidecar. Fields in the order of `SIDECAR_SCHEMA`."""
+    """What became of one input: a row of the sidecar; its fields are in the order of `SIDECAR_SCHEMA`."""
 
     url: str
     caption: str | None
@@ -88,13 +88,13 @@ class Committed(NamedTuple):
     split: str
     number: int
     inputs: int
-    refused: dict[str, int]  # filtered or failed inputs by reason
-    examples: dict[str, str]  # reason -> an input it struck
-    shard: Shard | None  # without its final name; None: no input of the partition became a sample
-    staged: str  # what the names of its staged objects begin with, relative to the data set
+    refused: dict[str, int]  # reason -> number of filtered or failed inputs
+    examples: dict[str, str]  # reason -> an input that was refused for it
+    shard: Shard | None  # without its final name; None: no input became a sample
+    staged: str  # prefix of its staged objects, relative to the data set
     sidecar_sha256: str
     fingerprint: str  # of the segment
-    retried: int = -1  # the last segment that took inputs over from this one
+    retried: int = -1  # the last segment that tried inputs of this one again
 
     @property
     def written(self) -> int:
@@ -110,8 +110,8 @@ class Committed(NamedTuple):
 class ShardWriter:
     """Packs samples into one uncompressed USTAR archive in memory.
 
-    The bytes depend on the samples alone: times, owners and modes are constant, names are short enough to need no
-    extended headers (which would cost 3 KB a sample).
+    The bytes depend on the samples alone: times, owners and modes are constant, and names are so short that they need
+    no extended headers (which would cost 3 KB per sample).
     """
 
     def __init__(self) -> None:
@@ -190,7 +190,7 @@ def sidecar_bytes(table: pa.Table) -> bytes:
 
 
 def stats_bytes(rows: Sequence[SidecarRow], start_time: float, end_time: float) -> bytes:
-    """`_stats.json` as img2dataset writes it; the only object that tells when it was made."""
+    """`_stats.json` as img2dataset writes it; the only object that holds times."""
     statuses = Counter(row.status for row in rows)
     messages = Counter(row.reason or "success" for row in rows)
     document = {
@@ -214,47 +214,51 @@ def final_names(stem: str) -> tuple[str, ...]:
     return f"{stem}.tar", f"{stem}.index.npy", f"{stem}.parquet", f"{stem}_stats.json"
 
 
-def stage(
-    url: str,
+class PackedSamples(NamedTuple):
+    """A shard's objects."""
+
+    archive: bytes
+    offsets: Int64[np.ndarray, " n_plus_1"]  # of its samples
+    stats: bytes  # `_stats.json`
+
+
+class PackedPartition(NamedTuple):
+    """A partition's objects, ready to be staged."""
+
+    place: tuple[int, str, int]  # segment, split, number
+    fingerprint: str  # of the segment
+    samples: PackedSamples | None  # None: no input became a sample
+    sidecar: pa.Table
+    refused: dict[str, int]  # reason -> number of filtered or failed inputs
+    examples: dict[str, str]  # reason -> an input that was refused for it
+
+
+def pack_partition(
     place: tuple[int, str, int],
+    fingerprint: str,
     writer: ShardWriter,
     rows: Sequence[SidecarRow],
-    *,
-    fingerprint: str,
     times: tuple[float, float],
-) -> Committed:
-    """Write a partition's objects below data set folder `url`, under names that nothing else uses; not its marker."""
-    return stage_packed(
-        url,
-        place,
-        (*writer.finish(), stats_bytes(rows, *times)) if writer.num_samples else None,
-        sidecar_table(rows),
-        by_reason(Counter(row.reason for row in rows if row.reason)),
-        _examples(rows),
-        fingerprint,
-    )
-
-
-def stage_packed(
-    url: str,
-    place: tuple[int, str, int],
-    packed: tuple[bytes, Int64[np.ndarray, " n_plus_1"], bytes] | None,
-    sidecar: pa.Table,
-    refused: dict[str, int],
-    examples: dict[str, str],
-    fingerprint: str,
-) -> Committed:
-    """What `stage` does, of objects that are made already.
+) -> PackedPartition:
+    """A partition of samples that were added to `writer`.
 
     Args:
-        packed: the archive, its samples' offsets and `_stats.json`; None without samples.
+        rows: what became of each input.
+        times: when the work began and ended.
     """
-    segment, split, number = place
+    samples = PackedSamples(*writer.finish(), stats_bytes(rows, *times)) if writer.num_samples else None
+    refused = by_reason(Counter(row.reason for row in rows if row.reason))
+    return PackedPartition(place, fingerprint, samples, sidecar_table(rows), refused, _examples(rows))
+
+
+def stage(url: str, partition: PackedPartition) -> Committed:
+    """Write a partition's objects below data set folder `url`, under names that nothing else uses; not its marker."""
+    segment, split, number = partition.place
     staged = f"_prep/staged/{segment:06d}-{split}-{shard_stem(number)}-{secrets.token_hex(4)}"
     prefix = storage.join(url, staged)
     shard = None
-    if packed is not None:
-        archive, offsets, stats = packed
+    if partition.samples is not None:
+        archive, offsets, stats = partition.samples
         index = index_bytes(offsets)
         shard = Shard(
             name="",
@@ -267,19 +271,19 @@ def stage_packed(
         storage.write(f"{prefix}.archive", archive)
         storage.write(f"{prefix}.index", index)
         storage.write(f"{prefix}.stats", stats)
-    data = sidecar_bytes(sidecar)
+    data = sidecar_bytes(partition.sidecar)
     storage.write(f"{prefix}.rows", data)
     return Committed(
         segment=segment,
         split=split,
         number=number,
-        inputs=sidecar.num_rows,
-        refused=refused,
-        examples=examples,
+        inputs=partition.sidecar.num_rows,
+        refused=partition.refused,
+        examples=partition.examples,
         shard=shard,
         staged=staged,
         sidecar_sha256=hashlib.sha256(data).hexdigest(),
-        fingerprint=fingerprint,
+        fingerprint=partition.fingerprint,
     )
 
 
@@ -290,7 +294,7 @@ def marker_url(url: str, place: tuple[int, str, int]) -> str:
 
 
 def commit(url: str, committed: Committed) -> Committed:
-    """Create the partition's marker; returns what is committed now, also where another attempt was first."""
+    """Create the partition's marker; returns what is committed now, which may be another attempt's."""
     place = marker_url(url, committed.place)
     if storage.create(place, marker_bytes(committed)):
         return committed
@@ -321,7 +325,9 @@ def read_marker(data: bytes, where: str) -> Committed:
         shard = document.pop("shard")
         return Committed(shard=Shard(**shard) if shard else None, **document)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"no commit marker ({error})", where=where, fix="delete it and run the same command") from error
+        raise DataError(
+            f"not a commit marker ({error})", where=where, fix="delete it and run the same command"
+        ) from error
 
 
 def json_bytes(document: Mapping[str, Any]) -> bytes:
@@ -336,14 +342,14 @@ def read_document(
     fix: str,
     *,
     damaged: str | None = None,
-    renew: str = "train on that data set as it is, or build anew into another output",
+    renew: str = "train on that data set as it is, or build it again in another output",
 ) -> dict[str, Any]:
-    """The JSON object at `place`, if this version can go on with it.
+    """The JSON object at `place`, if this version can continue with it.
 
     Args:
-        what: it is.
+        what: the kind of document, for messages.
         fix: what to do where it is damaged.
-        damaged: what it is then; default: not `what`.
+        damaged: how a message names a damaged one; default: "not `what`".
         renew: what to do where another version wrote it.
 
     Raises:
@@ -357,7 +363,7 @@ def read_document(
         raise DataError(f"{damaged or f'not {what}'} ({error})", where=place, fix=fix) from error
     if version != format_version:
         raise DataError(
-            f"{what} of format_version {version}, and this version goes on with {format_version} only",
+            f"{what} of format_version {version}, but this version reads only {format_version}",
             where=place,
             fix=renew,
         )
@@ -365,7 +371,7 @@ def read_document(
 
 
 def _examples(rows: Sequence[SidecarRow]) -> dict[str, str]:
-    """The first input that each reason struck."""
+    """For each reason the first input that was refused for it."""
     examples: dict[str, str] = {}
     for row in rows:
         if row.reason:

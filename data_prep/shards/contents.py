@@ -17,7 +17,7 @@ from pipeline.data.reading.tar import first_image, key_and_extension
 
 
 def is_indexed(manifest: Manifest) -> bool:
-    """Whether it is of tars that something else wrote, see `data_prep.indexing`: their members are less regular."""
+    """Whether other programs wrote the tars, see `data_prep.indexing`: their members are less regular."""
     return "indexed" in manifest.info
 
 
@@ -29,8 +29,8 @@ def tar_content(data: bytes) -> dict[str, bytes]:
 
 
 def first_members(manifest: Manifest, count: int) -> Iterator[tuple[str, str, dict[str, bytes]]]:
-    """(shard's name, key, extension -> bytes) of a split's first samples; what `vitrail prep` wrote is shuffled, so
-    they are mixed.
+    """(shard's name, key, extension -> bytes) of a split's first samples, which are a mixture where `vitrail prep`
+    shuffled them.
 
     Raises:
         DataError: an index is missing or damaged.
@@ -48,7 +48,7 @@ def first_members(manifest: Manifest, count: int) -> Iterator[tuple[str, str, di
 
 
 def first_samples(manifest: Manifest, count: int) -> list[dict[str, Any]]:
-    """The first samples of a split in words: shard, caption, members, and what the JSON tells.
+    """The first samples of a split as plain data: shard, key, caption, members, and the JSON's facts.
 
     Raises:
         DataError: see `first_members`.
@@ -62,7 +62,7 @@ def first_samples(manifest: Manifest, count: int) -> list[dict[str, Any]]:
 
 
 def _facts(members: Mapping[str, bytes]) -> dict[str, Any]:
-    """What a sample's JSON tells, of annotations their number, and its image's size where the JSON doesn't tell it."""
+    """A sample's JSON, with the number of annotations in their place, and its image's size where that is missing."""
     try:
         facts = json.loads(members.get("json", b"{}"))
     except ValueError:

@@ -1,7 +1,7 @@
-"""The end of a segment: committed shards get their final names, then come the manifests and the account.
+"""Publishing a segment: committed shards get their final names, then the manifests and the account are written.
 
-Shards are numbered without gaps, partitions in order, those of which no input succeeded left out. The names follow
-from the markers alone, so every step can be repeated: a build that is killed here goes on from the markers.
+Shards are numbered without gaps in the order of the partitions, leaving out those of which no input succeeded. The
+names follow from the markers alone, so every step can be repeated: a build that is killed here resumes from them.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def read_markers(url: str, segments: Sequence[Segment]) -> Markers:
             committed = read_marker(data, place)
             if committed.fingerprint != fingerprints.get(committed.segment):
                 raise ConfigError(
-                    "a partition of another build lies here", where=place, fix="choose another output for this build"
+                    "a partition of another build", where=place, fix="choose another output for this build"
                 )
             markers[committed.place] = committed
     return markers
@@ -103,12 +103,15 @@ def finish(
     committed: Markers,
     segments: Sequence[Segment],
     classes: tuple[str, ...],
-    tell: Callable[[int, int], None] = lambda done, total: None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> PrepReport:
-    """Publish what the segments committed, and write what makes it a data set.
+    """Publish the committed partitions, and write the manifests and the account.
+
+    Args:
+        progress: called with the number of published partitions and of all.
 
     Raises:
-        DataError: a split holds no sample, or a committed object has gone.
+        DataError: a split holds no sample, or a committed object is missing.
     """
     url = config.output
     last = segments[-1]
@@ -116,16 +119,18 @@ def finish(
     for split, parts in splits.items():
         if not any(part.shard for part in parts):
             raise DataError(
-                f"no input of split {split!r} became a sample", where=url, fix="mend that split's inputs and build anew"
+                f"no input of split {split!r} became a sample",
+                where=url,
+                fix="correct that split's inputs and build it again",
             )
     done = 0
     total = sum(len(parts) for parts in splits.values())
     for split, parts in splits.items():
         for _ in _publish(url, split, parts):
             done += 1
-            tell(done, total)
+            progress(done, total)
     if last.kind == "retry":
-        splits = _take_over(url, splits, last)
+        splits = _remove_retried(url, splits, last)
     manifests = {split: _manifest(url, split, parts, classes, last.fingerprint) for split, parts in splits.items()}
     for split, manifest in manifests.items():
         sizes = {shard.name: shard.num_samples for shard in manifest.shards}
@@ -146,7 +151,7 @@ def finish(
 
 
 def finished_report(name: str, url: str) -> tuple[int, PrepReport] | None:
-    """How many segments are finished, and their account; None before the first."""
+    """The number of finished segments and their account; None before the first."""
     place = storage.join(url, REPORT_NAME)
     try:
         document = read_document(place, REPORT_FORMAT_VERSION, "an account of a build", "delete it and run again")
@@ -168,9 +173,9 @@ def finished_report(name: str, url: str) -> tuple[int, PrepReport] | None:
 
 
 def _publish(url: str, split: str, parts: Sequence[Named]) -> Iterable[None]:
-    """Move staged objects to their final names, many at once; what lies there already stays."""
+    """Move staged objects to their final names, many at once; existing ones stay."""
     folder = storage.join(url, split)
-    there = {entry.url.rpartition("/")[2]: entry.size_bytes for entry in storage.entries(folder)}
+    published = {entry.url.rpartition("/")[2] for entry in storage.entries(folder)}
 
     def move(part: Named) -> None:
         stats = [] if part.part.shard is None else ["archive", "index", "stats"]
@@ -178,7 +183,7 @@ def _publish(url: str, split: str, parts: Sequence[Named]) -> Iterable[None]:
             if ending != "rows" and ending not in stats:
                 continue
             target = part.sidecar if ending == "rows" else name
-            if target not in there:
+            if target not in published:
                 _move(storage.join(url, f"{part.part.staged}.{ending}"), storage.join(folder, target))
 
     with ThreadPoolExecutor(_AT_ONCE) as pool:
@@ -193,14 +198,14 @@ def _move(source: str, target: str) -> None:
     except FileNotFoundError as error:
         if not storage.exists(target):
             raise DataError(
-                "a committed object has gone",
+                "a committed object is missing",
                 where=source,
                 fix="delete the marker that names it, below _prep/partitions, and run the same command",
             ) from error
 
 
 def _check_sizes(folder: str, parts: Sequence[Named]) -> None:
-    """What the markers name must lie there now, in one listing."""
+    """Compare the shards with their markers, by one listing."""
     sizes = {entry.url.rpartition("/")[2]: entry.size_bytes for entry in storage.entries(folder)}
     for part in parts:
         shard = part.shard
@@ -208,12 +213,12 @@ def _check_sizes(folder: str, parts: Sequence[Named]) -> None:
             raise DataError(
                 f"{shard.name} was committed with {shard.size_bytes} bytes and now has {sizes.get(shard.name, 'none')}",
                 where=folder,
-                fix="restore it from a copy, or build anew",
+                fix="restore it from a copy, or build it again",
             )
 
 
-def _take_over(url: str, splits: dict[str, list[Named]], retry: Segment) -> dict[str, list[Named]]:
-    """Take the inputs that a retry tried again out of the sidecars they stood in: each input has one row."""
+def _remove_retried(url: str, splits: dict[str, list[Named]], retry: Segment) -> dict[str, list[Named]]:
+    """Remove the inputs that a retry tried again from their former sidecars, so that each input has one row."""
     positions = pa.array(read_positions(url, retry))
 
     def without(item: Named) -> Named:
@@ -222,11 +227,11 @@ def _take_over(url: str, splits: dict[str, list[Named]], retry: Segment) -> dict
             return item
         place = storage.join(url, part.split, item.sidecar)
         table = pyarrow.parquet.read_table(io.BytesIO(storage.read(place)))
-        left = table.filter(pc.invert(pc.is_in(table.column("position"), positions)))
-        data = sidecar_bytes(left)
-        counts = Counter(reason for reason in left.column("reason").to_pylist() if reason)
+        remaining = table.filter(pc.invert(pc.is_in(table.column("position"), positions)))
+        data = sidecar_bytes(remaining)
+        counts = Counter(reason for reason in remaining.column("reason").to_pylist() if reason)
         part = part._replace(
-            inputs=left.num_rows,
+            inputs=remaining.num_rows,
             refused=by_reason(counts),
             examples={reason: example for reason, example in part.examples.items() if counts[reason]},
             sidecar_sha256=hashlib.sha256(data).hexdigest(),
@@ -293,12 +298,12 @@ def _report(
     if report.inputs != report.written + sum(report.filtered.values()) + sum(report.failed.values()):
         raise RuntimeError(f"the account doesn't add up: {report}")
     if report.inputs != last.stop:
-        raise RuntimeError(f"{last.stop} inputs came in, and {report.inputs} are accounted for: {report}")
+        raise RuntimeError(f"{last.stop} inputs were read, but {report.inputs} are accounted for: {report}")
     return report
 
 
 def _clean_up(url: str) -> None:
-    """Remove what only the segment's own work needed: staged leftovers of dead tasks, kept bytes of the web."""
+    """Delete what only this segment needed: staged objects of dead tasks, and copies of downloads."""
     leftovers = [entry.url for entry in storage.entries(storage.join(url, "_prep", "staged"))]
     leftovers += [
         entry.url for entry in storage.entries(storage.join(url, "_prep", "scan")) if entry.url.endswith(".bytes")

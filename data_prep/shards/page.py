@@ -80,7 +80,7 @@ def _outcomes(report: PrepReport) -> Iterator[_ReasonCount]:
 
 
 def _sidecars(manifest: Manifest) -> pa.Table:
-    """Sizes and captions of the successes in some of the split's sidecars."""
+    """Sizes and captions of the samples in some of the split's sidecars."""
     names = [shard.name.removesuffix(".tar") + ".parquet" for shard in manifest.shards]
     chosen = names[:: max(1, len(names) // NUM_SIDECARS)][:NUM_SIDECARS]
     columns = ["status", "caption", "width", "height", "original_width", "original_height"]
@@ -93,7 +93,7 @@ def _sidecars(manifest: Manifest) -> pa.Table:
 
 
 def _histograms(table: pa.Table) -> dict[str, list[Bar]]:
-    """Bars by title; a column without values has none."""
+    """Bars by title; columns without values are left out."""
 
     def shorter_side(prefix: str) -> np.ndarray:
         width, height = (table.column(f"{prefix}{name}").to_numpy() for name in ("width", "height"))

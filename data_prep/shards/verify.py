@@ -26,10 +26,10 @@ PIECE_BYTES = 16 * 2**20  # read at once, or one sample where that is larger
 
 
 class Problem(NamedTuple):
-    """One thing that is wrong."""
+    """One defect."""
 
     where: str  # the object
-    sample: str | None  # key of the sample, where it can be told
+    sample: str | None  # its key, where one sample is affected
     what: str
 
     def __str__(self) -> str:
@@ -37,7 +37,7 @@ class Problem(NamedTuple):
 
 
 class VerifyReport(NamedTuple):
-    """What was checked, and what is wrong with it."""
+    """What was checked, and the defects."""
 
     url: str
     shards: int
@@ -53,8 +53,8 @@ class VerifyReport(NamedTuple):
             raise DataError(
                 f"{len(self.problems)} problems: {shown}{more}",
                 where=self.url,
-                fix="restore the objects named from a copy, or make the data set anew with `vitrail prep`, or, of tars "
-                "that something else wrote, with `vitrail index`",
+                fix="restore these objects from a copy, or make the data set again with `vitrail prep`, or, for "
+                "others' tars, with `vitrail index`",
             )
 
 
@@ -103,7 +103,7 @@ def _folders(url: str) -> list[str]:
         raise DataError(
             f"neither {MANIFEST_NAME} nor {REPORT_NAME}: not a finished data set",
             where=url,
-            fix="mend the URL, or finish the build with `vitrail prep`, or with `vitrail index` of existing tars",
+            fix="correct the URL, or finish the build with `vitrail prep`, or run `vitrail index` on existing tars",
         ) from None
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{REPORT_NAME} is damaged ({error})", where=url, fix="name the splits' folders") from error
@@ -119,7 +119,7 @@ def _check_sizes_file(manifest: Manifest) -> Iterator[Problem]:
         yield Problem(place, None, f"missing or damaged ({error})")
         return
     if sizes != {shard.name: shard.num_samples for shard in manifest.shards}:
-        yield Problem(place, None, "tells other counts than the manifest")
+        yield Problem(place, None, "holds other counts than the manifest")
 
 
 def _check_sidecars(manifest: Manifest) -> Iterator[Problem]:
@@ -131,7 +131,7 @@ def _check_sidecars(manifest: Manifest) -> Iterator[Problem]:
             yield Problem(place, None, "missing")
             continue
         if hashlib.sha256(data).hexdigest() != sha256:
-            yield Problem(place, None, "its bytes aren't those that were written (sha256)")
+            yield Problem(place, None, "its bytes differ from those that were written (sha256)")
 
 
 def _check_shard(manifest: Manifest, shard: Shard) -> Iterator[Problem]:
@@ -156,25 +156,25 @@ def _check_shard(manifest: Manifest, shard: Shard) -> Iterator[Problem]:
             continue
         key = keys[i] if i < len(keys) else None
         if i < len(digests) and hashlib.sha256(data).hexdigest() != digests[i]:
-            what = f"damaged: bytes {start} to {start + len(data)} aren't those that were written"
+            what = f"damaged: bytes {start} to {start + len(data)} differ from those that were written"
             damaged.append(Problem(place, key, what))
         what_is_wrong = sample_problem(data, key, foreign=is_indexed(manifest))
         if what_is_wrong is not None:
             unusable.append(Problem(place, key or f"number {i}", what_is_wrong))
     sound = size_bytes == shard.size_bytes and whole.hexdigest() == shard.sha256
     if size_bytes == shard.size_bytes and not sound:
-        yield Problem(place, None, "its bytes aren't those that were written (sha256)")
+        yield Problem(place, None, "its bytes differ from those that were written (sha256)")
     if wrong_index is not None:
         yield wrong_index
         return
-    # In an unsound shard the sidecar's digests tell which samples are struck.
+    # In a damaged shard the sidecar's digests show which samples are affected.
     yield from damaged if digests and not sound else unusable
     if after and not is_indexed(manifest):
         yield Problem(place, None, f"holds bytes beyond its last sample, after {offsets[-1]}")
 
 
 def _checked_index(manifest: Manifest, shard: Shard) -> tuple[Int64[np.ndarray, " n_plus_1"], Problem | None]:
-    """A shard's offsets; where they can't be trusted, what is wrong with them, and an index of no sample."""
+    """A shard's offsets; where they are wrong, offsets of no sample, and the defect."""
     nothing = np.full(1, shard.size_bytes, dtype=np.int64)
     place = manifest.index_url(shard)
     try:
@@ -183,7 +183,7 @@ def _checked_index(manifest: Manifest, shard: Shard) -> tuple[Int64[np.ndarray, 
     except (FileNotFoundError, ValueError, EOFError) as error:
         return nothing, Problem(place, None, f"missing or damaged ({error})")
     if hashlib.sha256(index).hexdigest() != shard.index_sha256:
-        return nothing, Problem(place, None, "its bytes aren't those that were written (sha256)")
+        return nothing, Problem(place, None, "its bytes differ from those that were written (sha256)")
     first_is_right = offsets[0] >= 0 if is_indexed(manifest) else offsets[0] == 0
     if len(offsets) != shard.num_samples + 1 or not first_is_right or (np.diff(offsets) <= 0).any():
         return nothing, Problem(place, None, f"isn't a rising list of {shard.num_samples + 1} offsets from 0")
@@ -191,8 +191,8 @@ def _checked_index(manifest: Manifest, shard: Shard) -> tuple[Int64[np.ndarray, 
 
 
 def _pieces(place: str, offsets: list[int], size_bytes: int) -> Iterator[tuple[int | None, int, bytes]]:
-    """All bytes of a tar in their order: (number, where it starts, bytes) of each sample, number None for what lies
-    before and after them. Read in pieces of several samples; no more than one such piece is held.
+    """All bytes of a tar in order: (number, start, bytes) of each sample, with number None for what lies before and
+    after the samples. It is read in pieces of several samples, of which one is in memory.
     """
     if size_bytes < offsets[-1]:
         offsets = [min(offset, size_bytes) for offset in offsets]
@@ -214,16 +214,16 @@ def _plain(place: str, start: int, stop: int) -> Iterator[tuple[None, int, bytes
 
 
 def sample_problem(data: bytes, key: str | None, *, foreign: bool = False) -> str | None:
-    """What is wrong with one sample's byte range of a tar; None if nothing is.
+    """What is wrong with one sample's byte range of a tar; None: nothing.
 
     Args:
         key: the key it must have, where that is known.
-        foreign: something else wrote it: members that no stage reads, several images and empty captions are no fault.
+        foreign: another program wrote it: members that no stage reads, several images and empty captions are fine.
     """
     try:
         content = tar_content(data)
     except (tarfile.TarError, ValueError, EOFError) as error:
-        return f"no tar members ({error})"
+        return f"not tar members ({error})"
     members = {parts: value for name, value in content.items() if (parts := key_and_extension(name)) is not None}
     if foreign:
         members = {parts: value for parts, value in members.items() if parts[1] in EXTENSIONS}

@@ -252,7 +252,7 @@ def test_what_another_version_or_damage_left_is_told(tmp_path: Path, name: str) 
     place = tmp_path / "out" / name
     document = json.loads(place.read_text())
     for content, words in (
-        (json.dumps(document | {"format_version": 1}), "of format_version 1, and this version goes on with"),
+        (json.dumps(document | {"format_version": 1}), "of format_version 1, but this version reads only"),
         ('{"format"', "not an? (build|account)"),
     ):
         place.write_text(content)
