@@ -51,14 +51,14 @@ def both(side: int) -> Models:
     from segment_anything.modeling import Sam
 
     from pipeline.convert import FORMATS
-    from pipeline.convert.weights import Known, Source, build
+    from pipeline.convert.weights import Known, WeightFile, build
 
     torch.manual_seed(0)
     official: Sam = package_model(side)
     with torch.no_grad():
         for parameter in official.parameters():
             parameter.add_(0.02 * torch.randn_like(parameter))
-    weights = FORMATS["segment_anything"].read(Source("drawn", dict(official.state_dict()), {}), Known())
+    weights = FORMATS["segment_anything"].read(WeightFile("drawn", dict(official.state_dict()), {}), Known())
     return Models(build(weights)[0].eval(), official.eval())
 
 

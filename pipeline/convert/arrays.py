@@ -52,13 +52,13 @@ def dump_arrays(state: Mapping[str, Tensor], wrapped_in: str | None) -> bytes:
     return pickle.dumps(document, protocol=4)
 
 
-def as_tensors(found: Any) -> Any:
+def as_tensors(document: Any) -> Any:
     """Arrays within mappings as tensors."""
-    if isinstance(found, Mapping):
-        return {name: as_tensors(value) for name, value in found.items()}
-    if not isinstance(found, np.ndarray):
-        return found
-    return torch.from_numpy(np.array(found, found.dtype.newbyteorder("=")))
+    if isinstance(document, Mapping):
+        return {name: as_tensors(value) for name, value in document.items()}
+    if not isinstance(document, np.ndarray):
+        return document
+    return torch.from_numpy(np.array(document, document.dtype.newbyteorder("=")))
 
 
 class _ArrayKind:

@@ -17,15 +17,15 @@ from pipeline.convert.weights import (
     Format,
     Habits,
     Known,
-    Source,
+    WeightFile,
     Weights,
     Written,
-    asked,
     checked_options,
     chosen,
     native_grid,
     num_blocks,
     refuse,
+    require_known,
     tensor,
     trunk_shape,
 )
@@ -49,7 +49,7 @@ class Detectron2(Format):
     wrapped_in: ClassVar[str | None] = "model"
     arrays: ClassVar[bool] = True
 
-    def read(self, source: Source, known: Known) -> Weights:
+    def read(self, source: WeightFile, known: Known) -> Weights:
         where, state = source.where, source.state
         constants = tuple(name for name in state if name.startswith(CONSTANTS))
         cascade = "roi_heads.box_predictor.0.cls_score.weight" in state
@@ -92,35 +92,35 @@ def names(tensors: Sequence[str], cascade: bool, box_convs: int, mask_convs: int
     """Our name -> theirs: of the heads by their structure, of trunk and pyramid, which have the same names, those in
     `tensors`, be they ours or theirs.
     """
-    found = {f"rpn.head.conv.{i}.0.{part}": f"{RPN}conv.conv{i}.{part}" for i in range(2) for part in PARTS}
+    table = {f"rpn.head.conv.{i}.0.{part}": f"{RPN}conv.conv{i}.{part}" for i in range(2) for part in PARTS}
     for part in PARTS:
-        found |= {
+        table |= {
             f"rpn.head.cls_logits.{part}": f"{RPN}objectness_logits.{part}",
             f"rpn.head.bbox_pred.{part}": f"{RPN}anchor_deltas.{part}",
             f"masks.deconv.{part}": f"{ROI}mask_head.deconv.{part}",
             f"masks.predictor.{part}": f"{ROI}mask_head.predictor.{part}",
         }
     for head in range(len(CASCADE_OVERLAPS) if cascade else 1):
-        own, number = f"boxes.heads.{head}.", f"{head}." if cascade else ""
+        box_head, number = f"boxes.heads.{head}.", f"{head}." if cascade else ""
         for part in PARTS:
-            found[f"{own}head.{box_convs + 1}.{part}"] = f"{ROI}box_head.{number}fc1.{part}"
-            found[f"{own}cls_score.{part}"] = f"{ROI}box_predictor.{number}cls_score.{part}"
-            found[f"{own}bbox_pred.{part}"] = f"{ROI}box_predictor.{number}bbox_pred.{part}"
-        found |= _convs(f"{own}head.", f"{ROI}box_head.{number}conv", box_convs)
-    found |= _convs("masks.head.", f"{ROI}mask_head.mask_fcn", mask_convs)
+            table[f"{box_head}head.{box_convs + 1}.{part}"] = f"{ROI}box_head.{number}fc1.{part}"
+            table[f"{box_head}cls_score.{part}"] = f"{ROI}box_predictor.{number}cls_score.{part}"
+            table[f"{box_head}bbox_pred.{part}"] = f"{ROI}box_predictor.{number}bbox_pred.{part}"
+        table |= _convs(f"{box_head}head.", f"{ROI}box_head.{number}conv", box_convs)
+    table |= _convs("masks.head.", f"{ROI}mask_head.mask_fcn", mask_convs)
     for name in tensors:
         for ours, theirs in (("trunk.", NET), ("pyramid.", PYRAMID)):
             if name.startswith((ours, theirs)):
                 rest = name.removeprefix(ours).removeprefix(theirs)
-                found[ours + rest] = theirs + rest
+                table[ours + rest] = theirs + rest
                 break
-    return found
+    return table
 
 
 def _convs(ours: str, theirs: str, count: int) -> dict[str, str]:
     """Convolutions, numbered from 1 there, each with its norm."""
-    found = {f"{ours}{i}.0.weight": f"{theirs}{i + 1}.weight" for i in range(count)}
-    return found | {f"{ours}{i}.1.{part}": f"{theirs}{i + 1}.norm.{part}" for i in range(count) for part in PARTS}
+    weights = {f"{ours}{i}.0.weight": f"{theirs}{i + 1}.weight" for i in range(count)}
+    return weights | {f"{ours}{i}.1.{part}": f"{theirs}{i + 1}.norm.{part}" for i in range(count) for part in PARTS}
 
 
 def _model(net: dict[str, Tensor], known: Known, where: str) -> tuple[Document, Tensor]:
@@ -131,14 +131,14 @@ def _model(net: dict[str, Tensor], known: Known, where: str) -> tuple[Document, 
     heads = known.heads
     if tables:
         heads = shape.width // tables[0][1]
-    asked(known.model_copy(update={"heads": heads}), {"heads": "ViT-B has 12, L and H have 16"}, where=where)
+    require_known(known.model_copy(update={"heads": heads}), {"heads": "ViT-B has 12, L and H have 16"}, where=where)
     assert heads is not None
     convs = sorted({int(name.split(".")[1]) for name in net if ".residual." in name})
     lengths = {number: (length + 1) // 2 for number, (length, _) in tables.items()}
     shortest, longest = min(lengths.values(), default=0), max(lengths.values(), default=0)
-    told = longest * shape.patch_size if longest > shortest else None
-    size = chosen(known.image_size, told)
-    asked(
+    implied_size = longest * shape.patch_size if longest > shortest else None
+    size = chosen(known.image_size, implied_size)
+    require_known(
         known.model_copy(update={"image_size": size}),
         {"image_size": "the released models have 1024; without global blocks tensors don't tell"},
         where=where,

@@ -22,7 +22,7 @@ from pipeline import storage
 from pipeline.config import Document
 from pipeline.convert.arrays import ForbiddenObject, as_tensors, dump_arrays, load_arrays
 from pipeline.convert.named_arrays import ARCHIVE, dump_archive, read_arrays
-from pipeline.convert.weights import Format, Source, Written, listed
+from pipeline.convert.weights import Format, WeightFile, Written, listed
 from pipeline.errors import CheckpointError, ConfigError, StorageError
 
 ARRAYS = ".pkl"
@@ -36,25 +36,25 @@ METADATA_KEY = "vitrail"
 MAX_HEADER_BYTES = 10**8  # safetensors' own limit
 
 
-def read_source(url: str, form: Format) -> Source:
+def read_source(url: str, form: Format) -> WeightFile:
     """Read a weight file, or a folder as `save_pretrained` leaves it, with the format's configuration beside it.
 
     Raises:
         CheckpointError: there is none, it is damaged or truncated, or it holds code or no tensors.
     """
     config = form.config_file or CONFIG
-    if form.named_arrays and (found := read_arrays(url)) is not None:
-        return Source(url, found, {})
+    if form.named_arrays and (arrays := read_arrays(url)) is not None:
+        return WeightFile(url, arrays, {})
     if url.endswith((SAFETENSORS, *PICKLES)):
-        state, said = _read_file(url)
+        state, metadata = _read_file(url)
         beside = url.rpartition("/")[0]
-        return Source(url, state, {**_config(storage.join(beside, config) if beside else config), **said})
+        return WeightFile(url, state, {**_config(storage.join(beside, config) if beside else config), **metadata})
     for name in (*form.folder_files, *WHOLE_FOLDER):
         if storage.exists(storage.join(url, name)):
-            state, said = _read_file(storage.join(url, name))
-            return Source(url, state, {**_config(storage.join(url, config)), **said})
+            state, metadata = _read_file(storage.join(url, name))
+            return WeightFile(url, state, {**_config(storage.join(url, config)), **metadata})
     if storage.exists(storage.join(url, INDEX)):
-        return Source(url, _read_shards(url), _config(storage.join(url, config)))
+        return WeightFile(url, _read_shards(url), _config(storage.join(url, config)))
     raise CheckpointError(
         "no weights there",
         where=url,
@@ -131,15 +131,15 @@ def _read_file(url: str) -> tuple[dict[str, Tensor], Document]:
             arrays = as_tensors(load_arrays(content))
         return _tensors(arrays, url)
     with _explained(url), torch.serialization.safe_globals([argparse.Namespace]):
-        found = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    return _tensors(found, url)
+        document = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    return _tensors(document, url)
 
 
 def _metadata(content: bytes) -> Document:
     """What `_safetensors` wrote beside the tensors."""
     length = int.from_bytes(content[:8], "little")
-    said = json.loads(content[8 : 8 + length]).get("__metadata__", {}).get(METADATA_KEY)
-    document = json.loads(said) if said is not None else {}
+    text = json.loads(content[8 : 8 + length]).get("__metadata__", {}).get(METADATA_KEY)
+    document = json.loads(text) if text is not None else {}
     return document if isinstance(document, dict) else {}
 
 
@@ -164,21 +164,21 @@ def _damaged(url: str, kind: str, error: Exception) -> CheckpointError:
     )
 
 
-def _tensors(found: Any, url: str) -> tuple[dict[str, Tensor], Document]:
+def _tensors(document: Any, url: str) -> tuple[dict[str, Tensor], Document]:
     """The tensors of an unpickled object, and the training arguments beside them."""
-    said: Document = {}
-    if isinstance(found, Mapping):
-        arguments = found.get("args")
-        said = dict(vars(arguments)) if isinstance(arguments, argparse.Namespace) else {}
-        found = next((found[key] for key in WRAPPERS if isinstance(found.get(key), Mapping)), found)
-    tensors = {str(name): value for name, value in found.items()} if isinstance(found, Mapping) else {}
+    training_arguments: Document = {}
+    if isinstance(document, Mapping):
+        arguments = document.get("args")
+        training_arguments = dict(vars(arguments)) if isinstance(arguments, argparse.Namespace) else {}
+        document = next((document[key] for key in WRAPPERS if isinstance(document.get(key), Mapping)), document)
+    tensors = {str(name): value for name, value in document.items()} if isinstance(document, Mapping) else {}
     others = [name for name, value in tensors.items() if not isinstance(value, Tensor)]
     if not tensors or others:
         what = f"{listed(others)} are no tensors" if others else "it holds no tensors by name"
         raise CheckpointError(what, where=url, fix="give a state dict, or a checkpoint with one under `model`")
     if all(name.startswith("module.") for name in tensors):
         tensors = {name.removeprefix("module."): value for name, value in tensors.items()}
-    return tensors, said
+    return tensors, training_arguments
 
 
 def _read_shards(folder: str) -> dict[str, Tensor]:

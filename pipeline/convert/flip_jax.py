@@ -17,7 +17,18 @@ import torch
 from torch import Tensor
 
 from pipeline.convert.two_towers import Towers, assembled, taken_apart
-from pipeline.convert.weights import Format, Habits, Known, Source, Weights, Written, prefixed, refuse, told, under
+from pipeline.convert.weights import (
+    Format,
+    Habits,
+    Known,
+    WeightFile,
+    Weights,
+    Written,
+    complete,
+    prefixed,
+    refuse,
+    under,
+)
 from pipeline.errors import CheckpointError
 
 HABITS = Habits(interpolation="bicubic", norm_eps=1e-6, gelu="tanh", pixels="imagenet")
@@ -54,7 +65,7 @@ class FlipJax(Format):
     pickles: ClassVar[bool] = False
     named_arrays: ClassVar[bool] = True
 
-    def read(self, source: Source, known: Known) -> Weights:
+    def read(self, source: WeightFile, known: Known) -> Weights:
         state = {name.replace(".", "/").removeprefix("target/"): value for name, value in source.state.items()}
         trunk = _ours(under(state, "img_encoder/"), source.where)
         text = _ours(under(state, "txt_encoder/"), source.where)
@@ -68,7 +79,7 @@ class FlipJax(Format):
         rest = {"image_projection.weight": state["img_mlp1/kernel"].T, "logit_scale": state["logit_scale"]}
         return assembled(
             Towers(trunk, text, rest),
-            told(known, {"norm_eps": 1e-6, "gelu": "tanh"}, where=source.where),
+            complete(known, {"norm_eps": 1e-6, "gelu": "tanh"}, where=source.where),
             HABITS,
             where=source.where,
             image={},
@@ -99,11 +110,11 @@ class FlipJax(Format):
 
 
 def _ours(state: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
-    found: dict[str, Tensor] = {}
+    renamed: dict[str, Tensor] = {}
     split: dict[str, dict[str, Tensor]] = {}
     for name, value in state.items():
         if name in ROOT:
-            found[ROOT[name]] = value.permute(3, 2, 0, 1) if name == "embedding/kernel" else value
+            renamed[ROOT[name]] = value.permute(3, 2, 0, 1) if name == "embedding/kernel" else value
             continue
         match = BLOCK.fullmatch(name)
         block, part = (int(match[1]), match[2]) if match else (0, "")
@@ -116,35 +127,36 @@ def _ours(state: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
             target = PARTS[part]
             if target.endswith("weight") and not target.startswith("norm"):
                 value = value.reshape(-1, value.shape[-1]).T
-            found[f"blocks.{block}.{target}"] = value
+            renamed[f"blocks.{block}.{target}"] = value
         else:
             raise CheckpointError(f"it holds {name}", where=where, fix="give the parameters of FLIP alone")
     for name, parts in split.items():
         if "qkv" in parts:
-            found[name] = parts["qkv"]
+            renamed[name] = parts["qkv"]
         elif set(parts) == {"query", "key", "value"}:
-            found[name] = torch.cat([parts["query"], parts["key"], parts["value"]])
+            renamed[name] = torch.cat([parts["query"], parts["key"], parts["value"]])
         else:
             raise CheckpointError(
                 f"query, key and value of {name} aren't all there", where=where, fix="fetch the file again"
             )
-    return found
+    return renamed
 
 
 def _theirs(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     roots, parts = ({ours: theirs for theirs, ours in names.items()} for names in (ROOT, PARTS))
-    found: dict[str, Tensor] = {}
+    renamed: dict[str, Tensor] = {}
     for name, value in state.items():
         if name in roots:
-            found[roots[name]] = value.permute(2, 3, 1, 0) if name == "patch_embed.proj.weight" else value
+            renamed[roots[name]] = value.permute(2, 3, 1, 0) if name == "patch_embed.proj.weight" else value
             continue
         _, number, part = name.split(".", 2)
         block = f"Transformer/encoderblock_{int(number):02d}"
         if part.startswith("attn.qkv."):
             kind = "kernel" if part.endswith("weight") else "bias"
             for which, piece in zip(("query", "key", "value"), value.chunk(3), strict=True):
-                found[f"{block}/MultiHeadDotProductAttention_0/{which}/{kind}"] = piece.T if kind == "kernel" else piece
+                matrix = piece.T if kind == "kernel" else piece
+                renamed[f"{block}/MultiHeadDotProductAttention_0/{which}/{kind}"] = matrix
         else:
-            matrix = part.endswith("weight") and not part.startswith("norm")
-            found[f"{block}/{parts[part]}"] = value.T if matrix else value
-    return found
+            is_matrix = part.endswith("weight") and not part.startswith("norm")
+            renamed[f"{block}/{parts[part]}"] = value.T if is_matrix else value
+    return renamed

@@ -15,7 +15,18 @@ from torch import Tensor
 from pipeline.config import Document
 from pipeline.convert.huggingface import ACTIVATION_OF, ACTIVATIONS
 from pipeline.convert.two_towers import Towers, assembled, facts, renamed, taken_apart, without_patch_bias
-from pipeline.convert.weights import Format, Habits, Known, Source, Weights, Written, prefixed, refuse, told, under
+from pipeline.convert.weights import (
+    Format,
+    Habits,
+    Known,
+    WeightFile,
+    Weights,
+    Written,
+    complete,
+    prefixed,
+    refuse,
+    under,
+)
 from pipeline.errors import CheckpointError
 from pipeline.models.text.tokenizer import BYTE_PAIRS
 
@@ -48,10 +59,10 @@ class HuggingFaceClip(Format):
     )  # fmt: skip
     config_file: ClassVar[str | None] = "config.json"
 
-    def read(self, source: Source, known: Known) -> Weights:
+    def read(self, source: WeightFile, known: Known) -> Weights:
         state = {name: value for name, value in source.state.items() if not name.endswith(".position_ids")}
         image, text = facts(source.config, "vision_config"), facts(source.config, "text_config")
-        said = _said(image, text, source.where)
+        said = _known_from_config(image, text, source.where)
         trunk = _joined(renamed(under(state, "vision_model."), IMAGE), source.where)
         if "embeddings.class_embedding" not in trunk:
             raise CheckpointError(
@@ -64,7 +75,7 @@ class HuggingFaceClip(Format):
         tower["projection.weight"] = state["text_projection.weight"]
         return assembled(
             Towers(trunk, tower, rest),
-            told(known, said, where=source.where),
+            complete(known, said, where=source.where),
             HABITS,
             where=source.where,
             image={},
@@ -130,7 +141,7 @@ class HuggingFaceClip(Format):
         return Written(state, config, ())
 
 
-def _said(image: Document, text: Document, where: str) -> Document:
+def _known_from_config(image: Document, text: Document, where: str) -> Document:
     """What config.json says, as fields of Known."""
     activation = image.get("hidden_act", "quick_gelu" if image else None)
     if activation is not None and activation not in ACTIVATIONS:
@@ -156,12 +167,12 @@ def _joined(state: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
             joined[name] = value
         else:
             parts.setdefault(f"{match[1]}.attn.qkv.{match[3]}", {})[match[2]] = value
-    for name, found in parts.items():
-        if set(found) != set("qkv"):
+    for name, letters in parts.items():
+        if set(letters) != set("qkv"):
             raise CheckpointError(
                 f"query, key and value of {name} aren't all there", where=where, fix="fetch the file again"
             )
-        joined[name] = torch.cat([found[letter] for letter in "qkv"])
+        joined[name] = torch.cat([letters[letter] for letter in "qkv"])
     return joined
 
 

@@ -20,14 +20,14 @@ from pipeline.convert.weights import (
     Format,
     Habits,
     Known,
-    Source,
     Trunk,
+    WeightFile,
     Weights,
     Written,
     checked_options,
+    complete,
     prefixed,
     refuse,
-    told,
     trunk_of,
 )
 from pipeline.errors import CheckpointError
@@ -78,14 +78,14 @@ class HuggingFaceVitMae(Format):
     )  # fmt: skip
     config_file: ClassVar[str | None] = "config.json"
 
-    def read(self, source: Source, known: Known) -> Weights:
+    def read(self, source: WeightFile, known: Known) -> Weights:
         said = {
-            **_said(source),
+            **_known_from_config(source),
             "decoder_heads": source.config.get("decoder_num_attention_heads"),
             "norm_pix": source.config.get("norm_pix_loss"),
         }
         state = _our_names(source.state, source.where)
-        return autoencoder(source._replace(state=state), told(known, said, where=source.where), MAE_HABITS)
+        return autoencoder(source._replace(state=state), complete(known, said, where=source.where), MAE_HABITS)
 
     def write(self, weights: Weights, known: Known) -> Written:
         trunk = trunk_of(weights)
@@ -118,13 +118,13 @@ class HuggingFaceVit(Format):
     takes: ClassVar[tuple[str, ...]] = ("heads", "image_size", "norm_eps", "gelu", "pixels")
     config_file: ClassVar[str | None] = "config.json"
 
-    def read(self, source: Source, known: Known) -> Weights:
+    def read(self, source: WeightFile, known: Known) -> Weights:
         ignored = tuple(
             name for name in source.state if "pooler.dense." in name or name.endswith("embeddings.mask_token")
         )
         state = {name: value for name, value in source.state.items() if name not in ignored}
         renamed = _our_names(state, source.where)
-        facts = told(known, _said(source), where=source.where)
+        facts = complete(known, _known_from_config(source), where=source.where)
         weights = supervised(source._replace(state=renamed), facts, VIT_HABITS, _classes(source.config))
         return weights._replace(ignored=weights.ignored + ignored)
 
@@ -146,7 +146,7 @@ class HuggingFaceVit(Format):
         return Written({**prefixed(state, "vit."), **head}, config, ())
 
 
-def _said(source: Source) -> Document:
+def _known_from_config(source: WeightFile) -> Document:
     """What config.json says, as fields of Known."""
     config = source.config
     activation = config.get("hidden_act")
@@ -189,12 +189,12 @@ def _our_names(state: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
         else:
             letter = (split[1] or split[2])[0]
             parts.setdefault(f"{block}.attn.qkv.{match[4]}", {})[letter] = value
-    for name, found in parts.items():
-        if set(found) != set("qkv") or len({part.shape for part in found.values()}) > 1:
+    for name, letters in parts.items():
+        if set(letters) != set("qkv") or len({part.shape for part in letters.values()}) > 1:
             raise CheckpointError(
                 f"query, key and value of {name} aren't all there in one shape", where=where, fix="fetch the file again"
             )
-        renamed[name] = torch.cat([found[letter] for letter in "qkv"])
+        renamed[name] = torch.cat([letters[letter] for letter in "qkv"])
     return renamed
 
 

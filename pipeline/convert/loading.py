@@ -51,9 +51,9 @@ def check_same_trunk(ours: Mapping[str, Any], theirs: Mapping[str, Any], *, wher
         CheckpointError: they differ, so the weights would mean something else here.
     """
     differing = [
-        f"{key} {_told(theirs, key)} there and {_told(ours, key)} here"
+        f"{key} {_option(theirs, key)} there and {_option(ours, key)} here"
         for key in UNSEEN_IN_SHAPES
-        if theirs and _told(ours, key) != _told(theirs, key) and (key, _told(theirs, key)) != NO_POSITIONS
+        if theirs and _option(ours, key) != _option(theirs, key) and (key, _option(theirs, key)) != NO_POSITIONS
     ]
     if differing:
         raise CheckpointError(
@@ -104,19 +104,19 @@ def load_initial(
     Raises:
         CheckpointError: a parameter is missing, or has another shape.
     """
-    own = {**dict(stage.named_parameters()), **{n: b for n, b in stage.named_buffers() if n in stage.state_dict()}}
+    targets = {**dict(stage.named_parameters()), **{n: b for n, b in stage.named_buffers() if n in stage.state_dict()}}
     loaded: list[str] = []
     resized: list[str] = []
     new: list[str] = []
-    for name, target in own.items():
+    for name, target in targets.items():
         if not any(name.startswith(prefix) for prefix in prefixes):
             new.append(name)
             continue
         source = weights.get(name)
-        own_start = name == POSITION_TABLE or (
+        may_start_anew = name == POSITION_TABLE or (
             name.startswith(TRUNK) and stage.trunk.adds_nothing_at_first(name.removeprefix(TRUNK))
         )
-        if source is None and own_start:
+        if source is None and may_start_anew:
             new.append(name)
             continue
         if source is None:
@@ -171,7 +171,7 @@ def _differ_in_size_alone(source: Tensor, target: Tensor) -> bool:
     return source.ndim == target.ndim == 4 and source.shape[:2] == target.shape[:2] and source.shape != target.shape
 
 
-def _told(model: Mapping[str, Any], key: str) -> object:
+def _option(model: Mapping[str, Any], key: str) -> object:
     """An option of a dumped `ModelConfig`; heads may be told by the size's name."""
     value = model.get(key)
     if key == "heads" and value is None and model.get("size") in SIZES:

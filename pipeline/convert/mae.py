@@ -18,21 +18,21 @@ from pipeline.convert.weights import (
     Format,
     Habits,
     Known,
-    Source,
     Trunk,
+    WeightFile,
     Weights,
     Written,
-    asked,
     checked_options,
     chosen,
+    complete,
     heads_hint,
     model_options,
     native_grid,
     num_blocks,
     prefixed,
     refuse,
+    require_known,
     tensor,
-    told,
     trunk_of,
     trunk_shape,
 )
@@ -59,8 +59,8 @@ class Mae(Format):
     takes: ClassVar[tuple[str, ...]] = ("heads", "decoder_heads", "norm_pix", "image_size", "pixels", "probe_head")
     wrapped_in: ClassVar[str | None] = "model"
 
-    def read(self, source: Source, known: Known) -> Weights:
-        known = _told(known, source)
+    def read(self, source: WeightFile, known: Known) -> Weights:
+        known = _known_from_file(known, source)
         if "head.1.weight" in source.state:
             return _probe(source, known)
         if "head.weight" in source.state:
@@ -89,10 +89,10 @@ class MaeEncoder(Format):
     takes: ClassVar[tuple[str, ...]] = ("heads", "image_size", "pixels")
     wrapped_in: ClassVar[str | None] = "model"
 
-    def read(self, source: Source, known: Known) -> Weights:
+    def read(self, source: WeightFile, known: Known) -> Weights:
         others = tuple(name for name in source.state if name.startswith((*DECODER, "head.", "fc_norm.")))
         state = {name: value for name, value in source.state.items() if name not in others}
-        weights = autoencoder(source._replace(state=state), _told(known, source), HABITS)
+        weights = autoencoder(source._replace(state=state), _known_from_file(known, source), HABITS)
         return weights._replace(ignored=others)
 
     def write(self, weights: Weights, known: Known) -> Written:
@@ -102,7 +102,7 @@ class MaeEncoder(Format):
         return Written(trunk.state | {"pos_embed": trunk.table}, describe(weights, trunk), dropped)
 
 
-def autoencoder(source: Source, known: Known, habits: Habits) -> Weights:
+def autoencoder(source: WeightFile, known: Known, habits: Habits) -> Weights:
     """An encoder under MAE's names, with a decoder or without: stage `mae`."""
     state, where = source.state, source.where
     decoder = {name: value for name, value in state.items() if name.startswith(DECODER)}
@@ -114,7 +114,7 @@ def autoencoder(source: Source, known: Known, habits: Habits) -> Weights:
             "decoder_heads": "MAE's decoders have 16",
             "norm_pix": "true where the targets were normalised patches, false for the visualisation models",
         }
-    asked(known, unknown, where=where)
+    require_known(known, unknown, where=where)
     table = tensor(encoder, "pos_embed", 3, where)
     grid = native_grid(shape, table, known, where=where)
     model, learned = model_options(shape, table, grid, known, habits)
@@ -168,10 +168,10 @@ def describe(weights: Weights, trunk: Trunk) -> Document:
     return document
 
 
-def _told(known: Known, source: Source) -> Known:
+def _known_from_file(known: Known, source: WeightFile) -> Known:
     """With what the file's training arguments, or our own description of it, say."""
     names = {"heads": "num_heads", "decoder_heads": "decoder_num_heads", "norm_pix": "norm_pix_loss"}
-    return told(known, {ours: source.config.get(name) for ours, name in names.items()}, where=source.where)
+    return complete(known, {ours: source.config.get(name) for ours, name in names.items()}, where=source.where)
 
 
 def _unlike_mae(trunk: Trunk) -> dict[str, bool]:
@@ -210,7 +210,7 @@ def _check_decoder_table(table: Tensor, position: str, grid: tuple[int, int], wh
     )
 
 
-def _probe(source: Source, known: Known) -> Weights:
+def _probe(source: WeightFile, known: Known) -> Weights:
     """main_linprobe.py's head, BatchNorm1d(affine=False) and Linear, as stage `probe` with one head."""
     state, where = source.state, source.where
     head = {name: value for name, value in state.items() if name.startswith("head.")}
@@ -241,7 +241,7 @@ def _probe_head(weights: Weights, known: Known) -> tuple[dict[str, Tensor], tupl
         },
     )
     if num_heads > 1:
-        asked(
+        require_known(
             known, {"probe_head": f"one of 0 ... {num_heads - 1}, in the order of lr_multipliers"}, where=weights.where
         )
     chosen_head = f"heads.{known.probe_head or 0}."

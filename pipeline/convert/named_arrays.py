@@ -53,25 +53,26 @@ def _zarr_names(url: str) -> list[str]:
         entries = [entry.url.removeprefix(url.rstrip("/") + "/") for entry in storage.entries(url)]
     except (FileNotFoundError, NotADirectoryError):
         return []
-    found = {entry.removesuffix(ZARRAY) for entry in entries if entry.endswith(ZARRAY)}
-    return sorted(name for name in found if name.startswith(TARGET))
+    arrays = {entry.removesuffix(ZARRAY) for entry in entries if entry.endswith(ZARRAY)}
+    return sorted(name for name in arrays if name.startswith(TARGET))
 
 
 def _zarr_array(url: str) -> Tensor:
     """One array of zarr version 2, put together from its chunks."""
-    said = json.loads(storage.read(storage.join(url, ".zarray")))
-    shape, chunks, compressor = said["shape"], said["chunks"], said.get("compressor") or {}
-    kind = str(said["dtype"])
-    if compressor.get("id") not in (None, "gzip", "zlib") or said.get("order", "C") != "C" or kind[0] not in "<|":
+    header = json.loads(storage.read(storage.join(url, ".zarray")))
+    shape, chunks, compressor = header["shape"], header["chunks"], header.get("compressor") or {}
+    kind = str(header["dtype"])
+    if compressor.get("id") not in (None, "gzip", "zlib") or header.get("order", "C") != "C" or kind[0] not in "<|":
         raise CheckpointError(
             f"arrays of type {kind} compressed by {compressor.get('id')}",
             where=url,
             fix="save them uncompressed or by gzip, row by row",
         )
     array = np.zeros(shape, dtype=np.dtype(kind))
+    separator = header.get("dimension_separator", ".")
     for place in np.ndindex(*(-(-size // chunk) for size, chunk in zip(shape, chunks, strict=True))):
         try:
-            content = storage.read(storage.join(url, said.get("dimension_separator", ".").join(map(str, place)) or "0"))
+            content = storage.read(storage.join(url, separator.join(map(str, place)) or "0"))
         except FileNotFoundError:
             raise CheckpointError(f"chunk {place} is missing", where=url, fix="fetch the checkpoint again") from None
         if compressor:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import ClassVar
 
 from pipeline.config import Config, Document, validate
-from pipeline.convert.weights import Format, Known, Source, Weights, Written, checked_options
+from pipeline.convert.weights import Format, Known, WeightFile, Weights, Written, checked_options
 from pipeline.errors import CheckpointError
 
 
-class Header(Config):
+class NativeHeader(Config):
     """What stands beside the tensors."""
 
     format_version: int
@@ -28,12 +28,12 @@ class Native(Format):
     pickles: ClassVar[bool] = False
     version: ClassVar[int] = 1
 
-    def read(self, source: Source, known: Known) -> Weights:
+    def read(self, source: WeightFile, known: Known) -> Weights:
         if "format_version" not in source.config:
             raise CheckpointError(
                 "it doesn't say which stage it holds", where=source.where, fix="give its format, or the run directory"
             )
-        header = validate(Header, source.config, where=f"header of {source.where}")
+        header = validate(NativeHeader, source.config, where=f"header of {source.where}")
         if header.format_version != self.version:
             raise CheckpointError(
                 f"it has format version {header.format_version}", where=source.where, fix="use a newer vitrail"

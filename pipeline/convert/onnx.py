@@ -62,8 +62,8 @@ class OnnxEncoder(nn.Module):
     def forward(self, images: Float[Tensor, "b 3 s s"]) -> Float[Tensor, "b c h w"]:
         """Encode."""
         tokens = self.trunk(images)
-        found: Tensor = self.neck(tokens.patches.transpose(1, 2).unflatten(2, tokens.grid))
-        return found
+        embeddings: Tensor = self.neck(tokens.patches.transpose(1, 2).unflatten(2, tokens.grid))
+        return embeddings
 
 
 class OnnxDecoder(nn.Module):
@@ -137,11 +137,11 @@ def export_sam(stage: Stage, folder: str) -> Exported:
     stage = stage.float().cpu().eval()
     graphs = {ENCODER: encoder_graph(stage), DECODER: decoder_graph(stage)}
     differences = parity(stage, graphs)
-    wrong = {name: found for name, found in differences.items() if not found <= TOLERANCE}
+    wrong = {name: difference for name, difference in differences.items() if not difference <= TOLERANCE}
     if wrong:
-        told = ", ".join(f"{name} by {found:.1e}" for name, found in wrong.items())
+        excess = ", ".join(f"{name} by {difference:.1e}" for name, difference in wrong.items())
         raise ConfigError(
-            f"the graphs differ from the model: {told} of the largest value", where=folder, fix="report this model"
+            f"the graphs differ from the model: {excess} of the largest value", where=folder, fix="report this model"
         )
     written = {**graphs, ABOUT: json.dumps(_about(stage), indent=1).encode() + b"\n"}
     files = []
@@ -187,30 +187,33 @@ def parity(stage: SamStage, graphs: Mapping[str, bytes]) -> dict[str, float]:
     of images, and of prompts and points, and two sizes of the stored image.
     """
     side = stage.options.model.image_hw[0]
-    found: dict[str, float] = {}
+    largest: dict[str, float] = {}
     encoder, decoder = (_session(graphs[name]) for name in (ENCODER, DECODER))
     for num in (1, 3):
         images = torch.randn(num, 3, side, side, generator=torch.Generator().manual_seed(num))
-        theirs = encoder.run(None, {"images": images.numpy()})
-        _note(found, ["image_embeddings"], theirs, [OnnxEncoder(stage)(images)])
+        outputs = encoder.run(None, {"images": images.numpy()})
+        _record_differences(largest, ["image_embeddings"], outputs, [OnnxEncoder(stage)(images)])
     for num, points, size in ((1, 2, (50, 37)), (5, 3, (2 * side, side))):
-        given = drawn_prompts(stage, num, points, size)
-        theirs = decoder.run(None, {name: one.numpy() for name, one in zip(DECODER_INPUTS, given, strict=True)})
-        _note(found, DECODER_OUTPUTS, theirs, OnnxDecoder(stage)(*given))
-    return found
+        prompts = drawn_prompts(stage, num, points, size)
+        outputs = decoder.run(None, {name: value.numpy() for name, value in zip(DECODER_INPUTS, prompts, strict=True)})
+        _record_differences(largest, DECODER_OUTPUTS, outputs, OnnxDecoder(stage)(*prompts))
+    return largest
 
 
-def _note(found: dict[str, float], names: Sequence[str], theirs: Sequence[np.ndarray], ours: Sequence[Tensor]) -> None:
-    for name, graph, model in zip(names, theirs, ours, strict=True):
-        wanted = model.numpy()
-        if graph.shape != wanted.shape:
-            raise ConfigError(f"{name} of shape {graph.shape}, not {wanted.shape}", where="ONNX", fix="report this")
-        off = float(np.abs(graph - wanted).max() / max(float(np.abs(wanted).max()), 1e-12))
-        found[name] = max(found.get(name, 0.0), off)
+def _record_differences(
+    largest: dict[str, float], names: Sequence[str], of_graph: Sequence[np.ndarray], of_model: Sequence[Tensor]
+) -> None:
+    """Raise each output's largest difference to that of these two, over the model's largest value."""
+    for name, graph, tensor in zip(names, of_graph, of_model, strict=True):
+        model = tensor.numpy()
+        if graph.shape != model.shape:
+            raise ConfigError(f"{name} of shape {graph.shape}, not {model.shape}", where="ONNX", fix="report this")
+        difference = float(np.abs(graph - model).max() / max(float(np.abs(model).max()), 1e-12))
+        largest[name] = max(largest.get(name, 0.0), difference)
 
 
 def _graph(
-    module: nn.Module, given: tuple[Tensor, ...], inputs: Sequence[str], outputs: Sequence[str], shapes: Any
+    module: nn.Module, arguments: tuple[Tensor, ...], inputs: Sequence[str], outputs: Sequence[str], shapes: Any
 ) -> bytes:
     """A module as one ONNX file."""
     logging.getLogger("onnxscript").setLevel(logging.ERROR)
@@ -218,7 +221,7 @@ def _graph(
         warnings.simplefilter("ignore")
         program = torch.onnx.export(
             module.eval(),
-            given,
+            arguments,
             input_names=list(inputs),
             output_names=list(outputs),
             dynamic_shapes=shapes,

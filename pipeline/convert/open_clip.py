@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pipeline.config import Document
 from pipeline.convert.two_towers import (
-    Parts,
+    FlipParts,
     Towers,
     assembled,
     facts,
@@ -25,12 +25,12 @@ from pipeline.convert.weights import (
     Format,
     Habits,
     Known,
-    Source,
+    WeightFile,
     Weights,
     Written,
+    complete,
     prefixed,
     refuse,
-    told,
     under,
 )
 from pipeline.errors import CheckpointError
@@ -69,12 +69,12 @@ class OpenClip(Format):
     config_file: ClassVar[str | None] = "open_clip_config.json"
     folder_files: ClassVar[tuple[str, ...]] = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 
-    def read(self, source: Source, known: Known) -> Weights:
+    def read(self, source: WeightFile, known: Known) -> Weights:
         config = facts(source.config, "model_cfg") or dict(source.config)
         state = {name: value for name, value in source.state.items() if name != "attn_mask"}
-        said = _said(config, state) | {"pixels": _pixels(facts(source.config, "preprocess_cfg"))}
+        said = _known_from_config(config, state) | {"pixels": _pixels(facts(source.config, "preprocess_cfg"))}
         by_timm = any(name.startswith("visual.trunk.") for name in state)
-        known = told(known, said, where=source.where)
+        known = complete(known, said, where=source.where)
         text = under(state, "text.") or {n: v for n, v in state.items() if n.startswith(TEXT_PARTS)}
         visual = under(state, "visual.")
         towers = Towers({}, _text(text), {n: state[n] for n in ("logit_scale", "logit_bias") if n in state})
@@ -121,7 +121,7 @@ class OpenClip(Format):
         )
 
 
-def _said(config: Document, state: Mapping[str, Tensor]) -> Document:
+def _known_from_config(config: Document, state: Mapping[str, Tensor]) -> Document:
     """What the configuration says, as fields of Known."""
     image, text = facts(config, "vision_cfg"), facts(config, "text_cfg")
     said: Document = {"text_heads": text.get("heads", 8 if text else None)}
@@ -192,7 +192,7 @@ def _text(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: value for name, value in text.items() if name != "attn_mask"}
 
 
-def _their_image(parts: Parts) -> dict[str, Tensor]:
+def _their_image(parts: FlipParts) -> dict[str, Tensor]:
     state = renamed(without_patch_bias(parts.trunk), {ours: theirs for theirs, ours in IMAGE.items()})
     state["class_embedding"] = state.pop("cls_token")[0, 0]
     state["positional_embedding"] = state.pop("pos_embed")[0]
@@ -200,14 +200,14 @@ def _their_image(parts: Parts) -> dict[str, Tensor]:
     return state
 
 
-def _their_text(parts: Parts) -> dict[str, Tensor]:
+def _their_text(parts: FlipParts) -> dict[str, Tensor]:
     state = dict(parts.text)
     if parts.options.text.projection == "linear":
         state["text_projection"] = state.pop("projection.weight").T
     return renamed(state, {ours: theirs for theirs, ours in TEXT.items()})
 
 
-def _describe(parts: Parts, custom: bool) -> Document:
+def _describe(parts: FlipParts, custom: bool) -> Document:
     options, model, text = parts.options, parts.options.model, parts.options.text
     width, depth, mlp_width, heads = model.shape
     height, across = model.image_hw
@@ -235,17 +235,17 @@ def _describe(parts: Parts, custom: bool) -> Document:
         "proj_type": "none" if text.projection == "none" else "linear",
         "norm_kwargs": {"eps": text.norm_eps},
     }
-    for one, gelu in ((image, model.gelu), (tower, text.gelu)):
+    for section, gelu in ((image, model.gelu), (tower, text.gelu)):
         if gelu == "tanh":
-            one["act_kwargs"] = {"approximate": "tanh"}
+            section["act_kwargs"] = {"approximate": "tanh"}
     if model.layer_scale is not None:
         image["ls_init_value"] = model.layer_scale
     if text.tokenizer != BYTE_PAIRS:
         tower["hf_tokenizer_name"] = text.tokenizer
-    found: dict[str, Any] = {"embed_dim": options.embed_dim, "vision_cfg": image, "text_cfg": tower}
-    found |= {"quick_gelu": True} if model.gelu == "quick" else {}
-    found |= {"custom_text": True} if custom else {}
-    return found | ({"init_logit_bias": -10.0} if options.loss == "siglip" else {})
+    config: dict[str, Any] = {"embed_dim": options.embed_dim, "vision_cfg": image, "text_cfg": tower}
+    config |= {"quick_gelu": True} if model.gelu == "quick" else {}
+    config |= {"custom_text": True} if custom else {}
+    return config | ({"init_logit_bias": -10.0} if options.loss == "siglip" else {})
 
 
 def _pixels(preprocess: Document) -> str | None:

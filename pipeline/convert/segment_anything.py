@@ -17,7 +17,7 @@ from pipeline.convert.weights import (
     CHECK_FORMAT,
     Format,
     Known,
-    Source,
+    WeightFile,
     Weights,
     Written,
     checked_options,
@@ -61,7 +61,7 @@ class SegmentAnythingFormat(Format):
     name: ClassVar[str] = "segment_anything"
     takes: ClassVar[tuple[str, ...]] = ("decoder_heads", "pixels")
 
-    def read(self, source: Source, known: Known) -> Weights:
+    def read(self, source: WeightFile, known: Known) -> Weights:
         state = {_renamed(name, OFFICIAL): value for name, value in source.state.items()}
         return _weights(source.where, state, known, {})
 
@@ -79,11 +79,11 @@ class HuggingFaceSam(Format):
     takes: ClassVar[tuple[str, ...]] = ("decoder_heads", "norm_eps", "pixels")
     config_file: ClassVar[str | None] = "config.json"
 
-    def read(self, source: Source, known: Known) -> Weights:
+    def read(self, source: WeightFile, known: Known) -> Weights:
         state = dict(source.state)
-        shared = state.pop(SHARED, None)
-        own = state.get("shared_image_embedding.positional_embedding")
-        if shared is not None and (own is None or not own.equal(shared)):
+        prompt_embedding = state.pop(SHARED, None)
+        image_embedding = state.get("shared_image_embedding.positional_embedding")
+        if prompt_embedding is not None and (image_embedding is None or not image_embedding.equal(prompt_embedding)):
             raise CheckpointError(
                 "its two position embeddings differ", where=source.where, fix="save it with tied weights"
             )
@@ -111,7 +111,7 @@ def _weights(where: str, state: dict[str, Tensor], known: Known, decoder: Mappin
     tables = [tensor(state, f"trunk.blocks.{i}.attn.rel_pos_h", 2, where) for i in range(depth)]
     if not tables or width % tables[0].shape[1]:
         raise CheckpointError("no relative positions tell its heads", where=where, fix=CHECK_FORMAT)
-    sides = [(len(one) + 1) // 2 for one in tables]
+    sides = [(len(positions) + 1) // 2 for positions in tables]
     whole = tuple(i for i, side in enumerate(sides) if side == rows)
     windows = {side for side in sides if side != rows}
     if len(windows) > 1:
@@ -145,7 +145,7 @@ def _decoder_options(state: Mapping[str, Tensor], known: Known, decoder: Mapping
     lin1 = tensor(state, "mask_decoder.transformer.layers.0.mlp.lin1.weight", 2, where)
     iou = tensor(state, "mask_decoder.iou_prediction_head.layers.0.weight", 2, where)
     mask = tensor(state, "prompt_encoder.mask_downscaling.3.weight", 4, where)
-    found = {
+    options = {
         "channels": channels,
         "heads": chosen(known.decoder_heads, decoder.get("num_attention_heads"), DECODER_HEADS),
         "depth": num_blocks(state, "mask_decoder.transformer.layers."),
@@ -155,7 +155,7 @@ def _decoder_options(state: Mapping[str, Tensor], known: Known, decoder: Mapping
         "norm_eps": chosen(known.norm_eps, decoder.get("layer_norm_eps"), 1e-5),
     }
     usual = SamConfig()
-    return {name: value for name, value in found.items() if value != getattr(usual, name)}
+    return {name: value for name, value in options.items() if value != getattr(usual, name)}
 
 
 def _outgoing(format_name: str, weights: Weights) -> tuple[SamOptions, dict[str, Tensor]]:
@@ -195,7 +195,7 @@ def _tables(model: ModelConfig, state: Mapping[str, Tensor]) -> dict[str, Tensor
     width, depth, _, heads = model.shape
     like = state["trunk.patch_embed.proj.weight"]
     table = state.get(TABLE)
-    found: dict[str, Tensor] = {}
+    tables: dict[str, Tensor] = {}
     if model.position == "none":
         table = like.new_zeros(1, model.num_patches, width)
     elif table is None:
@@ -203,13 +203,13 @@ def _tables(model: ModelConfig, state: Mapping[str, Tensor]) -> dict[str, Tensor
         table = native(model.grid, like)[None]
     elif model.position_grid != model.grid:
         table = interpolate(table[0], model.position_grid, model.grid, model.interpolation)[None]
-    found[TABLE] = table.reshape(1, *model.grid, width)
+    tables[TABLE] = table.reshape(1, *model.grid, width)
     if not model.relative_positions:
         for i in range(depth):
             side = model.window if model.window is not None and i not in model.global_blocks else model.grid[0]
             for axis in ("h", "w"):
-                found[f"trunk.blocks.{i}.attn.rel_pos_{axis}"] = like.new_zeros(2 * side - 1, width // heads)
-    return found
+                tables[f"trunk.blocks.{i}.attn.rel_pos_{axis}"] = like.new_zeros(2 * side - 1, width // heads)
+    return tables
 
 
 def _renamed(name: str, rules: list[tuple[str, str]]) -> str:

@@ -16,19 +16,19 @@ from pipeline.convert.weights import (
     Format,
     Habits,
     Known,
-    Source,
     Trunk,
     TrunkShape,
+    WeightFile,
     Weights,
     Written,
-    asked,
     chosen,
+    complete,
     heads_hint,
     model_options,
     native_grid,
     prefixed,
+    require_known,
     tensor,
-    told,
     trunk_of,
     trunk_shape,
 )
@@ -49,12 +49,12 @@ class TimmVit(Format):
     name: ClassVar[str] = "timm"
     takes: ClassVar[tuple[str, ...]] = ("heads", "image_size", "norm_eps", "gelu", "pixels")
 
-    def read(self, source: Source, known: Known) -> Weights:
+    def read(self, source: WeightFile, known: Known) -> Weights:
         if any(name == "mask_token" or name.startswith("decoder_") for name in source.state):
             raise CheckpointError("it has a mask token or a decoder", where=source.where, fix="read it as format mae")
         arguments = source.config.get("arguments")
         heads = arguments.get("num_heads") if isinstance(arguments, dict) else None
-        return supervised(source, told(known, {"heads": heads}, where=source.where), HABITS)
+        return supervised(source, complete(known, {"heads": heads}, where=source.where), HABITS)
 
     def write(self, weights: Weights, known: Known) -> Written:
         trunk = trunk_of(weights)
@@ -69,11 +69,11 @@ class TimmVit(Format):
         return Written(state | {"pos_embed": table}, config, tuple(dropped))
 
 
-def supervised(source: Source, known: Known, habits: Habits, classes: tuple[str, ...] = ()) -> Weights:
+def supervised(source: WeightFile, known: Known, habits: Habits, classes: tuple[str, ...] = ()) -> Weights:
     """A ViT under timm's names, with a head (stage `classify`) or without (`mae`, of which it is the trunk)."""
     state, where = dict(source.state), source.where
     shape = trunk_shape(state, where=where)
-    asked(known, {"heads": heads_hint(shape.width, shape.depth)}, where=where)
+    require_known(known, {"heads": heads_hint(shape.width, shape.depth)}, where=where)
     table = tensor(state, "pos_embed", 3, where)
     grid = native_grid(shape, table, known, where=where)
     if shape.registers:

@@ -17,8 +17,8 @@ from pipeline.convert.weights import (
     Habits,
     Known,
     Trunk,
+    TrunkShape,
     Weights,
-    asked,
     checked_options,
     chosen,
     heads_hint,
@@ -27,6 +27,7 @@ from pipeline.convert.weights import (
     num_blocks,
     prefixed,
     refuse,
+    require_known,
     tensor,
     trunk_of,
     trunk_shape,
@@ -52,22 +53,70 @@ def assembled(
 
     Args:
         image, text, options: what the format says of the trunk, the text tower and the stage beyond the tensors.
+
+    Raises:
+        CheckpointError: the tensors are no such model.
+        ConfigError: something that tensors can't tell isn't known.
     """
-    trunk = dict(towers.trunk)
-    shape = trunk_shape(trunk, where=where)
+    shape = trunk_shape(towers.trunk, where=where)
     width = tensor(towers.text, "token_embedding.weight", 2, where).shape[1]
     hints = {"heads": heads_hint(shape.width, shape.depth), "text_heads": f"usually width / 64, {max(1, width // 64)}"}
-    asked(known, hints, where=where)
+    require_known(known, hints, where=where)
+    model, trunk = _trunk(towers.trunk, shape, known, habits, where)
+    tower = _text_tower(towers.text, known, habits, where) | text
+    if tower["tokenizer"] == BYTE_PAIRS and tower["vocab_size"] != VOCAB_SIZE:
+        hint = f"vocab.txt or tokenizer.json of the {tower['vocab_size']} tokens; CLIP's has {VOCAB_SIZE}"
+        require_known(known, {"tokenizer": hint}, where=where)
+    scalars = {name: towers.rest[name].reshape(1) for name in ("logit_scale", "logit_bias") if name in towers.rest}
+    rest = towers.rest | scalars
+    document: Document = {
+        "model": model | image,
+        "text": tower,
+        "embed_dim": _embed_dim(towers, shape, where),
+        "projection": "image_projection.weight" in towers.rest,
+        "pixels": chosen(known.pixels, habits.pixels),
+        "loss": "siglip" if "logit_bias" in rest else "clip",
+        **options,
+    }
+    return Weights(where, "flip", document, {**prefixed(trunk, "trunk."), **prefixed(towers.text, "text."), **rest})
+
+
+def _trunk(
+    tensors: dict[str, Tensor], shape: TrunkShape, known: Known, habits: Habits, where: str
+) -> tuple[Document, dict[str, Tensor]]:
+    """Options of the trunk, and its tensors with the position table as the stage keeps it."""
+    trunk = dict(tensors)
     table = tensor(trunk, "pos_embed", 3, where)
-    grid = native_grid(shape, table, known, where=where)
     pre_norm = "norm_pre.weight" in trunk
     if not pre_norm and "patch_embed.proj.bias" not in trunk:  # ours has one: nothing is added
         trunk["patch_embed.proj.bias"] = torch.zeros(shape.width, dtype=trunk["patch_embed.proj.weight"].dtype)
-    model, learned = model_options(shape, table, grid, known, habits)
+    model, learned = model_options(shape, table, native_grid(shape, table, known, where=where), known, habits)
     scale = 1.0 if "blocks.0.ls1.gamma" in trunk else None
-    model |= {"pre_norm": pre_norm, "layer_scale": scale, "final_norm": "norm.weight" in trunk, **image}
-    trunk.pop("pos_embed")
-    trunk |= {} if learned is None else {"pos_embed": learned}
+    model |= {"pre_norm": pre_norm, "layer_scale": scale, "final_norm": "norm.weight" in trunk}
+    del trunk["pos_embed"]
+    return model, trunk if learned is None else trunk | {"pos_embed": learned}
+
+
+def _text_tower(text: Mapping[str, Tensor], known: Known, habits: Habits, where: str) -> Document:
+    """Options of the text tower that follow from its tensors and from what is known."""
+    projection = "none" if "projection.weight" not in text else "linear"
+    vocabulary, width = tensor(text, "token_embedding.weight", 2, where).shape
+    return {
+        "vocab_size": vocabulary,
+        "context_length": tensor(text, "pos_embed", 2, where).shape[0],
+        "width": width,
+        "heads": known.text_heads,
+        "layers": num_blocks(text, "blocks."),
+        "mlp_width": tensor(text, "blocks.0.mlp.fc1.weight", 2, where).shape[0],
+        "projection": "linear_bias" if projection == "linear" and "projection.bias" in text else projection,
+        "norm_eps": chosen(known.norm_eps, habits.norm_eps),
+        "gelu": chosen(known.gelu, habits.gelu),
+        "tokenizer": chosen(known.tokenizer, BYTE_PAIRS),
+    }
+
+
+def _embed_dim(towers: Towers, shape: TrunkShape, where: str) -> int:
+    """The width of both towers' embeddings."""
     projection = towers.rest.get("image_projection.weight")
     text_projection = towers.text.get("projection.weight")
     embed_dim = projection.shape[0] if projection is not None else shape.width
@@ -77,44 +126,10 @@ def assembled(
             where=where,
             fix=CHECK_FORMAT,
         )
-    kind = "none" if text_projection is None else "linear_bias" if "projection.bias" in towers.text else "linear"
-    vocabulary, context = towers.text["token_embedding.weight"].shape[0], tensor(towers.text, "pos_embed", 2, where)
-    tower: Document = {
-        "vocab_size": vocabulary,
-        "context_length": context.shape[0],
-        "width": width,
-        "heads": known.text_heads,
-        "layers": num_blocks(towers.text, "blocks."),
-        "mlp_width": tensor(towers.text, "blocks.0.mlp.fc1.weight", 2, where).shape[0],
-        "projection": kind,
-        "norm_eps": chosen(known.norm_eps, habits.norm_eps),
-        "gelu": chosen(known.gelu, habits.gelu),
-        "tokenizer": chosen(known.tokenizer, BYTE_PAIRS),
-        **text,
-    }
-    if tower["tokenizer"] == BYTE_PAIRS and vocabulary != VOCAB_SIZE:
-        asked(
-            known,
-            {"tokenizer": f"vocab.txt or tokenizer.json of the {vocabulary} tokens; CLIP's has {VOCAB_SIZE}"},
-            where=where,
-        )
-    rest = dict(towers.rest)
-    for name in ("logit_scale", "logit_bias"):
-        if name in rest:
-            rest[name] = rest[name].reshape(1)
-    document: Document = {
-        "model": model,
-        "text": tower,
-        "embed_dim": embed_dim,
-        "projection": projection is not None,
-        "pixels": chosen(known.pixels, habits.pixels),
-        "loss": "siglip" if "logit_bias" in rest else "clip",
-        **options,
-    }
-    return Weights(where, "flip", document, {**prefixed(trunk, "trunk."), **prefixed(towers.text, "text."), **rest})
+    return embed_dim
 
 
-class Parts(NamedTuple):
+class FlipParts(NamedTuple):
     """A stage `flip` taken apart."""
 
     options: FlipOptions
@@ -123,7 +138,7 @@ class Parts(NamedTuple):
     rest: dict[str, Tensor]
 
 
-def taken_apart(weights: Weights, format_name: str) -> Parts:
+def taken_apart(weights: Weights, format_name: str) -> FlipParts:
     """The towers of stage `flip`.
 
     Raises:
@@ -140,7 +155,7 @@ def taken_apart(weights: Weights, format_name: str) -> Parts:
     }
     refuse(format_name, weights.where, reasons)
     rest = {name: value for name, value in weights.state.items() if not name.startswith(("trunk.", "text."))}
-    return Parts(options, trunk_of(weights), under(weights.state, "text."), rest)
+    return FlipParts(options, trunk_of(weights), under(weights.state, "text."), rest)
 
 
 def without_patch_bias(trunk: Trunk) -> dict[str, Tensor]:
@@ -157,18 +172,18 @@ def without_patch_bias(trunk: Trunk) -> dict[str, Tensor]:
 
 def renamed(state: Mapping[str, Tensor], names: Mapping[str, str]) -> dict[str, Tensor]:
     """Every name with those beginnings (or inner parts, written with dots around) replaced that `names` lists."""
-    found = {}
+    tensors = {}
     for name, value in state.items():
-        for one, other in names.items():
-            if name.startswith(one) or (one.startswith(".") and one in name):
-                name = name.replace(one, other, 1)
-        found[name] = value
-    return found
+        for before, after in names.items():
+            if name.startswith(before) or (before.startswith(".") and before in name):
+                name = name.replace(before, after, 1)
+        tensors[name] = value
+    return tensors
 
 
 def facts(source: Mapping[str, Any], *names: str) -> Document:
     """The nested mapping at `names`; {} where there is none."""
-    found: Any = source
+    section: Any = source
     for name in names:
-        found = found.get(name) if isinstance(found, Mapping) else None
-    return dict(found) if isinstance(found, Mapping) else {}
+        section = section.get(name) if isinstance(section, Mapping) else None
+    return dict(section) if isinstance(section, Mapping) else {}

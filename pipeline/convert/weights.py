@@ -42,7 +42,7 @@ class Known(Config):
     probe_head: int | None = None  # in writing: which of a probe's heads, from 0
 
 
-class Source(NamedTuple):
+class WeightFile(NamedTuple):
     """A weight file as it was read: tensors by the other project's names, and what else it says."""
 
     where: str
@@ -84,7 +84,7 @@ class Format(abc.ABC):
     arrays: ClassVar[bool] = False  # whether it is also found in pickles of numpy arrays (.pkl)
 
     @abc.abstractmethod
-    def read(self, source: Source, known: Known) -> Weights:
+    def read(self, source: WeightFile, known: Known) -> Weights:
         """Our names and options for a file's tensors.
 
         Raises:
@@ -154,7 +154,7 @@ def of_stage(stage: Stage, *, where: str = "the stage") -> Weights:
     return Weights(where, name, document, state, tuple(stage.data.classes))
 
 
-def asked(known: Known, missing: Mapping[str, str], *, where: str) -> None:
+def require_known(known: Known, missing: Mapping[str, str], *, where: str) -> None:
     """Raise one error for everything in `missing` (field of Known: how to tell) that isn't known."""
     absent = {name: hint for name, hint in missing.items() if getattr(known, name) is None}
     if absent:
@@ -165,10 +165,10 @@ def asked(known: Known, missing: Mapping[str, str], *, where: str) -> None:
         )
 
 
-def told(known: Known, said: Document, *, where: str) -> Known:
+def complete(known: Known, in_file: Document, *, where: str) -> Known:
     """What is known, completed by what the file says (None: nothing)."""
-    found = validate(Known, {name: value for name, value in said.items() if value is not None}, where=where)
-    return found.model_copy(update=known.model_dump(exclude_none=True))
+    from_file = validate(Known, {name: value for name, value in in_file.items() if value is not None}, where=where)
+    return from_file.model_copy(update=known.model_dump(exclude_none=True))
 
 
 def heads_hint(width: int, depth: int) -> str:
@@ -210,15 +210,15 @@ def trunk_shape(state: Mapping[str, Tensor], *, where: str) -> TrunkShape:
 
 def tensor(state: Mapping[str, Tensor], name: str, dimensions: int, where: str) -> Tensor:
     """A tensor that must be there, with this many dimensions."""
-    found = state.get(name)
-    if found is None or found.ndim != dimensions:
-        what = "no" if found is None else f"a {found.ndim}-dimensional"
+    value = state.get(name)
+    if value is None or value.ndim != dimensions:
+        what = "no" if value is None else f"a {value.ndim}-dimensional"
         raise CheckpointError(
             f"{what} {name}, where one of {dimensions} dimensions was expected (it holds {listed(list(state))})",
             where=where,
             fix=CHECK_FORMAT,
         )
-    return found
+    return value
 
 
 def num_blocks(state: Mapping[str, Tensor], prefix: str) -> int:

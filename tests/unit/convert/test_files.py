@@ -14,7 +14,7 @@ import safetensors.torch
 import torch
 
 from pipeline import convert
-from pipeline.convert.weights import Source
+from pipeline.convert.weights import WeightFile
 from pipeline.errors import CheckpointError, ConfigError, UserError
 from pipeline.stages.base import DataFacts
 from pipeline.stages.classify import ClassifyOptions, ClassifyStage
@@ -159,7 +159,7 @@ def test_whichever_tensor_is_spoilt_the_message_is_for_the_user(format_name: str
         state = {k: v for k, v in written.state.items() if k != name}
         state |= {} if spoilt is None else {name: spoilt}
         try:
-            convert.weights.load_table(form.read(Source("file", state, written.config), known))
+            convert.weights.load_table(form.read(WeightFile("file", state, written.config), known))
         except UserError:
             continue
         survivors.append(name)

@@ -66,9 +66,9 @@ def test_released_checkpoints_name_their_size(tmp_path: Path) -> None:
 
     with torch.device("meta"):
         state = sam_model_registry["vit_b"]().state_dict()
-    from pipeline.convert.weights import Known, Source, load_table
+    from pipeline.convert.weights import Known, WeightFile, load_table
 
-    weights = convert.FORMATS["segment_anything"].read(Source("sam_vit_b", dict(state), {}), Known())
+    weights = convert.FORMATS["segment_anything"].read(WeightFile("sam_vit_b", dict(state), {}), Known())
     model = weights.options["model"]
     assert (model["size"], model["image_size"], model["window"]) == ("B", 1024, 14)
     assert model["global_blocks"] == [2, 5, 8, 11]

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pipeline.config import validate
 from pipeline.convert.detectron2 import Detectron2, names
-from pipeline.convert.weights import Known, Source, build
+from pipeline.convert.weights import Known, WeightFile, build
 from pipeline.data.batch import Batch, Instances, RawSample, collate
 from pipeline.data.images.views import Box, View, fitted
 from pipeline.errors import ConfigError
@@ -48,7 +48,7 @@ EVERY_ANCHOR = SMALL | {"rpn_samples": ALL}  # so that the coarsest level, of fe
 def recorded(case: str) -> VitDetStage:
     """Our stage with the weights that detectron2 was run with."""
     state = {name: weights_of(name, tuple(shape)) for name, shape in RECORD[case]["shapes"].items()}
-    weights = Detectron2().read(Source("record", state, {}), Known())
+    weights = Detectron2().read(WeightFile("record", state, {}), Known())
     detector = {**weights.options["detector"], **RECORDED}
     stage, _ = build(weights._replace(options={**weights.options, "detector": detector}))
     assert isinstance(stage, VitDetStage)
