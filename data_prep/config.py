@@ -1,7 +1,7 @@
 """Options of a data set build: what `vitrail prep CONFIG` reads.
 
-Everything that decides the shards' bytes is part of the build's fingerprint; the rest (`RUN_ONLY`) may change between
-a build and its rerun.
+Everything that decides the shards' bytes is part of the build's fingerprint; the rest (`RUN_ONLY`) may change before a
+build is resumed. The options of sources and filters stand beside them (`data_prep.sources`, `data_prep.filters`).
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ SPLIT_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
 class SplitsConfig(Config):
     """How rows without a split column are divided.
 
-    By `content`, all images are read once before anything is written, and equal images land in the same split
-    whatever their URLs are; with `dedup.near_distance`, so do alike ones. By `url`, nothing is read, and only equal
-    URLs stay together.
+    By `content`, all images are read once before anything is written, and equal images go into the same split whatever
+    their URLs are; with `dedup.near_splits`, so do similar ones. By `url`, nothing is read, and only equal URLs stay
+    together.
     """
 
     shares: dict[str, float] = {"train": 1.0}  # in this order; they sum to 1
@@ -39,21 +39,21 @@ class SplitsConfig(Config):
             raise ValueError(f"shares sum to {sum(self.shares.values()):g}, not 1")
         for name in self.shares:
             if not SPLIT_NAME.fullmatch(name):
-                raise ValueError(f"{name!r} is no split name: use a-z, 0-9, '-' and '_'")
+                raise ValueError(f"{name!r} is not a split name: use a-z, 0-9, '-' and '_'")
         return self
 
 
 class DedupConfig(Config):
     """Which images count as the same, over the whole data set, and what becomes of them.
 
-    Alike are images whose perceptual hashes (64 bits, `data_prep.duplicates.signatures`) differ in at most
+    Images are similar whose perceptual hashes (64 bits, `data_prep.duplicates.signatures`) differ in at most
     `near_distance` bits.
     """
 
-    drop: Literal["none", "exact", "near"] = "none"  # of equal (or alike) images the first input stays
+    drop: Literal["none", "exact", "near"] = "none"  # of equal (or similar) images the first input stays
     near_distance: int = Field(default=4, ge=0, le=16)  # bits; used by `near`, by splits and by decontamination
-    near_splits: bool = False  # without dropping them, keep alike images in one split
-    # Images of these data sets (ours, by manifest) or folders are refused: equal or alike ones.
+    near_splits: bool = False  # without dropping them, keep similar images in one split
+    # Images that are equal or similar to those of these data sets (by manifest) or folders are refused.
     evaluation: tuple[str, ...] = ()
 
     @property
@@ -63,22 +63,22 @@ class DedupConfig(Config):
 
 
 class ImageConfig(Config):
-    """What is done to the images, and which are refused."""
+    """How images are stored, and which are refused."""
 
     # keep_ratio: the shorter side becomes `size`; keep_ratio_largest: the longer one; center_crop: a square out of
     # the middle; border: the longer side becomes `size`, white bars make a square of it.
     resize: Literal["no", "keep_ratio", "keep_ratio_largest", "center_crop", "border"] = "keep_ratio"
     size: int = Field(default=256, gt=0)  # pixels
-    only_if_bigger: bool = True  # images that are smaller already keep their pixels
-    format: Literal["keep", "jpg", "webp", "png"] = "jpg"  # keep: JPEG, WebP and PNG stay what they are, others: JPEG
-    quality: int = Field(default=95, ge=1, le=100)  # of JPEG and WebP; where nothing changes, bytes pass untouched
+    only_if_bigger: bool = True  # smaller images keep their pixels
+    format: Literal["keep", "jpg", "webp", "png"] = "jpg"  # keep: JPEG, WebP and PNG stay, others become JPEG
+    quality: int = Field(default=95, ge=1, le=100)  # of JPEG and WebP; an image that needs no change keeps its bytes
     min_side: int = Field(default=1, gt=0)  # pixels of the source's shorter side
     max_aspect: float = Field(default=20.0, ge=1)  # longer over shorter side of the source
     max_pixels: int = Field(default=100_000_000, gt=0)  # of the source, read from the header before decoding
 
 
 class CaptionConfig(Config):
-    """Which captions are taken. Lengths are in characters after normalisation."""
+    """Which captions are taken. Lengths are in characters after normalization."""
 
     min_chars: int = Field(default=1, gt=0)
     max_chars: int = Field(default=4096, gt=0)
@@ -88,15 +88,15 @@ class CaptionConfig(Config):
 class WebConfig(Config):
     """How and from whom http(s) URLs are read."""
 
-    timeout_s: float = Field(default=20.0, gt=0)  # for one object in all: connecting, body, retries and waits
-    per_host: int = Field(default=8, gt=0)  # connections to one host, of the whole build
-    user_agent: str = "vitrail"  # add an address where hosts can reach you
+    timeout_s: float = Field(default=20.0, gt=0)  # for an object as a whole: connecting, body, retries and waits
+    per_host: int = Field(default=8, gt=0)  # connections of the whole build to one host
+    user_agent: str = "vitrail"  # add an address by which hosts can reach you
     # `noai`-like words of the X-Robots-Tag header that mean "don't take this", after img2dataset.
     opt_out: tuple[str, ...] = ("noai", "noimageai", "noindex", "noimageindex")
     max_redirects: int = Field(default=5, ge=0)
-    # Only public addresses are connected to: a table could otherwise have this network's inside read for it.
-    allow_networks: tuple[str, ...] = ()  # private networks that may be read all the same, as 10.1.0.0/16
-    ports: tuple[int, ...] = (80, 443)  # of public hosts; networks in `allow_networks` may use any
+    # Only public addresses are connected to, or a stranger's table could have internal hosts read.
+    allow_networks: tuple[str, ...] = ()  # private networks that may be read nevertheless, such as 10.1.0.0/16
+    ports: tuple[int, ...] = (80, 443)  # of public hosts; in `allow_networks` any port may be used
 
     @field_validator("allow_networks")
     @classmethod
@@ -110,15 +110,15 @@ class FetchConfig(Config):
     """How source images are read."""
 
     max_bytes: int = Field(default=64 * 2**20, gt=0)
-    retries: int = Field(default=3, ge=0)  # after answers that may pass
-    concurrency: int = Field(default=32, gt=0)  # reads under way per task
+    retries: int = Field(default=3, ge=0)  # after failures that may be temporary
+    concurrency: int = Field(default=32, gt=0)  # reads at once per task
     web: WebConfig = WebConfig()
 
 
 class ShardConfig(Config):
-    """How samples are packed. A task holds one whole shard in memory."""
+    """How samples are packed. A task holds a whole shard in memory."""
 
-    samples: int = Field(default=5000, gt=0)  # at most; rows that fail make a shard smaller
+    samples: int = Field(default=5000, gt=0)  # per shard at most: failing rows make it smaller
 
 
 class RayConfig(Config):
@@ -136,7 +136,7 @@ class RayConfig(Config):
 class PrepConfig(Config):
     """One build: from a source to a data set folder with one subfolder per split."""
 
-    # What may differ between a build and the rerun that finishes it.
+    # What may change before a build is resumed.
     RUN_ONLY: ClassVar[frozenset[str]] = frozenset({"name", "output", "fetch", "ray", "max_failed"})
 
     name: str = "data set"
@@ -146,13 +146,13 @@ class PrepConfig(Config):
     dedup: DedupConfig = DedupConfig()
     image: ImageConfig = ImageConfig()
     caption: CaptionConfig = CaptionConfig()
-    # Applied in this order, each to what the ones before it left.
+    # Applied in this order, each to what the earlier ones left.
     filters: tuple[SerializeAsAny[FilterOptions], ...] = ()
     shard: ShardConfig = ShardConfig()
     fetch: FetchConfig = FetchConfig()
     ray: RayConfig = RayConfig()
     seed: int = Field(default=0, ge=0)  # of the shuffle and of the splits
-    max_failed: float = Field(default=0.2, ge=0, le=1)  # share of inputs that may fail before the build gives up
+    max_failed: float = Field(default=0.2, ge=0, le=1)  # share of inputs that may fail before the build stops
 
     @model_validator(mode="after")
     def _fits(self) -> PrepConfig:

@@ -21,7 +21,7 @@ from data_prep.duplicates.signatures import near_any, near_pairs
 from data_prep.plan.planning import unit_interval
 
 VERDICTS = ("", "duplicate", "near_duplicate", "in_evaluation_set", "bridges_splits")
-_KEPT, _DUPLICATE, _NEAR, _EVALUATION, _BRIDGE = range(len(VERDICTS))
+_STAYS, _DUPLICATE, _NEAR, _EVALUATION, _BRIDGE = range(len(VERDICTS))
 
 
 class Signatures(NamedTuple):
@@ -35,7 +35,7 @@ class Signatures(NamedTuple):
 class Decisions(NamedTuple):
     """What becomes of n inputs."""
 
-    verdicts: Int8[np.ndarray, " n"]  # index into `VERDICTS`; 0 also for unusable ones
+    verdicts: Int8[np.ndarray, " n"]  # index into `VERDICTS`; 0 also for unusable images
     others: Int64[np.ndarray, " n"]  # the earlier input, or the evaluation image, that it is the same as; -1: none
     splits: Int8[np.ndarray, " n"]  # index into the splits
 

@@ -1,4 +1,4 @@
-"""Signatures of evaluation sets, so that their images can be kept out of a training set (decontamination)."""
+"""Signatures of evaluation sets, by which their images are kept out of a training set (decontamination)."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def signatures(config: PrepConfig, stop: Callable[[], bool]) -> Signatures:
             results = partitions.run(_signatures, _tasks(place), config.ray, stop=stop)
             images_of_set = scanning.joined([part for _, part in sorted(results, key=lambda result: result[0])])
             if not len(images_of_set.usable):
-                raise DataError("holds no images", where=f"dedup.evaluation {place}", fix="mend the place")
+                raise DataError("holds no images", where=f"dedup.evaluation {place}", fix="correct the place")
             buffer = io.BytesIO()
             np.savez(buffer, digests=images_of_set.digests, hashes=images_of_set.hashes)
             storage.create(stored, buffer.getvalue())
@@ -102,7 +102,7 @@ def _of_shard(folder: str, number: int) -> list[tuple[bytes, bytes]]:
         members = parse_sample(archive[start:stop], 0).members
         image = first_image(members)
         if image is None:
-            continue  # tars that something else wrote may hold such samples, and any JSON
+            continue  # tars of other programs may hold such samples, and any JSON
         data = bytes(image)
         facts = json.loads(bytes(members.get("json", b"{}")))
         digest = facts.get("sha256") if isinstance(facts, dict) else None

@@ -1,4 +1,4 @@
-"""What an image is recognised by: the sha256 of its bytes, and a perceptual hash of its pixels.
+"""How images are recognized: by the sha256 of their bytes, and by a perceptual hash of their pixels.
 
 The perceptual hash is the DCT hash of Zauner (2010, "Implementation and Benchmarking of Perceptual Image Hash
 Functions", 3.2.1), as pHash and the ImageHash package compute it: grey pixels at 32 x 32, their DCT-II, of which the 8
@@ -45,7 +45,7 @@ def distance(a: UInt64[np.ndarray, " n"], b: UInt64[np.ndarray, " n"]) -> Int64[
 
 
 def near_pairs(hashes: UInt64[np.ndarray, " n"], most: int) -> Iterator[tuple[Int64[np.ndarray, " p"], ...]]:
-    """Every pair (i, j), i < j, of hashes that differ in at most `most` bits, in pieces; a pair may come repeatedly.
+    """Every pair (i, j), i < j, of hashes that differ in at most `most` bits, in pieces; pairs may be repeated.
 
     Exact, by multi-index hashing (Norouzi et al. 2012): of `most` + k bands, two such hashes agree in k at least, so
     all pairs are found among those that agree in some choice of k bands. k grows with n so that tables stay sparse.
@@ -90,7 +90,7 @@ def _cross_pairs(
 def _pairs_within(
     starts: Int64[np.ndarray, " g"], sizes: Int64[np.ndarray, " g"]
 ) -> Iterator[tuple[Int64[np.ndarray, " p"], ...]]:
-    """All pairs of places within each group of neighbours, the earlier place first, a bounded number at once."""
+    """All pairs of positions within each group of neighbours, the earlier one first, a bounded number at once."""
     for shift in range(1, int(sizes.max(initial=1))):
         groups = np.flatnonzero(sizes > shift)
         counts = sizes[groups] - shift

@@ -372,7 +372,7 @@ def _decoded(raw: bytes) -> str:
     try:
         url = raw.decode("utf-8").strip()
     except UnicodeDecodeError:
-        raise Refused("url_invalid", "the URL is no UTF-8") from None
+        raise Refused("url_invalid", "the URL isn't UTF-8") from None
     if any(character.isspace() or ord(character) < 32 for character in url):
         url = url.replace(" ", "%20")
         if any(ord(character) <= 32 for character in url):

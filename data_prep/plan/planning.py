@@ -1,8 +1,8 @@
-"""The plan of a build: every input gets a split and a place, the same in every run.
+"""The plan of a segment: every input gets a split and a place, the same in every run.
 
 Inputs are shuffled over the whole data set and cut into partitions of even size, one per shard. The order is by a
 bijective hash of (seed, position), so it needs no permutation in memory: inputs are scattered by the hash's upper bits
-into buckets, which spill to disk when they outgrow `memory_bytes` (`spill`), and each bucket is sorted by itself.
+into buckets, which go to disk when they outgrow `memory_bytes` (`spill`), and each bucket is sorted separately.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Partition(NamedTuple):
 
     split: str
     number: int
-    inputs: pa.Table  # of sources.SCHEMA
+    inputs: pa.Table  # of sources.base.SCHEMA
 
 
 def mix(values: UInt64[np.ndarray, " n"], seed: int) -> UInt64[np.ndarray, " n"]:
@@ -47,7 +47,7 @@ def mix(values: UInt64[np.ndarray, " n"], seed: int) -> UInt64[np.ndarray, " n"]
 
 
 def unit_interval(value: bytes, seed: int) -> float:
-    """A number in [0, 1) that depends on `value` and the seed: decides the split of what shares the value."""
+    """A number in [0, 1) drawn by `value` and the seed, which decides the split of all inputs with that value."""
     digest = hashlib.sha256(b"split %d " % seed + value).digest()
     return int.from_bytes(digest[:7], "big") / 2**56
 
@@ -66,17 +66,17 @@ class Fingerprint:
     """A digest of inputs, independent of how they were cut into batches.
 
     Args:
-        marks: rising numbers of rows at which the digest so far is noted.
+        marks: numbers of rows after which the digest so far is noted in `at`.
     """
 
     def __init__(self, marks: Sequence[int] = ()) -> None:
         self._digests = {name: (hashlib.sha256(), hashlib.sha256()) for name in SCHEMA.names[1:]}
         self._marks = deque(sorted(set(marks)))
         self.rows = 0
-        self.at: dict[int, str] = {}  # rows -> digest of those
+        self.at: dict[int, str] = {}  # number of rows -> digest of these rows
 
     def update(self, batch: pa.RecordBatch) -> None:
-        """Take in the next rows."""
+        """Add the next rows."""
         while self._marks and self._marks[0] <= self.rows + batch.num_rows:
             mark = self._marks.popleft()
             self._take(batch.slice(0, mark - self.rows))
@@ -99,7 +99,7 @@ class Fingerprint:
                 data.update(_joined(column.drop_null()))
 
     def hexdigest(self) -> str:
-        """Of all rows so far."""
+        """The digest of all rows so far."""
         whole = hashlib.sha256(b"%d" % self.rows)
         for lengths, data in self._digests.values():
             whole.update(lengths.digest() + data.digest())
@@ -107,13 +107,13 @@ class Fingerprint:
 
 
 class SegmentPlan:
-    """All inputs of a build, shuffled and cut. Use as a context: its spill files go with it.
+    """All inputs of a segment, shuffled and cut into partitions. Use it as a context, which deletes its spill files.
 
     Args:
         seed: of the shuffle.
-        samples: at most so many inputs per partition.
+        samples: inputs per partition, at most.
         size_bytes: of the listing, from which the number of buckets follows (the order doesn't depend on it).
-        memory_bytes: of inputs held before they go to disk.
+        memory_bytes: of inputs in memory before they go to disk.
     """
 
     def __init__(self, seed: int, samples: int, *, size_bytes: int, memory_bytes: int = 16 * 2**20) -> None:
@@ -132,10 +132,10 @@ class SegmentPlan:
         self._spill.close()
 
     def add(self, batch: pa.RecordBatch) -> None:
-        """Take inputs in; their `split` must be set.
+        """Add inputs; their `split` must be set.
 
         Raises:
-            DataError: a split's name can't be a folder's, or there are implausibly many splits.
+            DataError: a split's name isn't valid, or there are implausibly many splits.
         """
         self._count(batch)
         order = self._order(batch)
@@ -153,7 +153,7 @@ class SegmentPlan:
         return -(-self.counts[split] // self._samples)
 
     def partitions(self) -> Iterator[Partition]:
-        """The partitions, one after the other; those of different splits may alternate."""
+        """The partitions in order; those of different splits may alternate."""
         pending: dict[str, list[pa.Table]] = {split: [] for split in self.splits()}
         numbers: Counter[str] = Counter()
         for bucket in self._spill.tables():
@@ -171,7 +171,7 @@ class SegmentPlan:
                 held.append(bucket.take(pa.array(chosen)))
 
     def _order(self, rows: pa.RecordBatch | pa.Table) -> UInt64[np.ndarray, " n"]:
-        """What the rows are sorted by."""
+        """The keys that the rows are sorted by."""
         return mix(rows.column("position").to_numpy().astype(np.uint64), self._seed)
 
     def _size(self, split: str, number: int) -> int:
@@ -186,7 +186,7 @@ class SegmentPlan:
                 row = pc.index(batch.column("split"), entry["values"]).as_py() if entry["values"] is not None else None
                 at = batch.column("position")[row].as_py() if row is not None and row >= 0 else "?"
                 raise DataError(
-                    f"{name!r} is no split name",
+                    f"{name!r} is not a split name",
                     where=f"source, input {at}, split column",
                     fix="use names of a-z, 0-9, '-' and '_', or unset source.split_column",
                 )
@@ -200,7 +200,7 @@ class SegmentPlan:
 
 
 def by_url(batch: pa.RecordBatch, shares: dict[str, float], seed: int) -> pa.RecordBatch:
-    """The batch with splits by the hash of its URLs."""
+    """The batch with splits that are drawn by its URLs."""
     if len(shares) == 1:
         return _with(batch, "split", pa.repeat(next(iter(shares)).encode(), batch.num_rows).cast(pa.binary()))
     urls = (value or b"" for value in batch.column("url").to_pylist())
@@ -212,7 +212,7 @@ def _with(batch: pa.RecordBatch, name: str, column: pa.Array) -> pa.RecordBatch:
 
 
 def _joined(column: pa.Array) -> bytes:
-    """All values of a binary column without nulls, end to end."""
+    """All values of a binary column without nulls, concatenated."""
     if len(column) == 0:
         return b""
     _, offsets, data = column.buffers()

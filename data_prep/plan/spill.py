@@ -1,8 +1,8 @@
-"""Rows of a plan by bucket: in memory until they outgrow it, then in one file that goes with the plan.
+"""Rows of a plan by bucket: in memory until they outgrow it, then in one file that is deleted with the plan.
 
 Whenever memory is full, what it holds is sorted by bucket and appended as one *run*, a record batch for each bucket;
-so the file has one piece per run and bucket, however small the batches were that came in. Columns without a value,
-which most are, take no space, and the rest is compressed.
+so the file has one piece per run and bucket, however small the added batches were. Columns without values (most of
+them) take no space, and the others are compressed.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ _READ = pa.ipc.IpcReadOptions(use_threads=False)
 
 
 class _SpillRun(NamedTuple):
-    """What the memory held once."""
+    """One run of the file."""
 
     schema: pa.Schema
     offsets: Int64[np.ndarray, " buckets_plus_1"]  # of each bucket's piece in the file
 
 
 class Spill:
-    """A multimap from bucket to rows. Use `close` in the end.
+    """A multimap from bucket to rows. Call `close` in the end.
 
     Args:
         schema: of the rows.
         num_buckets: at most `MAX_BUCKETS`.
-        memory_bytes: of rows held before they go to disk.
+        memory_bytes: of rows in memory before they go to disk.
     """
 
     def __init__(self, schema: pa.Schema, num_buckets: int, memory_bytes: int) -> None:
@@ -50,11 +50,11 @@ class Spill:
         self._held_bytes = 0
         self._runs: list[_SpillRun] = []
         self._folder: tempfile.TemporaryDirectory[str] | None = None
-        self._file: pa.OSFile | None = None  # what is appended to; `_reader` reads the same
+        self._file: pa.OSFile | None = None  # open for appending; `_reader` reads the same file
         self._reader: pa.OSFile | None = None
 
     def put(self, batch: pa.RecordBatch, buckets: UInt16[np.ndarray, " n"]) -> None:
-        """Take rows in, each with the number of its bucket."""
+        """Add rows, each with the number of its bucket."""
         narrow = _narrow(pa.Table.from_batches([batch]))
         self._held.append(narrow)
         self._held_buckets.append(buckets)
@@ -65,7 +65,7 @@ class Spill:
     def tables(self) -> Iterator[pa.Table]:
         """Each bucket's rows, in order of the buckets, each column in one piece; empty buckets are left out.
 
-        A column in which none of a bucket's rows has a value may have the type null: `widen` gives it its own.
+        A column in which none of a bucket's rows has a value may have the type null: `widen` restores its type.
         """
         last, bounds = self._sorted()
         for number in range(self._num_buckets):
@@ -76,7 +76,7 @@ class Spill:
                 yield bucket
 
     def close(self) -> None:
-        """Remove the file."""
+        """Delete the file."""
         self._held, self._held_buckets, self._runs = [], [], []
         for file in (self._file, self._reader):
             if file is not None:
@@ -85,7 +85,7 @@ class Spill:
             self._folder.cleanup()
 
     def _sorted(self) -> tuple[pa.Table, Int64[np.ndarray, " buckets_plus_1"]]:
-        """What was held, in order of the buckets, and where each begins."""
+        """The rows in memory, in order of their buckets, and where each bucket begins."""
         if not self._held:
             return _narrow(self._schema.empty_table()), np.zeros(self._num_buckets + 1, np.int64)
         held, buckets = join(self._held), np.concatenate(self._held_buckets)
@@ -96,10 +96,10 @@ class Spill:
         return held, bounds
 
     def _spill(self) -> None:
-        """Append what is held to the file.
+        """Append the rows in memory to the file.
 
         Raises:
-            StorageError: there is no room for it.
+            StorageError: the disk is full.
         """
         held, bounds = self._sorted()
         try:
@@ -128,7 +128,7 @@ class Spill:
         self._runs.append(_SpillRun(held.schema, offsets))
 
     def _read(self, run: _SpillRun, number: int) -> pa.Table | None:
-        """A bucket's rows in a run, if it has any there."""
+        """A bucket's rows in a run; None where it has none."""
         assert self._reader is not None
         start, stop = run.offsets[number : number + 2].tolist()
         if start == stop:

@@ -2,8 +2,8 @@
 
 In: a JSON list as COCO's `annotations`, in pixels of the upright source: `bbox` [x, y, w, h], `category_id`,
 `iscrowd`, `area`, and a `segmentation` as polygons, uncompressed or compressed RLE. Out: the same in pixels of the
-stored image, masks as compressed RLE. Objects that the cut removes are dropped; an unchanged image keeps its
-annotations as they are, but for the masks' form.
+stored image, masks as compressed RLE. Objects outside the cut are dropped; an unchanged image keeps its
+annotations, except for the masks' form.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ def parse_annotations(raw: bytes | None) -> list[dict[str, Any]] | None:
     try:
         annotations = json.loads(raw)
     except ValueError as error:
-        raise Refused("annotations_invalid", f"no JSON ({error})") from None
+        raise Refused("annotations_invalid", f"not JSON ({error})") from None
     if annotations is None:
         return None
     if not isinstance(annotations, list) or not all(isinstance(item, dict) for item in annotations):
-        raise Refused("annotations_invalid", "no JSON list of objects")
+        raise Refused("annotations_invalid", "not a JSON list of objects")
     return annotations
 
 
@@ -60,7 +60,7 @@ def follow_image(annotations: list[dict[str, Any]], geometry: Geometry) -> list[
 def _follow_one(item: dict[str, Any], geometry: Geometry) -> dict[str, Any] | None:
     category = 0 if _PASSED_ON[1] in item else item["category_id"]  # SA-1B's objects have no category
     if isinstance(category, bool) or not isinstance(category, int):
-        raise Refused("annotations_invalid", f"category_id {category!r} is no integer")
+        raise Refused("annotations_invalid", f"category_id {category!r} is not an integer")
     result: dict[str, Any] = {"category_id": category, "iscrowd": int(item.get("iscrowd", 0))}
     result |= {name: item[name] for name in _PASSED_ON if name in item}
     mask = _compressed(item["segmentation"], geometry.source) if item.get("segmentation") else None
@@ -91,7 +91,7 @@ def _numbers(box: Any) -> list[float]:
 
 
 def _move_box(box: list[float], geometry: Geometry) -> list[float] | None:
-    """[x, y, w, h] after scaling and cutting, to a hundredth of a pixel; None where nothing is left."""
+    """[x, y, w, h] after scaling and cutting, to a hundredth of a pixel; None where nothing remains."""
     sx, sy = (new / old for new, old in zip(geometry.scaled, geometry.source, strict=True))
     left = max(0.0, box[0] * sx - geometry.left)
     top = max(0.0, box[1] * sy - geometry.top)
@@ -121,7 +121,7 @@ def _compressed(segmentation: Any, size: tuple[int, int]) -> dict[str, Any]:
         rle = {"size": segmentation["size"], "counts": segmentation["counts"].encode("ascii")}
     if list(rle["size"]) != [height, width]:
         raise Refused("annotations_invalid", f"a mask of {rle['size']} for an upright image of {[height, width]}")
-    # pycocotools believes what it is given, so runs that don't fill the mask exactly are kept away from it.
+    # pycocotools doesn't check runs, so those that don't fill the mask exactly must not reach it.
     if not isinstance(segmentation, list):
         runs = segmentation["counts"] if isinstance(segmentation["counts"], list) else run_lengths(rle["counts"])
         if min(runs, default=-1) < 0 or sum(runs) != width * height:

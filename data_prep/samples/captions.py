@@ -1,8 +1,8 @@
-"""Captions: from whatever bytes a table holds to clean text, or a reason why not.
+"""Captions: from a table's raw bytes to clean text, or the reason why not.
 
 Tables from the web hold lone surrogates, NULs, broken UTF-8 and every kind of space. The rules, in this order:
 
-1. Bytes that are no UTF-8 are refused (`caption_not_text`), but for surrogates written as UTF-8: pairs are joined,
+1. Bytes that aren't UTF-8 are refused (`caption_not_text`), but for surrogates written as UTF-8: pairs are joined,
    lone ones dropped.
 2. NULs and other control characters become spaces; so do line breaks and every Unicode space.
 3. Zero-width spaces and joiners stay where scripts and emoji need them; byte-order marks and non-characters go.
@@ -49,8 +49,8 @@ def decode(raw: bytes) -> str:
     try:
         text = raw.decode("utf-8", "surrogatepass")
     except UnicodeDecodeError as error:
-        raise Refused("caption_not_text", f"no UTF-8 at byte {error.start}") from None
-    # A round trip through UTF-16 joins pairs and keeps what is lone.
+        raise Refused("caption_not_text", f"not UTF-8 at byte {error.start}") from None
+    # A round trip through UTF-16 joins pairs and keeps lone surrogates.
     return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "surrogatepass")
 
 

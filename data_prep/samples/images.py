@@ -1,8 +1,8 @@
 """Images as they are stored: limits, upright orientation, plain RGB, resizing, encoding, or untouched bytes.
 
 Rules: the size is read from the header and judged before anything is decoded. EXIF orientation is applied to the
-pixels. What decoding makes of CMYK, 16 bits, transparency and animation is told in `pipeline.data.images.decode`. A
-file whose pixels and format would stay what they are passes byte for byte, once it decoded completely.
+pixels. How CMYK, 16 bits, transparency and animation are decoded is described in `pipeline.data.images.decode`. A file
+whose pixels and format wouldn't change is stored byte for byte, once it was decoded completely.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 _EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
 _MAGIC = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF8", b"II*\0", b"MM\0*")
 # JPEGs are decoded at the smallest of these scales that leaves the filter 1.25 times the target's pixels a side.
-# Decoders have fast code for them alone; others take as long as a full decode. Measured on photos of 12 megapixels,
+# Decoders have fast code for these only; others take as long as a full decode. Measured on photos of 12 megapixels,
 # against Lanczos from full decodes: 38.3 dB, where cv2's area filter gives 37.8 from full decodes at thrice the time.
 _SCALES, _SPARE = (8, 4, 2), 1.25
 THUMBNAIL = 64  # pixels of each side that a perceptual hash wants
@@ -69,13 +69,13 @@ class StoredImage(NamedTuple):
 
 
 class SourceHeader(NamedTuple):
-    """What the first bytes of a source tell."""
+    """What a source's header says."""
 
     extension: str  # "" for formats that aren't stored as they are
     size: tuple[int, int]  # width, height in pixels as they lie in the file
     orientation: int  # EXIF's, 1 to 8
     exif: str  # JSON: name -> text
-    plain: bool  # one image of 8-bit RGB or grey, without transparency: what may pass untouched
+    plain: bool  # one image of 8-bit RGB or grey, without transparency, whose bytes may be stored
     floating: bool
 
     @property
@@ -85,26 +85,26 @@ class SourceHeader(NamedTuple):
 
 
 def convert(data: bytes, options: ImageConfig) -> StoredImage:
-    """Bring a source image into the form that is stored.
+    """Convert a source image to the form that is stored.
 
     Raises:
-        Refused: it is no image, damaged, or outside the limits.
+        Refused: it isn't an image, is damaged, or lies outside the limits.
     """
     header = check(data, options)
     geometry = plan_geometry(header.upright, options)
     extension = header.extension or "jpg" if options.format == "keep" else options.format
     if extension == header.extension and header.orientation == 1 and geometry.unchanged and header.plain:
-        _decode(data, options, (1, 1), scratch=True)  # only a file that decodes to its end passes, if at a small scale
+        _decode(data, options, (1, 1), scratch=True)  # checks, at a small scale, that the file decodes to its end
         return StoredImage(extension, data, geometry, header.exif)
     pixels = _pixels(data, options, geometry, header.orientation)
     return StoredImage(extension, _encode(pixels, extension, options.quality), geometry, header.exif)
 
 
 def check(data: bytes, options: ImageConfig) -> SourceHeader:
-    """Look at a source's header and judge it by the limits; nothing is decoded.
+    """Check a source's header by the limits, without decoding the image.
 
     Raises:
-        Refused: it is no image, or outside the limits.
+        Refused: it isn't an image, or lies outside the limits.
     """
     if not data:
         raise Refused("empty_file", "zero bytes")
@@ -136,7 +136,7 @@ def plan_geometry(size: tuple[int, int], options: ImageConfig) -> Geometry:
     scaled = (max(1, round(width * target / side)), max(1, round(height * target / side)))
     if options.resize in ("keep_ratio", "keep_ratio_largest"):
         return Geometry(size, scaled, 0, 0, *scaled)
-    # A border makes the square that was asked for, also around what was small already.
+    # A border makes the whole square, also around a smaller image.
     square = options.size if options.resize == "border" else target
     return Geometry(size, scaled, (scaled[0] - square) // 2, (scaled[1] - square) // 2, square, square)
 
@@ -172,7 +172,7 @@ def _jpeg_metadata(data: bytes) -> tuple[bytes, bool]:
 def _other_header(data: bytes) -> SourceHeader:
     with _open(data) as image:
         exif, orientation = "{}", 1
-        with contextlib.suppress(Exception):  # damaged EXIF is as good as none
+        with contextlib.suppress(Exception):  # damaged EXIF counts as none
             exif, orientation = _read_exif(image.getexif())
         plain = image.mode in ("RGB", "L") and "transparency" not in image.info and getattr(image, "n_frames", 1) == 1
         extension = _EXTENSIONS.get(image.format or "", "")
@@ -205,14 +205,14 @@ def _check_limits(size: tuple[int, int], options: ImageConfig) -> None:
 
 def _exif_of(payload: bytes) -> tuple[str, int]:
     exif = Image.Exif()
-    with contextlib.suppress(Exception):  # damaged EXIF is as good as none
+    with contextlib.suppress(Exception):  # damaged EXIF counts as none
         exif.load(payload)
         return _read_exif(exif)
     return "{}", 1
 
 
 def _read_exif(exif: Image.Exif) -> tuple[str, int]:
-    """EXIF tags as JSON, and the orientation (1 where it isn't given or makes no sense)."""
+    """EXIF tags as JSON, and the orientation (1 where it is missing or invalid)."""
     orientation = exif.get(ExifTags.Base.Orientation, 1)
     tags = {ExifTags.TAGS.get(tag, str(tag)): _text(value) for tag, value in sorted(exif.items())}
     return json.dumps(tags), orientation if orientation in _UPRIGHT else 1
@@ -256,14 +256,14 @@ def _upright(pixels: UInt8[np.ndarray, "h w 3"], orientation: int) -> UInt8[np.n
 def _resize(pixels: UInt8[np.ndarray, "h w 3"], size: tuple[int, int]) -> UInt8[np.ndarray, "v u 3"]:
     """Bicubic with antialiasing, as Pillow's: to `size` (height, width).
 
-    torch's kernel works in whole numbers, which are the same with and without vector instructions and for any number
+    torch's kernel computes in integers, so results are the same with and without vector instructions and for any number
     of threads. On photos of 640 x 480 to 341 x 256 it takes a fifth of Pillow's time, for the same 44.3 dB against
     Lanczos resizing in floating point, where cv2's area filter gives 38.7 dB in more than twice the time.
     """
-    import torch  # here, as builds that store images untouched do without
+    import torch  # imported here, since builds that store images as they are don't need it
 
-    writable = pixels if pixels.flags.writeable else pixels.copy()  # torch warns of Pillow's, which aren't
-    # With the batch's axis first torch sees that pixels lie together, and keeps them so.
+    writable = pixels if pixels.flags.writeable else pixels.copy()  # torch warns about read-only arrays
+    # With the batch axis first, torch recognizes the channels-last layout and keeps it.
     image = torch.from_numpy(writable)[None].permute(0, 3, 1, 2)
     scaled = torch.nn.functional.interpolate(image, size=size, mode="bicubic", antialias=True)
     resized: UInt8[np.ndarray, "v u 3"] = scaled[0].permute(1, 2, 0).contiguous().numpy()

@@ -1,7 +1,7 @@
-"""Existing WebDataset tars as a source: what img2dataset, DataComp's tools and SA-1B leave, sharded anew.
+"""Existing WebDataset tars as a source, as img2dataset, DataComp's tools and SA-1B write them.
 
-A tar's headers are walked once while planning, where the small members (texts, JSON, labels) are read too; the images'
-bytes are read by tasks, as ranges of the tar. Nothing is unpacked to disk, and only regular files are looked at.
+A tar's headers are read once while planning, together with the small members (texts, JSON, labels); tasks read the
+images' bytes as ranges of the tar. Nothing is unpacked to disk, and only regular files are taken.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ _READ_AHEAD_BYTES = 2**20
 
 
 class TarsOptions(SourceOptions):
-    """Existing WebDataset tars, as img2dataset, DataComp or SA-1B make them: their samples are sharded anew.
+    """Existing WebDataset tars, as img2dataset, DataComp or SA-1B write them; their samples go into new shards.
 
-    A sample is what shares a name up to its first dot. Captions come from `txt`, or from `caption_field` of the
+    Members that share a name up to its first dot are a sample. Captions come from `txt`, or from `caption_field` of the
     `json`; `annotations` of the `json` (SA-1B's masks) are kept, `cls` is the label.
     """
 
@@ -70,9 +70,7 @@ class TarsSource:
 
     def check(self) -> None:
         if not self._tars():
-            raise DataError(
-                "no tars there", where=self.options.url, fix="point source.url at a tar or a folder of them"
-            )
+            raise DataError("no tars here", where=self.options.url, fix="set source.url to a tar or a folder of tars")
         self.classes()
         refuse_if_empty(self, self.options.url, "the first tar")
 
@@ -118,7 +116,7 @@ class TarsSource:
     def _row(
         self, url: str, key: str, members: Mapping[str, tuple[int, int]], texts: Mapping[str, bytes]
     ) -> Iterator[Mapping[str, Any]]:
-        """The sample's row; none for what holds no image, such as a tar's notes."""
+        """The sample's row; nothing for a sample without an image, such as notes in a tar."""
         extension = next((extension for extension in IMAGE_EXTENSIONS if extension in members), None)
         if extension is None:
             return
@@ -158,11 +156,11 @@ def _members(url: str) -> Iterator[tuple[tarfile.TarInfo, IO[bytes]]]:
     """The regular files of a tar.
 
     Raises:
-        DataError: it is damaged, or ends before its last member does, as interrupted downloads and killed writers
-            leave them: passing over the rest would lose samples unseen.
+        DataError: it is damaged, or ends within its last member, as after interrupted downloads: skipping the rest
+            would silently lose samples.
     """
     damaged = DataError(
-        "no complete tar: it is damaged or ends early", where=url, fix="fetch it anew, or move it out of the folder"
+        "not a complete tar: it is damaged or cut off", where=url, fix="fetch it again, or move it out of the folder"
     )
     size = storage.size_bytes(url)
     with io.BufferedReader(RangedFile(url), _READ_AHEAD_BYTES) as file:
@@ -175,7 +173,7 @@ def _members(url: str) -> Iterator[tuple[tarfile.TarInfo, IO[bytes]]]:
                         raise damaged
                     if member.isreg():
                         yield member, file
-                    tar.members = []  # type: ignore[attr-defined]  # it keeps every header otherwise
+                    tar.members = []  # type: ignore[attr-defined]  # else it keeps every header
         except tarfile.TarError as error:
             raise damaged from error
         file.seek(end)

@@ -1,7 +1,7 @@
-"""Sources of raw pairs: where inputs are listed, streamed as Arrow batches of one schema.
+"""Sources of raw pairs: they list inputs as a stream of Arrow batches of one schema.
 
-A source tells its inputs in a fixed order, without holding them: a table of a billion rows passes through in batches.
-Texts stay bytes until a task judges them row by row, since tables hold broken UTF-8.
+A source lists its inputs in a fixed order without holding them in memory: a table of a billion rows passes through in
+batches. Texts stay bytes until a task checks them row by row, since tables may hold broken UTF-8.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ SCHEMA = pa.schema(
         ("annotations", pa.binary()),
         ("extra", pa.binary()),  # JSON: columns that are passed on
         ("sidecar", pa.binary()),  # an object that holds the caption, read with the image
-        ("held", pa.binary()),  # an object that holds the image's bytes, where it isn't the URL itself: a tar
+        ("held", pa.binary()),  # an object that holds the image's bytes, where the URL isn't one: a tar
         ("start", pa.int64()),  # and the range of bytes in it
         ("stop", pa.int64()),
-        # What is known once all images were looked at:
-        ("sha256", pa.binary()),  # what the image's bytes must hash to
-        ("verdict", pa.binary()),  # JSON: [reason, message] of an input that is refused already
+        # What is known once all images were scanned:
+        ("sha256", pa.binary()),  # digest that the image's bytes must have
+        ("verdict", pa.binary()),  # JSON: [reason, message] of an input that was already refused
     ]
 )
 BATCH_ROWS = 16_384
@@ -47,7 +47,7 @@ class Source(Protocol):
     """What a build reads its inputs from."""
 
     def check(self) -> None:
-        """Raise a `UserError` for whatever can be known to be wrong before all inputs are read."""
+        """Raise a `UserError` for what is wrong, as far as that shows before all inputs are read."""
         ...
 
     def batches(self) -> Iterator[pa.RecordBatch]:
@@ -55,11 +55,11 @@ class Source(Protocol):
         ...
 
     def size_bytes(self) -> int:
-        """Size of the listing, for planning."""
+        """Size of the listing in bytes, for planning."""
         ...
 
     def places(self) -> AllowedPlaces:
-        """Which places its rows may name."""
+        """The places that its rows may name."""
         ...
 
     def classes(self) -> tuple[str, ...]:
@@ -72,10 +72,10 @@ class AllowedPlaces(NamedTuple):
 
     base: str  # folder that relative URLs start from
     allowed: tuple[str, ...]  # folders (absolute, links resolved) and s3:// prefixes, each ending in "/"
-    witness: str | None = None  # an object that can be read as long as the credentials hold
+    witness: str | None = None  # an object that can be read as long as the credentials are valid
 
     def resolve(self, raw: bytes | None) -> str:
-        """The place to read; web addresses as they are, since `data_prep.fetch.web` judges them.
+        """The path or URL to read; web addresses stay as they are, since `data_prep.fetch.web` checks them.
 
         Raises:
             Refused: url_empty, unsupported_scheme or place_not_allowed.
@@ -93,7 +93,7 @@ class AllowedPlaces(NamedTuple):
         elif scheme != "s3":
             raise Refused("unsupported_scheme", f"can't read {scheme}:// URLs: give paths, s3:// or https://")
         if "\0" in url:
-            raise Refused("url_invalid", "a NUL in the place's name")
+            raise Refused("url_invalid", "its name holds a NUL character")
         place = _remote_place(url) if storage.is_remote(url) else os.path.realpath(url)
         if not any(place.startswith(prefix) for prefix in self.allowed):
             raise Refused("place_not_allowed", f"{place} lies outside the source's place: add it to source.allow")
@@ -103,12 +103,12 @@ class AllowedPlaces(NamedTuple):
 def places_below(folder: str, allow: Sequence[str], witness: str | None) -> AllowedPlaces:
     """The places a source in `folder` may name: below it on a disk or in its bucket, and below those of `allow`."""
     if storage.is_remote(folder):
-        whole = "s3://" + folder.removeprefix("s3://").partition("/")[0]
+        home = "s3://" + folder.removeprefix("s3://").partition("/")[0]
     else:
-        whole = folder = os.path.realpath(folder)
+        home = folder = os.path.realpath(folder)
         witness = None
     further = tuple(place if storage.is_remote(place) else os.path.realpath(place) for place in allow)
-    return AllowedPlaces(folder, tuple(place.rstrip("/") + "/" for place in (whole, *further)), witness)
+    return AllowedPlaces(folder, tuple(place.rstrip("/") + "/" for place in (home, *further)), witness)
 
 
 def nulls(field: pa.Field, rows: int) -> pa.Array:
@@ -119,27 +119,27 @@ def nulls(field: pa.Field, rows: int) -> pa.Array:
 def batches_of(rows: Iterator[Input]) -> Iterator[pa.RecordBatch]:
     """Rows, dicts with some of `SCHEMA`'s columns, as numbered batches."""
     start = 0
-    held: list[Input] = []
+    pending: list[Input] = []
 
     def batch() -> pa.RecordBatch:
-        arrays = [pa.array(np.arange(start, start + len(held)))]
-        arrays += [pa.array([row.get(field.name) for row in held], field.type) for field in list(SCHEMA)[1:]]
+        arrays = [pa.array(np.arange(start, start + len(pending)))]
+        arrays += [pa.array([row.get(field.name) for row in pending], field.type) for field in list(SCHEMA)[1:]]
         return pa.RecordBatch.from_arrays(arrays, schema=SCHEMA)
 
     for row in rows:
-        held.append(row)
-        if len(held) == BATCH_ROWS:
+        pending.append(row)
+        if len(pending) == BATCH_ROWS:
             yield batch()
-            start += len(held)
-            held = []
-    if held:
+            start += len(pending)
+            pending = []
+    if pending:
         yield batch()
 
 
 def refuse_if_empty(source: Source, url: str, what: str) -> None:
-    """Raise a DataError where a source holds no input."""
+    """Raise a DataError where a source has no inputs."""
     if next(source.batches(), None) is None:
-        raise DataError(f"{what} holds no inputs", where=url, fix="mend source.url")
+        raise DataError(f"{what} holds no inputs", where=url, fix="correct source.url")
 
 
 class RangedFile(io.RawIOBase):
@@ -179,7 +179,7 @@ class RangedFile(io.RawIOBase):
 
 
 def _remote_place(url: str) -> str:
-    """An s3:// URL with `.` and `..` resolved, so that no key steps out of an allowed prefix by its looks."""
+    """An s3:// URL with `.` and `..` resolved, so that no key leaves an allowed prefix."""
     bucket, _, key = url.removeprefix("s3://").partition("/")
     if any(part in (".", "..") for part in key.split("/")):
         key = posixpath.normpath("/" + key).lstrip("/")
@@ -191,13 +191,15 @@ def read_classes(url: str) -> tuple[str, ...]:
     try:
         names = json.loads(storage.read(url))
     except FileNotFoundError as error:
-        raise DataError("no such file of class names", where=url, fix="mend the path of the class names") from error
+        raise DataError("no such file of class names", where=url, fix="correct the path of the class names") from error
     except ValueError as error:
         raise DataError(
-            f"the class names are no JSON ({error})", where=url, fix="write a JSON list of names"
+            f"the class names aren't JSON ({error})", where=url, fix="write a JSON list of names"
         ) from error
     if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
-        raise DataError("the class names are no list of texts", where=url, fix='write a JSON list like ["cat", "dog"]')
+        raise DataError(
+            "the class names aren't a list of texts", where=url, fix='write a JSON list like ["cat", "dog"]'
+        )
     return tuple(names)
 
 

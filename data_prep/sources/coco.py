@@ -18,7 +18,7 @@ from pipeline.errors import DataError
 class CocoOptions(SourceOptions):
     """COCO's instances: images with their objects, and captions where a captions file is given.
 
-    Categories keep the names in `classes`' order, renumbered 0, 1, ... by rising COCO id.
+    Categories are renumbered 0, 1, ... in the order of their COCO ids.
     """
 
     type: Literal["coco"]
@@ -35,9 +35,9 @@ class CocoOptions(SourceOptions):
 
 
 class CocoSource:
-    """The images of an instances file by rising id, those without objects too. See `CocoOptions`.
+    """The images of an instances file in the order of their ids, with and without objects. See `CocoOptions`.
 
-    COCO's files are single JSON documents, so this source holds one in memory.
+    COCO's files are single JSON documents, which this source holds in memory.
     """
 
     def __init__(self, options: CocoOptions) -> None:
@@ -46,7 +46,7 @@ class CocoSource:
 
     def check(self) -> None:
         if not self._instances()["images"]:
-            raise DataError("lists no images", where=self.options.url, fix="mend source.url")
+            raise DataError("lists no images", where=self.options.url, fix="correct source.url")
         list(self._captions())
 
     def batches(self) -> Iterator[pa.RecordBatch]:
@@ -99,10 +99,10 @@ def _read(url: str, keys: tuple[str, ...]) -> dict[str, Any]:
     try:
         document = json.loads(storage.read(url))
     except FileNotFoundError as error:
-        raise DataError("no such file", where=url, fix="mend source.url or source.captions") from error
+        raise DataError("no such file", where=url, fix="correct source.url or source.captions") from error
     except ValueError as error:
-        raise DataError(f"no JSON ({error})", where=url, fix="fetch the annotations anew") from error
+        raise DataError(f"not JSON ({error})", where=url, fix="fetch the annotations again") from error
     missing = [key for key in keys if not isinstance(document, dict) or not isinstance(document.get(key), list)]
     if missing:
-        raise DataError(f"holds no {', '.join(missing)}", where=url, fix="give a file of COCO's form")
+        raise DataError(f"holds no {', '.join(missing)}", where=url, fix="give a file in COCO's format")
     return dict(document)

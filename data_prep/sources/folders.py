@@ -44,7 +44,7 @@ class FolderOptions(SourceOptions):
         try:
             facts = json.loads(text)
         except ValueError as error:
-            raise Refused("caption_not_text", f"the sidecar is no JSON ({error})") from None
+            raise Refused("caption_not_text", f"the sidecar isn't JSON ({error})") from None
         value = facts.get(self.caption_field) if isinstance(facts, dict) else None
         return {**row, **json_captions(value)}
 
@@ -63,7 +63,7 @@ class ClassFoldersOptions(SourceOptions):
 
 
 class _FolderListing(abc.ABC):
-    """A source whose inputs are what a folder's listing names."""
+    """A source whose inputs are the files below a folder."""
 
     options: FolderOptions | ClassFoldersOptions
 
@@ -84,7 +84,7 @@ class _FolderListing(abc.ABC):
 class FolderSource(_FolderListing):
     """Every image below a folder, with its text beside it. See `FolderOptions`.
 
-    Only names are listed here; tasks read the texts together with the images.
+    Only names are listed; tasks read the texts together with the images.
     """
 
     options: FolderOptions
@@ -100,7 +100,7 @@ class FolderSource(_FolderListing):
 
     def _rows(self) -> Iterator[Mapping[str, Any]]:
         wanted = self.options.captions
-        # Names that are equal up to their first dot stand together in a listing, so no more than those are held.
+        # Names that are equal up to their first dot are neighbours in a listing, so only these are held in memory.
         for _, group in itertools.groupby(storage.entries(self.options.url), lambda entry: _up_to_dot(entry.url)):
             urls = [entry.url for entry in group]
             texts = {posixpath.splitext(url)[0]: url for url in urls if _ending(url) == wanted}
@@ -124,7 +124,7 @@ class ClassFoldersSource(_FolderListing):
             raise DataError(
                 "no folder holds an image",
                 where=self.options.url,
-                fix="point source.url at the folder that holds the classes' folders",
+                fix="set source.url to the folder that holds one folder per class",
             )
 
     def classes(self) -> tuple[str, ...]:
@@ -138,7 +138,7 @@ class ClassFoldersSource(_FolderListing):
             yield {"url": _encoded(url), "label": b"%d" % numbers[name]}
 
     def _images(self) -> Iterator[tuple[str, str]]:
-        """(class, URL) of each image; images that lie in no folder belong to none."""
+        """(class, URL) of each image; images directly in the top folder are left out."""
         top = self.options.url.rstrip("/") + "/"
         for entry in storage.entries(self.options.url):
             folder, slash, _ = entry.url.removeprefix(top).partition("/")

@@ -1,4 +1,4 @@
-"""What every source's options have in common, and what a build asks them."""
+"""The base of all sources' options, with the questions that a build asks them."""
 
 from __future__ import annotations
 
@@ -46,9 +46,9 @@ class SourceOptions(TypedOptions):
         return False
 
     def with_text(self, row: Mapping[str, Any], text: bytes) -> Mapping[str, Any]:
-        """A row of `base.SCHEMA` with what the object says that its column `sidecar` names.
+        """A row of `base.SCHEMA` with the text of the object that its column `sidecar` names.
 
         Raises:
-            Refused: the object can't be understood.
+            Refused: the object isn't in the expected format.
         """
         return row

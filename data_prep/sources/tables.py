@@ -32,7 +32,7 @@ from pipeline import storage
 from pipeline.errors import DataError, StorageError
 
 _READ_AHEAD_BYTES = 4 * 2**20
-_LIST_MARK = b"\xff"  # in no UTF-8: tells a JSON list from a text that looks like one
+_LIST_MARK = b"\xff"  # never occurs in UTF-8: distinguishes a JSON list from a text that looks like one
 _ENDINGS = {".parquet": "parquet", ".csv": "csv", ".tsv": "tsv", ".jsonl": "jsonl", ".ndjson": "jsonl"}
 
 
@@ -87,13 +87,13 @@ class TableSource:
         self.classes()
         wanted = self._columns()
         for file in self.files():
-            known = _column_names(file.url, _format_of(file.url, self.options))
+            names = _column_names(file.url, _format_of(file.url, self.options))
             for setting, column in wanted:
-                if column not in known:
-                    raise _no_column(file.url, setting, column, known)
+                if column not in names:
+                    raise _no_column(file.url, setting, column, names)
         if next(self.batches(), None) is None:
             raise DataError(
-                "the table holds no rows", where=self.options.url, fix="point source.url at a table with rows"
+                "the table holds no rows", where=self.options.url, fix="set source.url to a table with rows"
             )
 
     def batches(self) -> Iterator[pa.RecordBatch]:
@@ -120,7 +120,7 @@ class TableSource:
         return names if isinstance(names, tuple) else read_classes(names)
 
     def _columns(self) -> list[tuple[str, str]]:
-        """(setting, column) of the columns that are used."""
+        """(setting, column) of the columns that are read."""
         names = ("url_column", "label_column", "split_column", "annotations_column")
         single = [(name, getattr(self.options, name)) for name in names if getattr(self.options, name) is not None]
         captions = [("caption_column", column) for column in self._captions()]
@@ -175,7 +175,7 @@ def _table_files(options: TableOptions) -> tuple[storage.Entry, ...]:
         raise DataError(
             f"the folder holds tables of several formats ({', '.join(sorted(formats))})",
             where=url,
-            fix="point source.url at one file, or at a folder of one format",
+            fix="set source.url to one file, or to a folder of one format",
         )
     if not tables:
         raise DataError("no such table", where=url, fix=_similar_file(url))
@@ -202,7 +202,9 @@ def _format_of(url: str, options: TableOptions) -> str:
     kind = _format_by_name(url) if options.format == "auto" else options.format
     if kind is None:
         raise DataError(
-            "the name's ending tells no table format", where=url, fix="set source.format to parquet, csv, tsv or jsonl"
+            "unknown table format: the name has no known ending",
+            where=url,
+            fix="set source.format to parquet, csv, tsv or jsonl",
         )
     return kind
 
@@ -221,7 +223,7 @@ def _damage_explained(url: str, kind: str) -> Iterator[None]:
     except (pa.ArrowException, gzip.BadGzipFile, EOFError, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())[:300]
         raise DataError(
-            f"can't be read as {kind} ({reason})", where=url, fix="mend the file or set source.format"
+            f"can't be read as {kind} ({reason})", where=url, fix="correct the file or set source.format"
         ) from error
 
 
@@ -235,7 +237,7 @@ def _column_names(url: str, kind: str) -> list[str]:
             return list(dict.fromkeys(name for line in lines for name in line))
         header = next((line for line in file if line.strip()), b"")
         if not header:
-            raise DataError("the table is empty: it hasn't even a header", where=url, fix="point source.url at a table")
+            raise DataError("the table is empty: it has no header", where=url, fix="set source.url to a table")
         rows = pa.csv.read_csv(io.BytesIO(header), parse_options=_csv_format(kind))
         return list(rows.column_names)
 
@@ -268,9 +270,9 @@ def _json_lines(file: IO[bytes], url: str) -> Iterator[dict[str, Any]]:
         try:
             row = json.loads(line)
         except ValueError as error:
-            raise DataError(f"line {number} is no JSON ({error})", where=url, fix="mend the line") from error
+            raise DataError(f"line {number} isn't JSON ({error})", where=url, fix="correct the line") from error
         if not isinstance(row, dict):
-            raise DataError(f"line {number} is no JSON object", where=url, fix="write one {...} per line")
+            raise DataError(f"line {number} isn't a JSON object", where=url, fix="write one {...} per line")
         yield row
 
 
@@ -295,7 +297,7 @@ def _json_cell(value: Any, *, mark_lists: bool = False) -> bytes | None:
 
 
 def _texts(values: Sequence[Any] | None) -> list[str]:
-    """Captions out of a cell: what is no text is left out; bytes that are no UTF-8 are refused later, by their mark."""
+    """The captions in a cell, without values that aren't texts; bytes that aren't UTF-8 are refused later."""
     texts = []
     for value in values or ():
         if isinstance(value, bytes):
@@ -306,7 +308,7 @@ def _texts(values: Sequence[Any] | None) -> list[str]:
 
 
 def _captions_of_lines(column: pa.Array) -> dict[str, pa.Array]:
-    """Captions of JSON lines, where some may be lists, which `_json_cell` has written as JSON."""
+    """Captions of JSON lines, some of which may be lists, which `_json_cell` writes as JSON."""
     cells = column.to_pylist()
     lists = [cell is not None and cell.startswith(_LIST_MARK) for cell in cells]
     if not any(lists):
@@ -342,8 +344,8 @@ def _as_binary(column: pa.Array, *, nested: bool, where: str) -> pa.Array:
     raise DataError(f"holds values of type {kind}, expected text", where=where, fix="choose another column")
 
 
-def _no_column(url: str, setting: str, column: str, known: Sequence[str]) -> DataError:
-    close = difflib.get_close_matches(column, known, n=1, cutoff=0.5)
+def _no_column(url: str, setting: str, column: str, names: Sequence[str]) -> DataError:
+    close = difflib.get_close_matches(column, names, n=1, cutoff=0.5)
     hint = f"did you mean {close[0]!r}? " if close else ""
-    listed = ", ".join(known[:30])
+    listed = ", ".join(names[:30])
     return DataError(f"no column {column!r}", where=url, fix=f"{hint}set source.{setting} to one of: {listed}")

@@ -136,7 +136,7 @@ def test_a_truncated_tar_is_no_source(tmp_path: Path) -> None:
     write_tar(tmp_path / "raw" / "00000.tar", {f"{i}.{e}": encoded(i) for i in range(4) for e in ("jpg", "txt")})
     whole = (tmp_path / "raw" / "00000.tar").read_bytes()
     (tmp_path / "raw" / "00000.tar").write_bytes(whole[: len(whole) // 2 // 512 * 512 - 100])
-    with pytest.raises(DataError, match="no complete tar"):
+    with pytest.raises(DataError, match="not a complete tar"):
         built(tmp_path / "out", {"type": "tars", "url": str(tmp_path / "raw"), "captions": "none"})
 
 

@@ -145,7 +145,7 @@ def test_the_fingerprint_knows_values_not_batches() -> None:
 
 
 @pytest.mark.parametrize(
-    ("split", "message"), [("../etc", r"'\.\./etc' is no split name"), (None, "'' is no split name")]
+    ("split", "message"), [("../etc", r"'\.\./etc' is not a split name"), (None, "'' is not a split name")]
 )
 def test_a_split_must_have_a_folders_name(split: str | None, message: str) -> None:
     with SegmentPlan(0, 10, size_bytes=0) as plan, pytest.raises(DataError, match=message):

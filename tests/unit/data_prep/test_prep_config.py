@@ -30,7 +30,7 @@ def test_the_shipped_recipes_are_valid(repository: Path) -> None:
         ({"output": "o", "source": {"type": "tabel", "url": "t.csv"}}, "source.type.*'table'"),
         ({"output": "o", "source": {"url": "t.csv"}, "seed": "one"}, "seed"),
         ({"output": "o", "source": {"url": "t.csv"}, "splits": {"shares": {"a": 0.5}}}, "shares sum to 0.5, not 1"),
-        ({"output": "o", "source": {"url": "t.csv"}, "splits": {"shares": {"../a": 1.0}}}, "no split name"),
+        ({"output": "o", "source": {"url": "t.csv"}, "splits": {"shares": {"../a": 1.0}}}, "is not a split name"),
         (
             {"output": "o", "source": {"url": "t.csv", "split_column": "s"}, "splits": {"by": "url"}},
             "exclude each other",

@@ -106,11 +106,11 @@ def test_numbers_categories_and_nested_values_become_text(tmp_path: Path) -> Non
         ("a.csv", b"url,caption\na,b,c\n", "can't be read as csv"),
         ("a.csv", b"url,captoin\na,b\n", r"no column 'caption'.*did you mean 'captoin'\?.*url, captoin"),
         ("a.jsonl", b"", "no column 'url'"),
-        ("a.jsonl", b'{"url": 1', "line 1 is no JSON"),
-        ("a.jsonl", b"[1]\n", "line 1 is no JSON object"),
+        ("a.jsonl", b'{"url": 1', "line 1 isn't JSON"),
+        ("a.jsonl", b"[1]\n", "line 1 isn't a JSON object"),
         ("a.parquet", b"PAR1 and no more", "can't be read as parquet"),
         ("a.csv.gz", b"not gzip", "can't be read as csv"),
-        ("a.xlsx", b"?", "tells no table format"),
+        ("a.xlsx", b"?", "unknown table format"),
     ],
 )
 def test_a_bad_table_is_one_clear_message(tmp_path: Path, name: str, content: bytes, message: str) -> None:
@@ -131,7 +131,7 @@ def test_class_names_come_from_the_settings_or_a_file(tmp_path: Path) -> None:
     (tmp_path / "wrong.json").write_text('{"cat": 0}')
     assert TableSource(TableOptions(url="t.csv", classes=("cat", "dog"))).classes() == ("cat", "dog")
     assert TableSource(TableOptions(url="t.csv", classes=str(tmp_path / "classes.json"))).classes() == ("cat", "dog")
-    with pytest.raises(DataError, match="no list of texts"):
+    with pytest.raises(DataError, match="aren't a list of texts"):
         TableSource(TableOptions(url="t.csv", classes=str(tmp_path / "wrong.json"))).classes()
 
 
