@@ -48,9 +48,9 @@ def build(
 
 def micro_batches(step: int, num_micro: int, global_batch: int = 16) -> list[Batch]:
     """This rank's share of global batch `step`, whose ids don't depend on world or micro batches."""
-    here = ranks.world()
-    mine = [step * global_batch + i for i in range(global_batch)][here.rank * global_batch // here.size :]
-    mine = mine[: global_batch // here.size]
+    world = ranks.world()
+    mine = [step * global_batch + i for i in range(global_batch)][world.rank * global_batch // world.size :]
+    mine = mine[: global_batch // world.size]
     size = len(mine) // num_micro
     return [make_batch(mine[k * size : (k + 1) * size], position=step * global_batch) for k in range(num_micro)]
 
@@ -72,14 +72,14 @@ def whole(engine: DeepSpeedEngine) -> dict[str, tuple[dict[str, Tensor], dict[st
     state: dict[str, tuple[dict[str, Tensor], dict[str, float]]] = {}
     for name, facts in engine.facts().items():
         size = torch.Size(facts.shape).numel()
-        own = [row for row in rows if row[0] == name]
-        assert sum(stop - start for _, start, stop, _, _ in own) == size, name
-        tensors = {key: torch.empty(size, dtype=t.dtype) for key, t in own[0][3].items()}
-        for _, start, stop, parts, group in own:
-            assert group == own[0][4], name
+        of_tensor = [row for row in rows if row[0] == name]
+        assert sum(stop - start for _, start, stop, _, _ in of_tensor) == size, name
+        tensors = {key: torch.empty(size, dtype=t.dtype) for key, t in of_tensor[0][3].items()}
+        for _, start, stop, parts, group in of_tensor:
+            assert group == of_tensor[0][4], name
             for key, part in parts.items():
                 tensors[key][start:stop] = part
-        state[name] = (tensors, own[0][4])
+        state[name] = (tensors, of_tensor[0][4])
     return state
 
 
@@ -157,9 +157,9 @@ def run_with_gap(zero_stage: int, precision: str, poison: int | None, kind: str 
             assert result.applied == (step != 1)
             assert result.cause == ("" if result.applied else "spike" if poison == 0 else "loss")
             assert result.applied or set(result.suspects) <= set(range(16, 32))
-    found = digest(whole(engine))
+    state = digest(whole(engine))
     engine.close()
-    return found
+    return state
 
 
 def scale_after(zero_stage: int, precision: str, held: bool) -> float:

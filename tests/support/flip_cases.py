@@ -54,9 +54,9 @@ def pairs(stage: FlipStage, rows: slice = slice(None), position: int = 0) -> Bat
 
 def share(stage: FlipStage, num_micro: int) -> list[Batch]:
     """This rank's micro batches."""
-    here = ranks.world()
-    size = NUM_PAIRS // here.size // num_micro
-    starts = [here.rank * NUM_PAIRS // here.size + k * size for k in range(num_micro)]
+    world = ranks.world()
+    size = NUM_PAIRS // world.size // num_micro
+    starts = [world.rank * NUM_PAIRS // world.size + k * size for k in range(num_micro)]
     return [pairs(stage, slice(start, start + size)) for start in starts]
 
 
@@ -74,18 +74,18 @@ def gradients(loss: str, mask: float, zero_stage: int, num_micro: int) -> dict[s
     stage = build(loss=loss, mask_ratio=mask)
     engine = DeepSpeedEngine(stage, OPTIM, zero_stage=zero_stage, precision="fp32", peak_lr=1e-3)
     assert engine.step(share(stage, num_micro), 1e-3).applied
-    found = {name: state["exp_avg"] / (1 - OPTIM.betas[0]) for name, (state, _) in whole(engine).items()}
+    gradients_of_run = {name: state["exp_avg"] / (1 - OPTIM.betas[0]) for name, (state, _) in whole(engine).items()}
     engine.close()
-    return found
+    return gradients_of_run
 
 
 def worst(expected: dict[str, Tensor], loss: str, num_micro: int, zero_stage: int, mask: float) -> tuple[float, str]:
     """The greatest difference from the full batch's gradient over its greatest element, and where it is."""
-    found = gradients(loss, mask, zero_stage, num_micro)
-    assert expected.keys() == found.keys()
-    assert "logit_scale" in found
+    gradients_of_run = gradients(loss, mask, zero_stage, num_micro)
+    assert expected.keys() == gradients_of_run.keys()
+    assert "logit_scale" in gradients_of_run
     largest = max(float(g.abs().max()) for g in expected.values())
-    return max((float((found[name] - g).abs().max()) / largest, name) for name, g in expected.items())
+    return max((float((gradients_of_run[name] - g).abs().max()) / largest, name) for name, g in expected.items())
 
 
 def pushed_scale(zero_stage: int, how: str) -> tuple[float, float]:

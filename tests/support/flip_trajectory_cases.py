@@ -61,9 +61,9 @@ def ours(zero_stage: int, num_micro: int, changes: dict[str, Any] | None = None)
     stage = build()
     assert optim.lr is not None
     engine = DeepSpeedEngine(stage, optim, zero_stage=zero_stage, precision="fp32", peak_lr=optim.lr)
-    here = ranks.world()
-    size = GLOBAL_BATCH // here.size // num_micro
-    first = here.rank * GLOBAL_BATCH // here.size
+    world = ranks.world()
+    size = GLOBAL_BATCH // world.size // num_micro
+    first = world.rank * GLOBAL_BATCH // world.size
     losses = []
     for step in range(NUM_STEPS):
         micro = [batch_of(stage, step, slice(first + k * size, first + (k + 1) * size)) for k in range(num_micro)]

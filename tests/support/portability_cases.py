@@ -61,9 +61,9 @@ def source(zero_stage: int, precision: str, url: str) -> tuple[dict[str, Tensor]
     train(engine, 0, 3)
     save(engine, url)
     train(engine, 3, 6)
-    found = values(engine), cases.digest(cases.whole(engine))
+    outcome = values(engine), cases.digest(cases.whole(engine))
     engine.close()
-    return found
+    return outcome
 
 
 def target(zero_stage: int, precision: str, url: str, again: str) -> tuple[dict[str, Tensor], str]:
@@ -75,9 +75,9 @@ def target(zero_stage: int, precision: str, url: str, again: str) -> tuple[dict[
     engine.restore(loaded[1])
     save(engine, again)
     train(engine, 3, 6)
-    found = values(engine), cases.digest(cases.whole(engine))
+    outcome = values(engine), cases.digest(cases.whole(engine))
     engine.close()
-    return found
+    return outcome
 
 
 def save_where_rank_1_cannot(url: str) -> tuple[int, str, float]:

@@ -31,14 +31,14 @@ def recipe() -> tuple[TrainConfig, MaeOptions]:
     the small batch is scaled up to what the recipe's own batch gives.
     """
     document = load(str(RECIPE), ["name=trajectory", "data.train=none"])
-    own = validate(TrainConfig, document, where=str(RECIPE))
-    share = own.optim.warmup_samples / own.length_samples
+    config = validate(TrainConfig, document, where=str(RECIPE))
+    share = config.optim.warmup_samples / config.length_samples
     length = NUM_STEPS * GLOBAL_BATCH
-    assert own.optim.base_lr is not None
+    assert config.optim.base_lr is not None
     document["data"]["global_batch"] = GLOBAL_BATCH
     document["length_samples"] = length
     document["optim"]["warmup_samples"] = round(share * length)
-    document["optim"]["base_lr"] = own.optim.base_lr * own.data.global_batch / GLOBAL_BATCH
+    document["optim"]["base_lr"] = config.optim.base_lr * config.data.global_batch / GLOBAL_BATCH
     document["options"]["model"] = MODEL
     document["options"]["decoder"] = DECODER
     config = validate(TrainConfig, document, where="trajectory")
@@ -72,9 +72,9 @@ def ours(zero_stage: int, changes: dict[str, Any] | None = None) -> list[float]:
     stage = build()
     peak = peak_rate(optim, GLOBAL_BATCH)
     engine = DeepSpeedEngine(stage, optim, zero_stage=zero_stage, precision="fp32", peak_lr=peak)
-    here = ranks.world()
-    size = GLOBAL_BATCH // here.size
-    rows = slice(here.rank * size, (here.rank + 1) * size)
+    world = ranks.world()
+    size = GLOBAL_BATCH // world.size
+    rows = slice(world.rank * size, (world.rank + 1) * size)
     losses = []
     for step in range(NUM_STEPS):
         lr = scheduled_rate(optim, peak, step * GLOBAL_BATCH, config.length_samples)

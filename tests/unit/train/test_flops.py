@@ -48,12 +48,12 @@ def test_a_transformers_flops_are_those_of_the_formula() -> None:
     images get no gradient, so the patch embedding costs two thirds.
     """
     model = {"width": 64, "depth": 3, "heads": 2, "image_size": 32, "patch_size": 8}
-    found = flops_per_sample(stage := built("classify", {"model": model}), typical(stage, 32))
+    flops = flops_per_sample(stage := built("classify", {"model": model}), typical(stage, 32))
     tokens, width = 17, 64
     blocks = 3 * 3 * (tokens * 24 * width**2 + 4 * tokens**2 * width)
     patches = 2 * 2 * 16 * (8 * 8 * 3) * width
     head = 3 * 2 * width * 2
-    assert found == pytest.approx(blocks + patches + head, rel=1e-6)
+    assert flops == pytest.approx(blocks + patches + head, rel=1e-6)
 
 
 def test_a_masked_run_costs_what_each_part_of_its_schedule_does() -> None:
@@ -88,8 +88,8 @@ def test_the_ablations_runs_cost_equally_or_see_equally_many_samples() -> None:
         for part, end in zip(parts, ends, strict=True):
             key = f"{document['stage']} {part['ratio']}"
             if key not in by_options:
-                one = options | ({"mask_ratio": part["ratio"]} if "mask_ratio" in options else {})
-                stage = built(document["stage"], one)
+                of_part = options | ({"mask_ratio": part["ratio"]} if "mask_ratio" in options else {})
+                stage = built(document["stage"], of_part)
                 by_options[key] = flops_per_sample(stage, typical(stage, 64))
             costs[name] += by_options[key] * (end - part["from_samples"])
     budget = costs["scratch_0"]

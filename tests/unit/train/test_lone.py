@@ -25,9 +25,9 @@ def test_two_of_them_on_one_machine_do_not_meet() -> None:
         )
         for _ in range(2)
     ]
-    for one in both:  # each is in its group while the other is
-        assert one.stdout is not None
-        assert "joined" in one.stdout.read(len("joined\n"))
-    for one in both:
-        one.communicate("", timeout=60)
-        assert one.returncode == 0
+    for process in both:  # each is in its group while the other is
+        assert process.stdout is not None
+        assert "joined" in process.stdout.read(len("joined\n"))
+    for process in both:
+        process.communicate("", timeout=60)
+        assert process.returncode == 0

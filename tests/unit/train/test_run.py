@@ -257,8 +257,8 @@ def test_bad_steps_in_a_row_are_gone_back_from_and_passed_over(
     run = RunDir(str(folder / "runs" / "rolled"))
     status = run.status()
     assert (status["num_skipped"], status["num_rollbacks"], status["attempt"]) == (3, 1, 2)
-    told = [line["step"] for line in run.metrics() if line["kind"] == "train"]
-    assert told == [1, 2, 3, 4, 5, 6, 7, 14, 15, 16, 17, 18, 19, 20], "8 to 13 are passed over, every other told once"
+    logged = [line["step"] for line in run.metrics() if line["kind"] == "train"]
+    assert logged == [1, 2, 3, 4, 5, 6, 7, 14, 15, 16, 17, 18, 19, 20], "8 to 13 are skipped, all others logged once"
     again = train_cases.document(folder, "rolled-and-stopped", **changes)
     assert two.run(run_cases.run_with_bad_samples, again, (160, 208), 16)[0][0] == "stopped"
     assert two.run(run_cases.run_with_bad_samples, again, (160, 208))[0] == outcome[0]
@@ -275,11 +275,13 @@ def test_a_loss_far_above_the_last_ones_is_left_out(folder: Path, two: ProcessGr
     skipped = [line["num_skipped"] for line in run.metrics() if line["kind"] == "train"]
     assert skipped[3] == 0, "there is no limit before the window is full"
     assert 0 < skipped[-1] < 17, "steps above the median of the last ones, and only these"
-    kept = losses[:4]
+    applied = losses[:4]
     for number in range(4, 20):
-        is_kept = skipped[number] == skipped[number - 1]
-        assert is_kept == (losses[number] <= sorted(kept[-4:])[1] / 2 + sorted(kept[-4:])[2] / 2 + 1e-5), number
-        kept += [losses[number]] * is_kept
+        is_applied = skipped[number] == skipped[number - 1]
+        assert is_applied == (losses[number] <= sorted(applied[-4:])[1] / 2 + sorted(applied[-4:])[2] / 2 + 1e-5), (
+            number
+        )
+        applied += [losses[number]] * is_applied
 
 
 def test_a_refused_start_may_be_corrected_under_the_same_name(

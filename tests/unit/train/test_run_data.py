@@ -49,7 +49,7 @@ def kinds(tmp_path_factory: pytest.TempPathFactory) -> Path:
             labels = [i % len(classes) for i in range(24)]
             mask = [[4, 2, 30, 2, 30, 24, 4, 24]]
             objects = [{"bbox": [4, 2, 26, 22], "segmentation": mask, "category_id": label} for label in labels]
-            columns = {"label": labels, "objects": [json.dumps([one]) for one in objects]}
+            columns = {"label": labels, "objects": [json.dumps([item]) for item in objects]}
             source = {"label_column": "label", "annotations_column": "objects", "classes": classes}
         prepare(settings(write_pairs(folder / "raw" / name, 24, **columns), folder / name, source=source))
     return folder
@@ -132,8 +132,8 @@ def test_sources_that_contradict_are_refused(folder: Path, sources: list, messag
 def of_kinds(kinds: Path, name: str, train: list[str], evaluate: list[str], **changes: Any) -> dict[str, Any]:
     """A short run on some of the data sets of `kinds`."""
     settings = {
-        "data.train": [{"url": str(kinds / one / "train")} for one in train],
-        "data.evaluate": {one: str(kinds / one / "train") for one in evaluate},
+        "data.train": [{"url": str(kinds / kind / "train")} for kind in train],
+        "data.evaluate": {kind: str(kinds / kind / "train") for kind in evaluate},
         "length_samples": 64,
         "checkpoint.every_samples": 32,
     }
@@ -177,8 +177,8 @@ def test_segment_anything_mixes_instances_of_any_categories_and_of_none(kinds: P
     assert whole[:3] == ("done", 2, 32)
     lines = RunDir(str(kinds / "runs" / "sam")).metrics()
     assert all(line["num_absent"] == 0 and line["focal"] > 0 for line in lines if line["kind"] == "train")
-    found = evaluated(kinds, "sam")
-    assert [found[f"{name}/num_objects"] for name in names] == [24, 28, 24]
+    figures = evaluated(kinds, "sam")
+    assert [figures[f"{name}/num_objects"] for name in names] == [24, 28, 24]
     assert one.run(run_cases.run, of_kinds(kinds, "sam_parts", names, names, **changes), 1)[0][0] == "stopped"
     assert one.run(run_cases.run, of_kinds(kinds, "sam_parts", names, names, **changes))[0] == whole
 
@@ -189,9 +189,9 @@ def test_zero_shot_goes_by_each_sets_own_classes(kinds: Path, one: ProcessGroup)
     names = ["animals", "plants", "captions"]
     outcome = one.run(run_cases.run, of_kinds(kinds, "flip", ["captions", "animals"], names, **changes))[0]
     assert outcome[0] == "done"
-    found = evaluated(kinds, "flip")
-    assert {name for name in names if f"{name}/zeroshot_top1" in found} == {"animals", "plants"}
-    assert all(f"{name}/retrieval_i2t_r1" in found for name in names)
+    figures = evaluated(kinds, "flip")
+    assert {name for name in names if f"{name}/zeroshot_top1" in figures} == {"animals", "plants"}
+    assert all(f"{name}/retrieval_i2t_r1" in figures for name in names)
     written = next(Path(kinds / "runs" / "flip").rglob("evaluations/step-*.json"))
     details = json.loads(written.read_text())["details"]
     assert details["animals/classes"] == ["cat", "dog"]
@@ -258,19 +258,19 @@ def test_a_run_still_names_its_classes_when_its_data_are_gone(
     document = learner(kinds, tmp_path, "run", stage, length_samples=16)
     assert one.run(run_cases.run, document)[0][0] == "done"
     (tmp_path / "data").rename(tmp_path / "moved")
-    run, photo, told = str(tmp_path / "runs" / "run"), tmp_path / "photo.png", list[str]()
+    run, photo, lines = str(tmp_path / "runs" / "run"), tmp_path / "photo.png", list[str]()
     Image.new("RGB", (20, 30), (90, 60, 30)).save(photo)
     convert_weights(run, str(tmp_path / "own.safetensors"), None, "vitrail", [])
     alone = tmp_path / "alone"  # one checkpoint as it is handed to somebody
     shutil.copytree(next(Path(run).rglob("commit.json")).parent, alone)
     for source in (run, str(alone), str(tmp_path / "own.safetensors")):
-        found, _, _ = predict(source, [str(photo)], str(tmp_path / "out"), told.append)
-        assert found["classes"] == ["cat", "dog"], source
-        measured, _ = evaluate(source, [f"set={kinds / 'animals' / 'train'}"], told.append)
+        answer, _, _ = predict(source, [str(photo)], str(tmp_path / "out"), lines.append)
+        assert answer["classes"] == ["cat", "dog"], source
+        measured, _ = evaluate(source, [f"set={kinds / 'animals' / 'train'}"], lines.append)
         assert any(name.startswith("set/") for name in measured["figures"])
         with pytest.raises(ConfigError, match="class 0 is 'dog', not 'cat'"):
-            evaluate(source, [f"other={kinds / 'swapped' / 'train'}"], told.append)
-    assert sum("out of reach" in line for line in told) == 2, "of the run alone"
+            evaluate(source, [f"other={kinds / 'swapped' / 'train'}"], lines.append)
+    assert sum("out of reach" in line for line in lines) == 2, "of the run alone"
     assert not caplog.records
     forget_classes(Path(run))
     assert run_weights(run).classes == ("0", "1")
@@ -332,7 +332,7 @@ def test_a_head_starts_from_another_run_only_for_the_same_classes(
         caplog.clear()
         check_initial(stage, stage.state_dict(), recorded, ("head.",), where="RUN")
         assert len(caplog.records) == warned
-        assert all("RUN doesn't say which classes it learnt" in one.getMessage() for one in caplog.records)
+        assert all("RUN doesn't say which classes it learnt" in record.getMessage() for record in caplog.records)
 
 
 def test_neighbours_leave_out_a_set_without_labels(kinds: Path, one: ProcessGroup) -> None:

@@ -83,10 +83,12 @@ def test_objects_of_a_raw_sample_are_those_in_the_tar(sa1b: Path) -> None:
         assert file is not None
         written = json.loads(file.read())["annotations"]
     assert batch.instances is not None
-    found = batch.instances[3]
-    assert found.boxes.tolist() == [[x, y, x + w, y + h] for x, y, w, h in (one["bbox"] for one in written)]
-    assert found.labels.tolist() == [0, 0]
-    assert decode_masks(found.masks, (32, 48)).flatten(1).sum(1).tolist() == [320, 320]
+    objects = batch.instances[3]
+    assert objects.boxes.tolist() == [
+        [x, y, x + w, y + h] for x, y, w, h in (annotation["bbox"] for annotation in written)
+    ]
+    assert objects.labels.tolist() == [0, 0]
+    assert decode_masks(objects.masks, (32, 48)).flatten(1).sum(1).tolist() == [320, 320]
 
 
 def train_loader(manifest: Manifest, transform: Any, batch: int, block: int = 8) -> Loader:
@@ -103,11 +105,11 @@ def test_the_same_tars_come_in_the_same_order_prepared_or_indexed(tmp_path: Path
         shard._replace(index_sha256="") for shard in prepared.shards
     ]
     transform = ImageExample(TrainImage((16, 16)), label=True)
-    for one, other in itertools.islice(
+    for of_prepared, of_indexed in itertools.islice(
         zip(*(train_loader(m, transform, 16).steps(Cursor(0, 16)) for m in (prepared, indexed)), strict=True), 6
     ):
-        assert one.after == other.after
-        for ours, theirs in zip(one.micro, other.micro, strict=True):
+        assert of_prepared.after == of_indexed.after
+        for ours, theirs in zip(of_prepared.micro, of_indexed.micro, strict=True):
             assert torch.equal(ours.ids, theirs.ids)
             assert ours.images is not None
             assert theirs.images is not None

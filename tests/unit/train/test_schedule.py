@@ -50,14 +50,14 @@ def test_base_rate_scales_with_the_batch() -> None:
 def test_layers_decay_from_the_head_down() -> None:
     stage = TinyStage(TinyOptions(), DataFacts())
     groups = parameter_groups(stage, OptimConfig(lr=1.0, layer_decay=0.5, weight_decay=0.1))
-    found = {name: (group["lr_scale"], group["weight_decay"]) for group in groups for name in group["names"]}
-    assert found["trunk.patch_embed.proj.weight"] == (0.125, 0.1)  # depth 2: layers 0, 1, 2 and the rest at 3
-    assert found["trunk.cls_token"] == (0.125, 0.1)
-    assert found["trunk.blocks.0.attn.qkv.weight"] == (0.25, 0.1)
-    assert found["trunk.blocks.1.attn.qkv.bias"] == (0.5, 0.0)
-    assert found["trunk.norm.weight"] == (1.0, 0.0)
-    assert found["head.weight"] == (1.0, 0.1)
-    assert set(found) == {name for name, _ in stage.named_parameters()}
+    settings = {name: (group["lr_scale"], group["weight_decay"]) for group in groups for name in group["names"]}
+    assert settings["trunk.patch_embed.proj.weight"] == (0.125, 0.1)  # depth 2: layers 0, 1, 2 and the rest at 3
+    assert settings["trunk.cls_token"] == (0.125, 0.1)
+    assert settings["trunk.blocks.0.attn.qkv.weight"] == (0.25, 0.1)
+    assert settings["trunk.blocks.1.attn.qkv.bias"] == (0.5, 0.0)
+    assert settings["trunk.norm.weight"] == (1.0, 0.0)
+    assert settings["head.weight"] == (1.0, 0.1)
+    assert set(settings) == {name for name, _ in stage.named_parameters()}
 
 
 def test_frozen_parameters_are_in_no_group() -> None:
@@ -81,11 +81,11 @@ def config(optim: OptimConfig | None = None, **engine: object) -> TrainConfig:
 
 
 def test_derived_values() -> None:
-    found = resolve(config(micro_batch=4, precision="bf16"), World(0, 3, 0), CPU)
-    assert (found.rank_batch, found.micro_batch, found.num_micro) == (16, 4, 4)
-    assert (found.num_steps, found.warmup_steps) == (21, 3)
-    assert found.peak_lr == pytest.approx(48 / 256)
-    assert found.precision == "bf16"
+    resolved = resolve(config(micro_batch=4, precision="bf16"), World(0, 3, 0), CPU)
+    assert (resolved.rank_batch, resolved.micro_batch, resolved.num_micro) == (16, 4, 4)
+    assert (resolved.num_steps, resolved.warmup_steps) == (21, 3)
+    assert resolved.peak_lr == pytest.approx(48 / 256)
+    assert resolved.precision == "bf16"
 
 
 def test_what_can_not_be_shared_is_refused_with_what_can() -> None:
@@ -101,8 +101,8 @@ def test_the_global_batch_stays_and_the_micro_batch_is_computed_anew(
     world: int, bound: int, micro: int, num_micro: int
 ) -> None:
     """The bound is one of memory: the largest share of a rank's samples within it is taken."""
-    found = resolve(config(micro_batch=bound), World(0, world, 0), CPU)
-    assert (found.micro_batch, found.num_micro) == (micro, num_micro)
+    resolved = resolve(config(micro_batch=bound), World(0, world, 0), CPU)
+    assert (resolved.micro_batch, resolved.num_micro) == (micro, num_micro)
     assert world * micro * num_micro == 48
 
 

@@ -23,8 +23,8 @@ class Trap:
     def __init__(self, **limits: float) -> None:
         self.said: list[str] = []
         self.fired = threading.Event()
-        given = {"start_s": 60.0, "step_s": 60.0, "evaluate_s": 60.0, "save_s": 60.0, **limits}
-        self.dog = Watchdog(WatchdogConfig(**given), self.hear)
+        limits_s = {"start_s": 60.0, "step_s": 60.0, "evaluate_s": 60.0, "save_s": 60.0, **limits}
+        self.dog = Watchdog(WatchdogConfig(**limits_s), self.hear)
 
     def hear(self, message: str) -> None:
         self.said.append(message)

@@ -28,13 +28,13 @@ FLAG = torch.tensor([True, False, True])
 
 def fragments(cuts: dict[str, list[int]] | None = None) -> list[Fragment]:
     """All of VALUES and a flag, cut at the given places."""
-    found = []
+    parts = []
     for name, value in VALUES.items():
         places = [0, *(cuts or {}).get(name, []), len(value)]
         for start, stop in itertools.pairwise(places):
             part = value[start:stop]
-            found.append(Fragment(name, start, stop, {"value": part, "exp_avg": part * 2}, {"lr": 0.1, "step": 3.0}))
-    return [*found, Fragment("flag", 0, 3, {"value": FLAG}, {})]
+            parts.append(Fragment(name, start, stop, {"value": part, "exp_avg": part * 2}, {"lr": 0.1, "step": 3.0}))
+    return [*parts, Fragment("flag", 0, 3, {"value": FLAG}, {})]
 
 
 FACTS = {name: TensorFacts((len(value),), "parameter", "float32") for name, value in VALUES.items()}
@@ -72,10 +72,10 @@ def test_any_span_comes_back_whatever_the_cuts(cuts: list[int], span: list[int])
     data, table = written(fragments({"a": cuts}))
     gathered = fmt.LoadedFragments(fmt.fetch(rows_of(table), lambda start, stop: data[start:stop]))
     start, stop = span
-    found = gathered.read("a", start, stop)
-    assert torch.equal(found.tensors["value"], VALUES["a"][start:stop])
-    assert torch.equal(found.tensors["exp_avg"], VALUES["a"][start:stop] * 2)
-    assert found.group == {"lr": 0.1, "step": 3.0}
+    fragment = gathered.read("a", start, stop)
+    assert torch.equal(fragment.tensors["value"], VALUES["a"][start:stop])
+    assert torch.equal(fragment.tensors["exp_avg"], VALUES["a"][start:stop] * 2)
+    assert fragment.group == {"lr": 0.1, "step": 3.0}
 
 
 def test_neighbours_are_read_in_one_request() -> None:
@@ -174,12 +174,12 @@ def test_writing_that_falls_behind_leaves_saves_out_but_never_the_last(
 
     monkeypatch.setattr(saving.storage, "write", slow)
     checkpoints = begin(url)
-    told = []
+    began = []
     for step in (1, 2, 3):
-        told.append(save(checkpoints, step))
+        began.append(save(checkpoints, step))
         if step == 1:
             checkpoints.wait_copied()
-    assert told == [True, True, False]
+    assert began == [True, True, False]
     assert checkpoints.num_skipped == 1
     gate.set()
     finish(checkpoints, 4)

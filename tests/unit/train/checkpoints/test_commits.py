@@ -42,7 +42,7 @@ def commit(url: str, attempt: Attempt, step: int) -> Path:
 
 
 def steps(url: str) -> list[int]:
-    return [found.step for found in commits.find_commits(url).commits]
+    return [valid.step for valid in commits.find_commits(url).commits]
 
 
 def test_nothing_is_found_where_nothing_is(url: str) -> None:
@@ -116,10 +116,10 @@ def test_what_is_not_whole_is_skipped_with_the_reason(url: str, harm: object, re
     attempt = begin(url, 0)
     commit(url, attempt, 1)
     harm(commit(url, attempt, 2))  # type: ignore[operator]
-    found = commits.find_commits(url)
-    assert [c.step for c in found.commits] == [1]
-    assert found.skipped == [text for text in found.skipped if reason in text and "step 2 of attempt 1" in text]
-    assert len(found.skipped) == 1
+    listing = commits.find_commits(url)
+    assert [c.step for c in listing.commits] == [1]
+    assert listing.skipped == [text for text in listing.skipped if reason in text and "step 2 of attempt 1" in text]
+    assert len(listing.skipped) == 1
 
 
 def test_old_and_stale_ones_are_retired_but_the_last_valid_one_stays(url: str) -> None:

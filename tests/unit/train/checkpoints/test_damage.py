@@ -39,7 +39,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory, two: ProcessGroup) -> Saved:
     two.run(cases.two_checkpoints, str(folder / "checkpoints"))
     commits = find_commits(str(folder / "checkpoints")).commits
     assert [c.step for c in commits] == [6, 3]
-    facts = {name: TensorFacts(**told) for name, told in commits[0].document["tensors"].items()}
+    facts = {name: TensorFacts(**described) for name, described in commits[0].document["tensors"].items()}
     digests = {c.step: state_digest(read_state(c.url)) for c in commits}
     names = sorted(path.name for path in Path(commits[0].url).iterdir())
     assert len(names) == 2 * 3 + 1
@@ -88,13 +88,13 @@ def without_rights() -> Iterator[None]:
 
 def loaded(url: str, facts: dict[str, TensorFacts]) -> tuple[int, str] | UserError:
     """The step that a run would resume, and the digest of what it would get; or why it stops."""
-    sizes = {name: math.prod(told.shape) for name, told in facts.items()}
+    sizes = {name: math.prod(tensor.shape) for name, tensor in facts.items()}
     try:
-        found = load_newest(url, [Span(name, 0, size) for name, size in sizes.items()], facts)
+        checkpoint = load_newest(url, [Span(name, 0, size) for name, size in sizes.items()], facts)
     except (CheckpointError, StorageError) as error:
         return error
-    assert found is not None, "a run that has checkpoints was about to start over"
-    commit, read = found
+    assert checkpoint is not None, "a run that has checkpoints was about to start over"
+    commit, read = checkpoint
     assert commit.progress == {"step": commit.step, "samples": commit.step * cases.GLOBAL_BATCH}
     state: dict[str, Fragment] = {name: read(name, 0, size) for name, size in sizes.items()}
     return commit.step, state_digest(state)
@@ -109,13 +109,13 @@ def test_each_file_of_the_newest_checkpoint(saved: Saved, copy: Path, how: str) 
         newest = Path(find_commits(str(copy)).commits[0].url)
         harm(newest / name, how, random.Random(number))
         with without_rights():
-            found = loaded(str(copy), saved.facts)
-        if isinstance(found, UserError):
-            assert how == "forbid", f"{how} {name}: {found}"
-            assert "permission" in str(found)
+            outcome = loaded(str(copy), saved.facts)
+        if isinstance(outcome, UserError):
+            assert how == "forbid", f"{how} {name}: {outcome}"
+            assert "permission" in str(outcome)
             outcomes[name] = "refused"
         else:
-            step, digest = found
+            step, digest = outcome
             assert digest == saved.digests[step], f"{how} {name}: garbage was loaded"
             outcomes[name] = f"step {step}"
     data = [name for name in saved.names if "receipt" not in name]
@@ -139,8 +139,8 @@ def test_files_of_two_checkpoints_mixed_up(saved: Saved, copy: Path) -> None:
     newest, older = (Path(c.url) for c in find_commits(str(copy)).commits)
     for name in ("rank-00000.safetensors", "rank-00001.safetensors"):
         shutil.copy(older / name, newest / name)
-    found = loaded(str(copy), saved.facts)
-    assert found == (3, saved.digests[3])
+    outcome = loaded(str(copy), saved.facts)
+    assert outcome == (3, saved.digests[3])
 
 
 def test_no_flipped_bit_of_a_commit_goes_unnoticed(saved: Saved, copy: Path) -> None:

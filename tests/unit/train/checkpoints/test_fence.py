@@ -39,8 +39,8 @@ def attempt_a_run(url: str, *, enforced: bool, meet: threading.Barrier) -> Attem
     """What a start of a run does with its checkpoints: resume the newest, record the attempt, commit some more."""
     meet.wait(timeout=60)
     while True:
-        found = commits.find_commits(url).commits
-        resumed = found[0] if found else None
+        valid = commits.find_commits(url).commits
+        resumed = valid[0] if valid else None
         step = resumed.step if resumed is not None else 0
         lineage = lineage_of(resumed) if resumed is not None else []
         attempt = commits.begin_attempt(url, step, enforced=enforced)

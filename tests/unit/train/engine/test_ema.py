@@ -21,10 +21,10 @@ from tests.support.weight_verbs import convert_weights
 
 def test_half_of_the_average_is_newer_after_a_half_life_at_any_batch_size() -> None:
     for batch in (10, 50, 100, 200):
-        kept = 1.0
+        remaining = 1.0
         for samples in range(0, 1000, batch):
-            kept *= decay_after(EmaConfig(half_life_samples=500), samples, batch)
-        assert kept == pytest.approx(0.25)
+            remaining *= decay_after(EmaConfig(half_life_samples=500), samples, batch)
+        assert remaining == pytest.approx(0.25)
 
 
 def test_the_ramp_up_is_that_of_edm() -> None:

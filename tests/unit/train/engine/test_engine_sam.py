@@ -12,5 +12,5 @@ def test_ranks_with_many_objects_and_with_none_measure_what_one_rank_does(one: P
     """A rank that asked less often would leave the others waiting for its parameters."""
     (expected,) = one.run(cases.figures)
     assert expected["seen/num_objects"] == cases.MANY
-    for found in two.run(cases.figures):
-        assert found == pytest.approx(expected, abs=1e-6)
+    for figures in two.run(cases.figures):
+        assert figures == pytest.approx(expected, abs=1e-6)

@@ -29,19 +29,19 @@ def test_batch_norm_of_all_ranks_equals_torchs_of_the_whole(two: ProcessGroup, s
         "out": out, "x": x.grad, "weight": peer.weight.grad, "bias": peer.bias.grad, "mean": peer.running_mean,
         "variance": peer.running_var,
     }  # fmt: skip
-    for found in two.run(cases.batch_norm_in_shares, shares):
+    for of_rank in two.run(cases.batch_norm_in_shares, shares):
         for name, value in expected.items():
-            torch.testing.assert_close(found[name], value, rtol=1e-9, atol=1e-12, msg=name)
+            torch.testing.assert_close(of_rank[name], value, rtol=1e-9, atol=1e-12, msg=name)
 
 
 def test_gradients_through_batch_norm_are_the_same_on_one_rank_and_on_two(one: ProcessGroup, two: ProcessGroup) -> None:
     expected = one.run(cases.gradients_with_batch_norm)[0]
     assert any("fpn" in name for name in expected)
     assert any("patch_embed.norms" in name for name in expected)
-    found = two.run(cases.gradients_with_batch_norm)[0]
+    of_two = two.run(cases.gradients_with_batch_norm)[0]
     greatest = max(gradient.abs().max() for gradient in expected.values())
     for name, gradient in expected.items():
-        assert (found[name] - gradient).abs().max() <= 1e-4 * gradient.abs().max() + 1e-6 * greatest, name
+        assert (of_two[name] - gradient).abs().max() <= 1e-4 * gradient.abs().max() + 1e-6 * greatest, name
 
 
 def test_no_rows_leave_batch_norms_averages_as_they_are() -> None:
