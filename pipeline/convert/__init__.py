@@ -3,8 +3,8 @@
     stage = pipeline.convert.load("mae_visualize_vit_base.pth", "mae", heads=12, decoder_heads=16, norm_pix=False)
     pipeline.convert.save(stage, "vit/", "hf_vit_mae")
 
-Nothing in a file is executed. Sizes are read off the tensors; what they don't tell is asked for, and what they must
-hold is checked before a stage is built. A format is one class with `read` and `write` and one line in `FORMATS`.
+Nothing in a file is executed. Sizes are read off the tensors; the caller gives what tensors can't tell, and names and
+shapes are checked before a stage is built. A format is one class with `read` and `write` and one line in `FORMATS`.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Saved(NamedTuple):
 
     files: list[str]
     num_tensors: int
-    dropped: tuple[str, ...]  # of ours, which the format has no place for
+    dropped: tuple[str, ...]  # our names that the format has no place for
 
 
 def load(path: str, format: str, **known: Any) -> Stage:
@@ -62,7 +62,7 @@ def load(path: str, format: str, **known: Any) -> Stage:
     Args:
         path: a file (.safetensors, .pth, .pt, .bin, .ckpt) or a folder with one and its config.json; local or s3://.
         format: a name in FORMATS.
-        known: what tensors can't tell, such as heads=12; the error names what is missing. See `Known`.
+        known: what tensors can't tell, such as heads=12; an error names what is missing. See `Known`.
 
     Raises:
         CheckpointError: the file can't be read, or doesn't hold such a model.
@@ -77,7 +77,7 @@ def load(path: str, format: str, **known: Any) -> Stage:
 
 
 def read(path: str, format: str, **known: Any) -> Weights:
-    """As `load`, but without building the stage: the tensors under our names, in the file's precision."""
+    """The tensors under our names, in the file's precision; arguments and errors are those of `load`."""
     form = format_named(format)
     weights = form.read(read_source(path, form), known_for(form, known))
     load_table(weights)

@@ -14,8 +14,8 @@ from torch import Tensor
 from pipeline.classes import numbered
 from pipeline.config import Document
 from pipeline.convert.weights import (
+    Conventions,
     Format,
-    Habits,
     Known,
     WeightFile,
     Weights,
@@ -33,7 +33,7 @@ from pipeline.models.detection.rcnn import CASCADE_OVERLAPS
 from pipeline.models.trunk.config import SIZES, Size
 from pipeline.stages.vitdet import VitDetOptions
 
-HABITS = Habits(interpolation="bicubic", norm_eps=1e-6, gelu="erf", pixels="imagenet")
+CONVENTIONS = Conventions(interpolation="bicubic", norm_eps=1e-6, gelu="erf", pixels="imagenet")
 NET, PYRAMID = "backbone.net.", "backbone."  # in this order: one is the other's beginning
 RPN, ROI = "proposal_generator.rpn_head.", "roi_heads."
 PARTS = ("weight", "bias")
@@ -72,7 +72,7 @@ class Detectron2(Format):
         ours = {ours_of.get(name, name): value for name, value in state.items() if name not in constants}
         net = {name.removeprefix("trunk."): value for name, value in ours.items() if name.startswith("trunk.")}
         model, ours["trunk.pos_embed"] = _model(net, known, where)
-        options = {"model": model, "detector": detector, "pixels": chosen(known.pixels, HABITS.pixels)}
+        options = {"model": model, "detector": detector, "pixels": chosen(known.pixels, CONVENTIONS.pixels)}
         return Weights(where, "vitdet", options, ours, numbered(classes.shape[0] - 1), ignored=constants)
 
     def write(self, weights: Weights, known: Known) -> Written:
@@ -89,8 +89,8 @@ class Detectron2(Format):
 
 
 def names(tensors: Sequence[str], cascade: bool, box_convs: int, mask_convs: int) -> dict[str, str]:
-    """Our name -> theirs: of the heads by their structure, of trunk and pyramid, which have the same names, those in
-    `tensors`, be they ours or theirs.
+    """Our name -> detectron2's. The heads' names follow from their structure; trunk and pyramid have the same names but
+    for a prefix, so theirs are taken from `tensors`, which may be called either way.
     """
     table = {f"rpn.head.conv.{i}.0.{part}": f"{RPN}conv.conv{i}.{part}" for i in range(2) for part in PARTS}
     for part in PARTS:
@@ -118,7 +118,7 @@ def names(tensors: Sequence[str], cascade: bool, box_convs: int, mask_convs: int
 
 
 def _convs(ours: str, theirs: str, count: int) -> dict[str, str]:
-    """Convolutions, numbered from 1 there, each with its norm."""
+    """Names of convolutions, each with its norm; detectron2 numbers them from 1."""
     weights = {f"{ours}{i}.0.weight": f"{theirs}{i + 1}.weight" for i in range(count)}
     return weights | {f"{ours}{i}.1.{part}": f"{theirs}{i + 1}.norm.{part}" for i in range(count) for part in PARTS}
 
@@ -144,7 +144,7 @@ def _model(net: dict[str, Tensor], known: Known, where: str) -> tuple[Document, 
         where=where,
     )
     named = Size(shape.width, shape.depth, shape.mlp_width, heads)
-    label = next((name for name, there in SIZES.items() if there == named), None)
+    label = next((name for name, known_size in SIZES.items() if known_size == named), None)
     model: Document = {"size": label} if label else named._asdict()
     # Trained at one size: their tables of positions tell it, and the square is the only grid they have.
     native = native_grid(
@@ -157,9 +157,9 @@ def _model(net: dict[str, Tensor], known: Known, where: str) -> tuple[Document, 
         "final_norm": False,
         "position": "learned",
         "position_image_size": [side * shape.patch_size for side in native],
-        "interpolation": HABITS.interpolation,
-        "norm_eps": HABITS.norm_eps,
-        "gelu": HABITS.gelu,
+        "interpolation": CONVENTIONS.interpolation,
+        "norm_eps": CONVENTIONS.norm_eps,
+        "gelu": CONVENTIONS.gelu,
         "relative_positions": bool(tables),
         "conv_blocks": convs,
     }
@@ -177,7 +177,7 @@ def _unlike(options: object) -> dict[str, bool]:
         "the FPN variant's pyramid": options.pyramid != "simple",
         f"heads with {detector.head_norm} norm (it has layer norm)": detector.head_norm != "layer",
         f"the {model.gelu} GELU (it has the exact one)": model.gelu != "erf",
-        f"LayerNorm's epsilon {model.norm_eps} (it has 1e-6)": model.norm_eps != HABITS.norm_eps,
+        f"LayerNorm's epsilon {model.norm_eps} (it has 1e-6)": model.norm_eps != CONVENTIONS.norm_eps,
         "a position table that isn't trained": model.position != "learned" and not model.position_trained,
         "a patch embedding that isn't linear": model.patch_embed != "linear",
         "LayerScale": model.layer_scale is not None,

@@ -100,13 +100,13 @@ def write_target(url: str, written: Written, form: Format) -> list[str]:
 
 
 def read_header(url: str) -> Document:
-    """What stands in a safetensors file of ours beside the tensors (`stage`, `options`, `classes`), without reading
-    these; {} for any other file.
+    """The metadata of a safetensors file of ours (`stage`, `options`, `classes`), without reading the tensors; {} for
+    any other file.
     """
     try:
         length = int.from_bytes(storage.read_range(url, 0, 8), "little")
         return _metadata(storage.read_range(url, 0, 8 + length)) if length <= MAX_HEADER_BYTES else {}
-    except (FileNotFoundError, ValueError, AttributeError):  # reading the weights tells what is wrong
+    except (FileNotFoundError, ValueError, AttributeError):  # reading the weights will raise what is wrong
         return {}
 
 
@@ -116,7 +116,7 @@ def _safetensors(state: Mapping[str, Tensor], config: Document) -> bytes:
 
 
 def _read_file(url: str) -> tuple[dict[str, Tensor], Document]:
-    """Tensors of one file, and what else it says."""
+    """Tensors of one file, and the configuration in it."""
     try:
         content = storage.read(url)
     except FileNotFoundError:

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from pipeline.convert.two_towers import Towers, assembled, taken_apart
 from pipeline.convert.weights import (
+    Conventions,
     Format,
-    Habits,
     Known,
     WeightFile,
     Weights,
@@ -31,7 +31,7 @@ from pipeline.convert.weights import (
 )
 from pipeline.errors import CheckpointError
 
-HABITS = Habits(interpolation="bicubic", norm_eps=1e-6, gelu="tanh", pixels="imagenet")
+CONVENTIONS = Conventions(interpolation="bicubic", norm_eps=1e-6, gelu="tanh", pixels="imagenet")
 BLOCK = re.compile(r"Transformer/encoderblock_(\d+)/(.+)")
 PARTS = {
     "LayerNorm_0/scale": "norm1.weight",
@@ -80,7 +80,7 @@ class FlipJax(Format):
         return assembled(
             Towers(trunk, text, rest),
             complete(known, {"norm_eps": 1e-6, "gelu": "tanh"}, where=source.where),
-            HABITS,
+            CONVENTIONS,
             where=source.where,
             image={},
             text={"causal": False, "pooling": "first"},

@@ -16,8 +16,8 @@ from pipeline.config import Document
 from pipeline.convert.huggingface import ACTIVATION_OF, ACTIVATIONS
 from pipeline.convert.two_towers import Towers, assembled, facts, renamed, taken_apart, without_patch_bias
 from pipeline.convert.weights import (
+    Conventions,
     Format,
-    Habits,
     Known,
     WeightFile,
     Weights,
@@ -30,7 +30,7 @@ from pipeline.convert.weights import (
 from pipeline.errors import CheckpointError
 from pipeline.models.text.tokenizer import BYTE_PAIRS
 
-HABITS = Habits(interpolation="bicubic", norm_eps=1e-5, gelu="quick", pixels="clip")
+CONVENTIONS = Conventions(interpolation="bicubic", norm_eps=1e-5, gelu="quick", pixels="clip")
 BLOCKS = {
     "encoder.layers.": "blocks.",
     ".layer_norm1.": ".norm1.",
@@ -76,7 +76,7 @@ class HuggingFaceClip(Format):
         return assembled(
             Towers(trunk, tower, rest),
             complete(known, said, where=source.where),
-            HABITS,
+            CONVENTIONS,
             where=source.where,
             image={},
             text={},

@@ -17,8 +17,8 @@ from pipeline.config import Document
 from pipeline.convert.mae import autoencoder, decoder_of
 from pipeline.convert.timm import supervised
 from pipeline.convert.weights import (
+    Conventions,
     Format,
-    Habits,
     Known,
     Trunk,
     WeightFile,
@@ -34,8 +34,8 @@ from pipeline.errors import CheckpointError
 from pipeline.models.trunk.config import Gelu
 from pipeline.stages.mae import MaeOptions
 
-MAE_HABITS = Habits(interpolation="bicubic", norm_eps=1e-12, gelu="erf", pixels="imagenet")
-VIT_HABITS = MAE_HABITS._replace(pixels="half")
+MAE_CONVENTIONS = Conventions(interpolation="bicubic", norm_eps=1e-12, gelu="erf", pixels="imagenet")
+VIT_CONVENTIONS = MAE_CONVENTIONS._replace(pixels="half")
 ACTIVATIONS: dict[str, Gelu] = {
     "gelu": "erf",
     "gelu_new": "tanh",
@@ -85,7 +85,7 @@ class HuggingFaceVitMae(Format):
             "norm_pix": source.config.get("norm_pix_loss"),
         }
         state = _our_names(source.state, source.where)
-        return autoencoder(source._replace(state=state), complete(known, said, where=source.where), MAE_HABITS)
+        return autoencoder(source._replace(state=state), complete(known, said, where=source.where), MAE_CONVENTIONS)
 
     def write(self, weights: Weights, known: Known) -> Written:
         trunk = trunk_of(weights)
@@ -125,7 +125,7 @@ class HuggingFaceVit(Format):
         state = {name: value for name, value in source.state.items() if name not in ignored}
         renamed = _our_names(state, source.where)
         facts = complete(known, _known_from_config(source), where=source.where)
-        weights = supervised(source._replace(state=renamed), facts, VIT_HABITS, _classes(source.config))
+        weights = supervised(source._replace(state=renamed), facts, VIT_CONVENTIONS, _classes(source.config))
         return weights._replace(ignored=weights.ignored + ignored)
 
     def write(self, weights: Weights, known: Known) -> Written:

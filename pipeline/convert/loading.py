@@ -1,4 +1,4 @@
-"""Putting weights into a stage: strictly, and with a table of what became of each name."""
+"""Loading weights into a stage: strictly, with a table of what became of each name."""
 
 from __future__ import annotations
 
@@ -43,9 +43,9 @@ class LoadReport(NamedTuple):
 
 
 def check_same_trunk(ours: Mapping[str, Any], theirs: Mapping[str, Any], *, where: str) -> None:
-    """Compare what no tensor's shape tells of two trunks, given as dumped `ModelConfig`s ({}: unknown).
+    """Compare those options of two trunks that no tensor's shape shows; both are dumped `ModelConfig`s ({}: unknown).
 
-    A trunk that was trained without positions (MP3) may be given any: they are new, like a head.
+    A trunk that was trained without positions (MP3) may get any: they are new, like a head.
 
     Raises:
         CheckpointError: they differ, so the weights would mean something else here.
@@ -64,10 +64,10 @@ def check_same_trunk(ours: Mapping[str, Any], theirs: Mapping[str, Any], *, wher
 
 
 def check_same_text(ours: Mapping[str, Any], theirs: Mapping[str, Any], *, where: str) -> None:
-    """Compare what no tensor's shape tells of two text towers, given as the options written ({}: unknown, or defaults).
+    """Compare those options of two text towers that no tensor's shape shows ({}: unknown, or defaults).
 
     Raises:
-        CheckpointError: they differ: the tokens' numbers, or what is computed from them, would mean something else.
+        CheckpointError: they differ, so tokens or what is computed from them would mean something else.
     """
     differing = [
         f"{key} {theirs.get(key)} there and {ours.get(key)} here"
@@ -92,10 +92,10 @@ def load_initial(
 ) -> LoadReport:
     """Copy the parameters under `prefixes` from `weights` into a stage that was just built (fp32).
 
-    Loading is strict: each such parameter must be there in its shape. The exceptions: a trained position table is
-    evaluated for the stage's grid by the trunk's own interpolation; one that the source doesn't have (its table was
-    fixed) keeps its initial values, as does what adds nothing until it is trained (`ViT.adds_nothing_at_first`); and
-    where the stage allows it, a patch embedding is resized to the stage's patches.
+    Loading is strict: each such parameter must exist in `weights` in its shape. There are three exceptions. A trained
+    position table is interpolated to the stage's grid. A table that the source lacks since its own was fixed keeps its
+    initial values, as does what adds nothing until it is trained (`ViT.adds_nothing_at_first`). And where the stage
+    allows it, a patch embedding is resized to the stage's patches.
 
     Args:
         where: where the weights come from, for messages.
@@ -172,7 +172,7 @@ def _differ_in_size_alone(source: Tensor, target: Tensor) -> bool:
 
 
 def _option(model: Mapping[str, Any], key: str) -> object:
-    """An option of a dumped `ModelConfig`; heads may be told by the size's name."""
+    """An option of a dumped `ModelConfig`; the number of heads may follow from the size's name."""
     value = model.get(key)
     if key == "heads" and value is None and model.get("size") in SIZES:
         return SIZES[model["size"]].heads

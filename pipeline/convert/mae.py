@@ -15,8 +15,8 @@ from pipeline.config import Document
 from pipeline.convert.timm import supervised
 from pipeline.convert.weights import (
     FIXED_POSITIONS,
+    Conventions,
     Format,
-    Habits,
     Known,
     Trunk,
     WeightFile,
@@ -42,7 +42,7 @@ from pipeline.models.trunk.position import sincos2d
 from pipeline.stages.classify import ClassifyOptions
 from pipeline.stages.mae import MaeOptions
 
-HABITS = Habits(interpolation="bicubic", norm_eps=1e-6, gelu="erf", pixels="imagenet")
+CONVENTIONS = Conventions(interpolation="bicubic", norm_eps=1e-6, gelu="erf", pixels="imagenet")
 DECODER = ("mask_token", "decoder_")
 PROBE_NORM = {"running_mean": "running_mean", "running_var": "running_var", "num_batches_tracked": "num_updates"}
 SAME_TABLE = 1e-5  # libraries differ in the last bit of sines
@@ -64,8 +64,8 @@ class Mae(Format):
         if "head.1.weight" in source.state:
             return _probe(source, known)
         if "head.weight" in source.state:
-            return supervised(source, known, HABITS)
-        return autoencoder(source, known, HABITS)
+            return supervised(source, known, CONVENTIONS)
+        return autoencoder(source, known, CONVENTIONS)
 
     def write(self, weights: Weights, known: Known) -> Written:
         trunk = trunk_of(weights)
@@ -92,7 +92,7 @@ class MaeEncoder(Format):
     def read(self, source: WeightFile, known: Known) -> Weights:
         others = tuple(name for name in source.state if name.startswith((*DECODER, "head.", "fc_norm.")))
         state = {name: value for name, value in source.state.items() if name not in others}
-        weights = autoencoder(source._replace(state=state), _known_from_file(known, source), HABITS)
+        weights = autoencoder(source._replace(state=state), _known_from_file(known, source), CONVENTIONS)
         return weights._replace(ignored=others)
 
     def write(self, weights: Weights, known: Known) -> Written:
@@ -102,7 +102,7 @@ class MaeEncoder(Format):
         return Written(trunk.state | {"pos_embed": trunk.table}, describe(weights, trunk), dropped)
 
 
-def autoencoder(source: WeightFile, known: Known, habits: Habits) -> Weights:
+def autoencoder(source: WeightFile, known: Known, conventions: Conventions) -> Weights:
     """An encoder under MAE's names, with a decoder or without: stage `mae`."""
     state, where = source.state, source.where
     decoder = {name: value for name, value in state.items() if name.startswith(DECODER)}
@@ -117,11 +117,11 @@ def autoencoder(source: WeightFile, known: Known, habits: Habits) -> Weights:
     require_known(known, unknown, where=where)
     table = tensor(encoder, "pos_embed", 3, where)
     grid = native_grid(shape, table, known, where=where)
-    model, learned = model_options(shape, table, grid, known, habits)
+    model, learned = model_options(shape, table, grid, known, conventions)
     encoder.pop("pos_embed")
     encoder |= {} if learned is None else {"pos_embed": learned}
     model["final_norm"] = "norm.weight" in encoder
-    options: Document = {"model": model, "pixels": chosen(known.pixels, habits.pixels)}
+    options: Document = {"model": model, "pixels": chosen(known.pixels, conventions.pixels)}
     if not decoder:
         return Weights(where, "mae", options, prefixed(encoder, "trunk."), parts=("trunk.",))
     options |= {"decoder": _decoder_options(decoder, known, where), "norm_pix": known.norm_pix}
@@ -181,7 +181,7 @@ def _unlike_mae(trunk: Trunk) -> dict[str, bool]:
         "register tokens": bool(model.registers),
         "a model without cls token": not model.cls_token,
         f"the {model.gelu} GELU (it has the exact one)": model.gelu != "erf",
-        f"LayerNorm's epsilon {model.norm_eps} (it has 1e-6)": model.norm_eps != HABITS.norm_eps,
+        f"LayerNorm's epsilon {model.norm_eps} (it has 1e-6)": model.norm_eps != CONVENTIONS.norm_eps,
         f"a grid of {rows}x{columns} patches (it has square ones)": rows != columns,
     }
 
@@ -215,7 +215,7 @@ def _probe(source: WeightFile, known: Known) -> Weights:
     state, where = source.state, source.where
     head = {name: value for name, value in state.items() if name.startswith("head.")}
     encoder = {name: value for name, value in state.items() if name not in head}
-    weights = autoencoder(source._replace(state=encoder), known, HABITS)
+    weights = autoencoder(source._replace(state=encoder), known, CONVENTIONS)
     ours = {}
     for theirs, name in PROBE_NORM.items():
         value = head.pop(f"head.0.{theirs}", None)

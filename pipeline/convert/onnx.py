@@ -99,10 +99,10 @@ class OnnxDecoder(nn.Module):
         longest = max(self.size)
         shown = (longest / size.max() * size + 0.5).floor()  # pixels of the input that show the image
         for axis, side in ((0, self.size[0]), (1, self.size[1])):
-            there = size.long()[axis].item()
-            torch._check(there > 0)
+            stored = size.long()[axis].item()
+            torch._check(stored > 0)
             full = resizing(torch.arange(side), low.shape[2 + axis], torch.tensor(float(low.shape[2 + axis])), side)
-            back = resizing(torch.arange(there), side, shown[axis], size[axis])
+            back = resizing(torch.arange(stored), side, shown[axis], size[axis])
             matrix = back @ full
             low = matrix @ low if axis == 0 else low @ matrix.T
         return low

@@ -22,8 +22,8 @@ from pipeline.convert.two_towers import (
     without_patch_bias,
 )
 from pipeline.convert.weights import (
+    Conventions,
     Format,
-    Habits,
     Known,
     WeightFile,
     Weights,
@@ -38,8 +38,8 @@ from pipeline.models.pixels import PIXEL_STATISTICS
 from pipeline.models.text.tokenizer import BYTE_PAIRS
 from pipeline.models.trunk.config import Gelu
 
-HABITS = Habits(interpolation="bicubic_antialias", norm_eps=1e-5, gelu="erf", pixels="clip")
-TIMM_HABITS = HABITS._replace(norm_eps=1e-6, pixels="half")
+CONVENTIONS = Conventions(interpolation="bicubic_antialias", norm_eps=1e-5, gelu="erf", pixels="clip")
+TIMM_CONVENTIONS = CONVENTIONS._replace(norm_eps=1e-6, pixels="half")
 BLOCKS = {
     "transformer.resblocks.": "blocks.",
     ".ln_1.": ".norm1.",
@@ -91,7 +91,7 @@ class OpenClip(Format):
         return assembled(
             towers,
             known,
-            TIMM_HABITS if by_timm else HABITS,
+            TIMM_CONVENTIONS if by_timm else CONVENTIONS,
             where=source.where,
             image={},
             text=_text_options(config, known, source.where),

@@ -37,7 +37,7 @@ DECODER_HEADS = 8  # of every released model
 SHARED = "prompt_encoder.shared_embedding.positional_embedding"
 GAUSSIAN = "prompt_encoder.pe_layer.positional_encoding_gaussian_matrix"
 
-# (theirs, ours), tried in turn on each name; the last of a format leaves what is equal as it is.
+# (theirs, ours): the first pattern that matches a name is replaced; names that match none are equal in both.
 OFFICIAL = [
     (r"image_encoder\.patch_embed\.", "trunk.patch_embed."),
     (r"image_encoder\.pos_embed", TABLE),
@@ -119,7 +119,7 @@ def _weights(where: str, state: dict[str, Tensor], known: Known, decoder: Mappin
     size = Size(
         width, depth, tensor(state, "trunk.blocks.0.mlp.fc1.weight", 2, where).shape[0], width // tables[0].shape[1]
     )
-    name = next((name for name, there in SIZES.items() if there == size), None)
+    name = next((name for name, known_size in SIZES.items() if known_size == size), None)
     image = [rows * patch, columns * patch]
     model: Document = ({"size": name} if name else size._asdict()) | {
         "image_size": image[0] if rows == columns else image,
@@ -161,10 +161,10 @@ def _decoder_options(state: Mapping[str, Tensor], known: Known, decoder: Mapping
 def _outgoing(format_name: str, weights: Weights) -> tuple[SamOptions, dict[str, Tensor]]:
     """Options, and our state with the position table in its grid.
 
-    What the other projects' model always has is filled in, so that it computes the same.
+    Tables that the other projects' model always has are filled in, so that it computes the same.
 
     Raises:
-        ConfigError: another stage, or a trunk that Segment Anything has none of.
+        ConfigError: another stage, or a trunk unlike any of Segment Anything's.
     """
     other = {f"stage {weights.stage!r} (it has prompts and a mask decoder)": weights.stage != "sam"}
     refuse(format_name, weights.where, other)
@@ -189,8 +189,8 @@ def _outgoing(format_name: str, weights: Weights) -> tuple[SamOptions, dict[str,
 
 
 def _tables(model: ModelConfig, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Position tables that compute the same in their model, which has them all: the absolute one is written out for the
-    image's grid, relative ones that ours has none of are zero.
+    """The position tables that make Segment Anything's model, which always has them, compute the same as ours: the
+    absolute table is written out for the image's grid, and relative ones are zero where ours has none.
     """
     width, depth, _, heads = model.shape
     like = state["trunk.patch_embed.proj.weight"]
@@ -268,7 +268,7 @@ def _to_hugging_face(name: str) -> str:
 
 
 def _key(table: Mapping[str, str], value: str) -> str:
-    return next(key for key, there in table.items() if there == value)
+    return next(key for key, number in table.items() if number == value)
 
 
 def _describe(options: SamOptions) -> Document:

@@ -13,8 +13,8 @@ from torch import Tensor
 from pipeline.classes import numbered
 from pipeline.config import Document
 from pipeline.convert.weights import (
+    Conventions,
     Format,
-    Habits,
     Known,
     Trunk,
     TrunkShape,
@@ -35,7 +35,7 @@ from pipeline.convert.weights import (
 from pipeline.errors import CheckpointError
 from pipeline.models.trunk.config import Gelu
 
-HABITS = Habits(interpolation="bicubic_antialias", norm_eps=1e-6, gelu="erf", pixels="half")
+CONVENTIONS = Conventions(interpolation="bicubic_antialias", norm_eps=1e-6, gelu="erf", pixels="half")
 ACTIVATIONS: dict[Gelu, str] = {"erf": "gelu", "tanh": "gelu_tanh", "quick": "quick_gelu"}
 
 
@@ -54,7 +54,7 @@ class TimmVit(Format):
             raise CheckpointError("it has a mask token or a decoder", where=source.where, fix="read it as format mae")
         arguments = source.config.get("arguments")
         heads = arguments.get("num_heads") if isinstance(arguments, dict) else None
-        return supervised(source, complete(known, {"heads": heads}, where=source.where), HABITS)
+        return supervised(source, complete(known, {"heads": heads}, where=source.where), CONVENTIONS)
 
     def write(self, weights: Weights, known: Known) -> Written:
         trunk = trunk_of(weights)
@@ -69,7 +69,7 @@ class TimmVit(Format):
         return Written(state | {"pos_embed": table}, config, tuple(dropped))
 
 
-def supervised(source: WeightFile, known: Known, habits: Habits, classes: tuple[str, ...] = ()) -> Weights:
+def supervised(source: WeightFile, known: Known, conventions: Conventions, classes: tuple[str, ...] = ()) -> Weights:
     """A ViT under timm's names, with a head (stage `classify`) or without (`mae`, of which it is the trunk)."""
     state, where = dict(source.state), source.where
     shape = trunk_shape(state, where=where)
@@ -78,11 +78,11 @@ def supervised(source: WeightFile, known: Known, habits: Habits, classes: tuple[
     grid = native_grid(shape, table, known, where=where)
     if shape.registers:
         table, state["reg_token"] = _without_registers(shape, table, grid, state["reg_token"])
-    model, learned = model_options(shape, table, grid, known, habits)
+    model, learned = model_options(shape, table, grid, known, conventions)
     state.pop("pos_embed")
     state |= {} if learned is None else {"pos_embed": learned}
     head = {name: state.pop(name) for name in list(state) if name.startswith(("head.", "fc_norm."))}
-    options: Document = {"pixels": chosen(known.pixels, habits.pixels)}
+    options: Document = {"pixels": chosen(known.pixels, conventions.pixels)}
     ours = prefixed(state, "trunk.")
     if not any(name.startswith("head.") for name in head):
         model["final_norm"] = "norm.weight" in state

@@ -14,7 +14,7 @@ from torch import Tensor
 from pipeline.config import Document
 from pipeline.convert.weights import (
     CHECK_FORMAT,
-    Habits,
+    Conventions,
     Known,
     Trunk,
     TrunkShape,
@@ -47,12 +47,19 @@ class Towers(NamedTuple):
 
 
 def assembled(
-    towers: Towers, known: Known, habits: Habits, *, where: str, image: Document, text: Document, options: Document
+    towers: Towers,
+    known: Known,
+    conventions: Conventions,
+    *,
+    where: str,
+    image: Document,
+    text: Document,
+    options: Document,
 ) -> Weights:
     """Stage `flip` from its parts.
 
     Args:
-        image, text, options: what the format says of the trunk, the text tower and the stage beyond the tensors.
+        image, text, options: options of the trunk, the text tower and the stage that follow from the format itself.
 
     Raises:
         CheckpointError: the tensors are no such model.
@@ -62,8 +69,8 @@ def assembled(
     width = tensor(towers.text, "token_embedding.weight", 2, where).shape[1]
     hints = {"heads": heads_hint(shape.width, shape.depth), "text_heads": f"usually width / 64, {max(1, width // 64)}"}
     require_known(known, hints, where=where)
-    model, trunk = _trunk(towers.trunk, shape, known, habits, where)
-    tower = _text_tower(towers.text, known, habits, where) | text
+    model, trunk = _trunk(towers.trunk, shape, known, conventions, where)
+    tower = _text_tower(towers.text, known, conventions, where) | text
     if tower["tokenizer"] == BYTE_PAIRS and tower["vocab_size"] != VOCAB_SIZE:
         hint = f"vocab.txt or tokenizer.json of the {tower['vocab_size']} tokens; CLIP's has {VOCAB_SIZE}"
         require_known(known, {"tokenizer": hint}, where=where)
@@ -74,7 +81,7 @@ def assembled(
         "text": tower,
         "embed_dim": _embed_dim(towers, shape, where),
         "projection": "image_projection.weight" in towers.rest,
-        "pixels": chosen(known.pixels, habits.pixels),
+        "pixels": chosen(known.pixels, conventions.pixels),
         "loss": "siglip" if "logit_bias" in rest else "clip",
         **options,
     }
@@ -82,7 +89,7 @@ def assembled(
 
 
 def _trunk(
-    tensors: dict[str, Tensor], shape: TrunkShape, known: Known, habits: Habits, where: str
+    tensors: dict[str, Tensor], shape: TrunkShape, known: Known, conventions: Conventions, where: str
 ) -> tuple[Document, dict[str, Tensor]]:
     """Options of the trunk, and its tensors with the position table as the stage keeps it."""
     trunk = dict(tensors)
@@ -90,14 +97,14 @@ def _trunk(
     pre_norm = "norm_pre.weight" in trunk
     if not pre_norm and "patch_embed.proj.bias" not in trunk:  # ours has one: nothing is added
         trunk["patch_embed.proj.bias"] = torch.zeros(shape.width, dtype=trunk["patch_embed.proj.weight"].dtype)
-    model, learned = model_options(shape, table, native_grid(shape, table, known, where=where), known, habits)
+    model, learned = model_options(shape, table, native_grid(shape, table, known, where=where), known, conventions)
     scale = 1.0 if "blocks.0.ls1.gamma" in trunk else None
     model |= {"pre_norm": pre_norm, "layer_scale": scale, "final_norm": "norm.weight" in trunk}
     del trunk["pos_embed"]
     return model, trunk if learned is None else trunk | {"pos_embed": learned}
 
 
-def _text_tower(text: Mapping[str, Tensor], known: Known, habits: Habits, where: str) -> Document:
+def _text_tower(text: Mapping[str, Tensor], known: Known, conventions: Conventions, where: str) -> Document:
     """Options of the text tower that follow from its tensors and from what is known."""
     projection = "none" if "projection.weight" not in text else "linear"
     vocabulary, width = tensor(text, "token_embedding.weight", 2, where).shape
@@ -109,8 +116,8 @@ def _text_tower(text: Mapping[str, Tensor], known: Known, habits: Habits, where:
         "layers": num_blocks(text, "blocks."),
         "mlp_width": tensor(text, "blocks.0.mlp.fc1.weight", 2, where).shape[0],
         "projection": "linear_bias" if projection == "linear" and "projection.bias" in text else projection,
-        "norm_eps": chosen(known.norm_eps, habits.norm_eps),
-        "gelu": chosen(known.gelu, habits.gelu),
+        "norm_eps": chosen(known.norm_eps, conventions.norm_eps),
+        "gelu": chosen(known.gelu, conventions.gelu),
         "tokenizer": chosen(known.tokenizer, BYTE_PAIRS),
     }
 

@@ -1,4 +1,4 @@
-"""What a converter hands on: our names, the stage they belong to, and the options that build it.
+"""What all formats share: weights under our names with their stage and its options, and reading sizes off tensors.
 
 Legend: D width, N patches, R rows of a position table (N, and one for each prefix token that has a position).
 """
@@ -43,7 +43,7 @@ class Known(Config):
 
 
 class WeightFile(NamedTuple):
-    """A weight file as it was read: tensors by the other project's names, and what else it says."""
+    """A weight file as it was read: tensors by the other project's names, and its configuration."""
 
     where: str
     state: dict[str, Tensor]
@@ -59,7 +59,7 @@ class Weights(NamedTuple):
     state: dict[str, Tensor]  # in the file's own precision
     classes: tuple[str, ...] = ()
     parts: tuple[str, ...] = ("",)  # prefixes of the stage's parameters that are held; the others start anew
-    ignored: tuple[str, ...] = ()  # of the file, left behind on purpose
+    ignored: tuple[str, ...] = ()  # names in the file that were left out on purpose
     description: str = "weights of the file"  # which of a run's they are, in words
 
 
@@ -79,7 +79,7 @@ class Format(abc.ABC):
     wrapped_in: ClassVar[str | None] = None  # key around the tensors in a pickle
     config_file: ClassVar[str | None] = None  # written beside the weights when the target is a folder
     named_arrays: ClassVar[bool] = False  # kept as .npz, and read from t5x's folders too
-    folder_files: ClassVar[tuple[str, ...]] = ()  # names of weights in a folder, before those all formats share
+    folder_files: ClassVar[tuple[str, ...]] = ()  # of weights in a folder, tried before the names all formats share
     pickles: ClassVar[bool] = True  # whether the format is also found in PyTorch's own files
     arrays: ClassVar[bool] = False  # whether it is also found in pickles of numpy arrays (.pkl)
 
@@ -155,30 +155,30 @@ def of_stage(stage: Stage, *, where: str = "the stage") -> Weights:
 
 
 def require_known(known: Known, missing: Mapping[str, str], *, where: str) -> None:
-    """Raise one error for everything in `missing` (field of Known: how to tell) that isn't known."""
+    """Raise one ConfigError for all fields of `missing` (field of Known: hint) that aren't known."""
     absent = {name: hint for name, hint in missing.items() if getattr(known, name) is None}
     if absent:
         raise ConfigError(
             f"the tensors don't tell {' and '.join(absent)}",
             where=where,
-            fix="say " + ", ".join(f"{name}=... ({hint})" for name, hint in absent.items()),
+            fix="give " + ", ".join(f"{name}=... ({hint})" for name, hint in absent.items()),
         )
 
 
 def complete(known: Known, in_file: Document, *, where: str) -> Known:
-    """What is known, completed by what the file says (None: nothing)."""
+    """What the caller knows, completed by what the file states; None in the file states nothing."""
     from_file = validate(Known, {name: value for name, value in in_file.items() if value is not None}, where=where)
     return from_file.model_copy(update=known.model_dump(exclude_none=True))
 
 
 def heads_hint(width: int, depth: int) -> str:
-    """What a reader may know about the heads of a model of this shape."""
+    """How many heads a model of this shape usually has, for messages."""
     named = [(name, size.heads) for name, size in SIZES.items() if (size.width, size.depth) == (width, depth)]
     return f"ViT-{named[0][0]} has {named[0][1]}" if named else f"a divisor of the width, {width}"
 
 
 class TrunkShape(NamedTuple):
-    """What a trunk's tensors tell of it."""
+    """Sizes that are read off a trunk's tensors."""
 
     width: int
     depth: int
@@ -192,7 +192,7 @@ def trunk_shape(state: Mapping[str, Tensor], *, where: str) -> TrunkShape:
     """Sizes of a trunk whose tensors have our names without `trunk.`.
 
     Raises:
-        CheckpointError: the tensors that tell them are missing or have an impossible shape.
+        CheckpointError: a tensor they are read off is missing or has an impossible shape.
     """
     embed = tensor(state, "patch_embed.proj.weight", 4, where)
     width, channels, patch_size, across = embed.shape
@@ -209,7 +209,11 @@ def trunk_shape(state: Mapping[str, Tensor], *, where: str) -> TrunkShape:
 
 
 def tensor(state: Mapping[str, Tensor], name: str, dimensions: int, where: str) -> Tensor:
-    """A tensor that must be there, with this many dimensions."""
+    """The tensor of that name.
+
+    Raises:
+        CheckpointError: there is none, or it has another number of dimensions.
+    """
     value = state.get(name)
     if value is None or value.ndim != dimensions:
         what = "no" if value is None else f"a {value.ndim}-dimensional"
@@ -222,13 +226,13 @@ def tensor(state: Mapping[str, Tensor], name: str, dimensions: int, where: str) 
 
 
 def num_blocks(state: Mapping[str, Tensor], prefix: str) -> int:
-    """Blocks under `prefix`, from the highest number there is."""
+    """How many blocks lie under `prefix`: the highest number plus one."""
     numbers = [name[len(prefix) :].split(".")[0] for name in state if name.startswith(prefix)]
     return max((int(number) for number in numbers if number.isdecimal()), default=-1) + 1
 
 
-class Habits(NamedTuple):
-    """What a project's models have in common and their tensors don't tell."""
+class Conventions(NamedTuple):
+    """What all models of a project have in common and tensors can't tell."""
 
     interpolation: Interpolation  # of the position table
     norm_eps: float
@@ -237,7 +241,7 @@ class Habits(NamedTuple):
 
 
 def model_options(
-    shape: TrunkShape, table: Tensor, grid: tuple[int, int], known: Known, habits: Habits
+    shape: TrunkShape, table: Tensor, grid: tuple[int, int], known: Known, conventions: Conventions
 ) -> tuple[Document, Tensor | None]:
     """Options of the trunk, and its position table [1, cls + N, D], None where it is a fixed one.
 
@@ -246,16 +250,16 @@ def model_options(
     """
     assert known.heads is not None
     size = Size(shape.width, shape.depth, shape.mlp_width, known.heads)
-    name = next((name for name, there in SIZES.items() if there == size), None)
+    name = next((name for name, known_size in SIZES.items() if known_size == size), None)
     options: Document = {"size": name} if name else size._asdict()
     options |= {
         "image_size": [side * shape.patch_size for side in grid],
         "patch_size": shape.patch_size,
         "cls_token": shape.cls_token,
         "registers": shape.registers,
-        "interpolation": habits.interpolation,
-        "norm_eps": chosen(known.norm_eps, habits.norm_eps),
-        "gelu": chosen(known.gelu, habits.gelu),
+        "interpolation": conventions.interpolation,
+        "norm_eps": chosen(known.norm_eps, conventions.norm_eps),
+        "gelu": chosen(known.gelu, conventions.gelu),
     }
     if grid[0] == grid[1]:
         options["image_size"] = grid[0] * shape.patch_size
@@ -313,7 +317,7 @@ def native_grid(shape: TrunkShape, table: Tensor, known: Known, *, where: str) -
     raise ConfigError(
         f"{num_rows} positions are no square grid, so the tensors don't tell image_size",
         where=where,
-        fix="say image_size=[height,width] in pixels",
+        fix="give image_size=[height,width] in pixels",
     )
 
 
@@ -324,7 +328,7 @@ def _factors(count: int) -> Iterator[tuple[int, int]]:
 
 
 class Trunk(NamedTuple):
-    """A trunk on its way out."""
+    """A trunk that is to be written."""
 
     model: ModelConfig
     state: dict[str, Tensor]  # without `trunk.`, and without the position table
@@ -364,7 +368,7 @@ def refuse(format_name: str, where: str, reasons: Mapping[str, bool]) -> None:
 
 
 def listed(names: Sequence[str], most: int = 4) -> str:
-    """The first few names, and how many more there are."""
+    """The first few names, and how many more follow."""
     more = len(names) - most
     return (", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")) or "nothing"
 
@@ -378,7 +382,7 @@ def known_for(form: Format, known: Mapping[str, Any]) -> Known:
     """Checked facts for a format.
 
     Raises:
-        ConfigError: one that isn't there at all, or means nothing for the format.
+        ConfigError: a fact that doesn't exist, or means nothing for the format.
     """
     facts = validate(Known, dict(known), where=f"known facts for format {form.name!r}")
     odd = [name for name in known if name not in form.takes]
