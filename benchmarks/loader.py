@@ -35,7 +35,7 @@ from launch.s3_server import S3Server, find_rclone
 from pipeline import storage
 from pipeline.data.images.pixels import CLIP_MEAN, CLIP_STD, normalise
 from pipeline.data.images.transforms import ImageExample, Tokenize, TrainImage
-from pipeline.data.loader import Cursor, Loader, LoaderOptions, Step
+from pipeline.data.loader import Cursor, Loader, Step
 from pipeline.data.manifest import MANIFEST_NAME, Manifest, Shard, index_bytes, manifest_bytes, read_manifest
 
 SIZE, BATCH, NUM_BATCHES = 224, 32, 12
@@ -91,8 +91,8 @@ def _finish(url: str, shards: Sequence[Shard]) -> Manifest:
 def ours(manifest: Manifest, tokenizer: Tokenize | None, **settings: Any) -> Loader:
     """Our loader as all comparisons use it."""
     transform = ImageExample(TrainImage((SIZE, SIZE), SCALE), text=tokenizer)
-    options: dict[str, Any] = {"seed": 0, "global_batch": BATCH, "lanes": 8, "block": 64, "window": 128}
-    return Loader(manifest, transform, LoaderOptions(**(options | settings)), rank=0, world_size=1)
+    options = {"seed": 0, "global_batch": BATCH, "rank": 0, "world_size": 1, "lanes": 8, "block": 64, "window": 128}
+    return Loader(manifest, transform, **(options | settings))
 
 
 def our_batches(steps: Iterator[Step]) -> list[tuple[Tensor, ...]]:
@@ -229,7 +229,7 @@ def from_s3(manifest: Manifest, folder: Path, pairs: int, notes: dict[str, Any])
             for file in sorted(Path(manifest.url).iterdir()):
                 storage.write(f"s3://bench-marks/tars/{file.name}", file.read_bytes())
             remote = read_manifest("s3://bench-marks/tars")
-            with ours(remote, None, loader_workers=1) as there, ours(manifest, None, loader_workers=1) as here:
+            with ours(remote, None, workers=1) as there, ours(manifest, None, workers=1) as here:
                 sides = [_Watched(loader) for loader in (there, here)]
                 outcome = compare(
                     "loader-s3",
@@ -303,8 +303,8 @@ def resuming(folder: Path, pairs: int) -> Comparison:
 
     def first_batch(start: int) -> tuple[int, ...]:
         transform = ImageExample(TrainImage((SIZE, SIZE), SCALE))
-        options = LoaderOptions(seed=0, global_batch=256)
-        with Loader(read_manifest(url), transform, options, rank=0, world_size=1) as loader:
+        options = {"seed": 0, "global_batch": 256, "rank": 0, "world_size": 1}
+        with Loader(read_manifest(url), transform, **options) as loader:  # type: ignore[arg-type]
             (batch,) = next(loader.steps(Cursor(0, start))).micro
         assert batch.images is not None
         return tuple(batch.images.shape)

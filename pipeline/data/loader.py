@@ -27,7 +27,7 @@ from pipeline.data.reading.faults import Tally
 from pipeline.data.reading.takedown import Takedown
 from pipeline.errors import DataError
 
-__all__ = ["Cursor", "Loader", "LoaderOptions", "ReadOptions", "Step", "sweep"]
+__all__ = ["Cursor", "Loader", "Step", "sweep"]
 
 
 class Step(NamedTuple):
@@ -38,52 +38,51 @@ class Step(NamedTuple):
     wait_s: float  # how long the caller waited for it
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ReadOptions:
-    """How each rank reads its samples."""
-
-    loader_workers: int = 0  # processes that read and decode; 0: a thread of this process does
-    block: int = 256  # neighbouring samples that the shuffle keeps together, and that are read as one range
-    takedown: Takedown = dataclasses.field(default_factory=Takedown)  # samples that are excluded, at weight 0
-    cache: RangeCache | None = None  # for remote shards
-
-
-READ_DEFAULTS = ReadOptions()
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class LoaderOptions(ReadOptions):
-    """How global batches are drawn from data sets, and how each rank reads its share."""
-
-    seed: int  # of the run; with the epoch it fixes the order, with the epoch and the id a sample's own seed
-    global_batch: int  # samples per step over all ranks
-    micro_batch: int | None = None  # samples per batch of a step, fewer in the last one; None: the whole share in one
-    lanes: int = 16  # streams that a global batch is taken from; divides it
-    window: int = 1024  # samples shuffled among each other within a lane; the current window is in memory, encoded
-    copies: int = 1  # times that each drawn sample is in the batch, each with a seed of its own; decoded once
-    max_unreadable: float = 0.01  # share of unreadable samples beyond which the run ends
-
-
 class Loader:
     """Endless steps of training data.
 
     Args:
         data: a data set, or several with their shares.
-        transform: makes examples; runs in the loader workers.
-        options: how the data are drawn and read.
-        rank: number of this rank.
-        world_size: number of ranks; divides the global batch.
+        transform: makes examples; runs in the workers.
+        seed: of the run; with the epoch it fixes the order, with the epoch and the id a sample's own seed.
+        global_batch: samples per step over all ranks.
+        rank: this process's number.
+        world_size: number of ranks; must divide `global_batch`.
+        micro_batch: samples per batch of a step; the last may be smaller. None: the whole share in one.
+        workers: processes that read and decode; 0 does it in a thread of this process.
+        block: neighbouring samples kept together by the shuffle, and read as one range.
+        lanes: streams a global batch is taken from; must divide `global_batch`.
+        window: samples shuffled among each other within a lane; a lane's current window is held in memory, encoded.
+        copies: how often each drawn sample stands in the batch, with a seed of its own each time; decoded once.
+        max_unreadable: share of unreadable samples beyond which the run ends.
+        takedown: samples that are left out, at weight 0.
+        cache: for remote shards.
 
     Raises:
-        ConfigError: numbers that don't divide, or more loader workers than there is work for.
+        ConfigError: numbers that don't divide, more workers than there is work for.
         DataError: a data set has fewer samples than a global batch takes of it.
     """
 
-    def __init__(self, data: Data, transform: Transform, options: LoaderOptions, *, rank: int, world_size: int) -> None:
-        global_batch, copies = options.global_batch, options.copies
-        check_batch(
-            global_batch, world_size=world_size, workers=options.loader_workers, lanes=options.lanes, copies=copies
-        )
+    def __init__(
+        self,
+        data: Data,
+        transform: Transform,
+        *,
+        seed: int,
+        global_batch: int,
+        rank: int,
+        world_size: int,
+        micro_batch: int | None = None,
+        workers: int = 0,
+        block: int = 256,
+        lanes: int = 16,
+        window: int = 1024,
+        copies: int = 1,
+        max_unreadable: float = 0.01,
+        takedown: Takedown | None = None,
+        cache: RangeCache | None = None,
+    ) -> None:
+        check_batch(global_batch, world_size=world_size, workers=workers, lanes=lanes, copies=copies)
         if not 0 <= rank < world_size:
             raise ValueError(f"rank {rank} of {world_size}")
         check_data(data, global_batch, copies)
@@ -91,20 +90,21 @@ class Loader:
         self._share = global_batch // world_size
         self._plan = TrainPlan(
             sources,
-            options.seed,
+            seed,
             global_batch,
-            options.block,
-            options.lanes,
-            options.window,
+            block,
+            lanes,
+            window,
             copies,
             Cursor(),
             rank * self._share,
             (rank + 1) * self._share,
         )
         self.epoch_length = copies * sum(source.num_samples for source in sources)  # what a cursor's epoch counts
-        self._workshop = Workshop(transform, options.takedown, options.cache)
-        self._micro_batch = min(options.micro_batch or self._share, self._share)
-        self._options = options
+        self._workshop = Workshop(transform, takedown or Takedown(), cache)
+        self._micro_batch = min(micro_batch or self._share, self._share)
+        self._workers = workers
+        self._max_unreadable = max_unreadable
         self._where = ", ".join(source.manifest.url for source in sources)
         self._run: Background | None = None
 
@@ -118,7 +118,7 @@ class Loader:
         self.close()
         start = advance(start, 0, self.epoch_length)
         plan = dataclasses.replace(self._plan, start=start)
-        self._run = Background(plan, self._share, self._options.loader_workers, self._workshop, unit=plan.copies)
+        self._run = Background(plan, self._share, self._workers, self._workshop, unit=plan.copies)
         return self._take(self._run, start)
 
     def close(self) -> None:
@@ -136,7 +136,7 @@ class Loader:
         self.close()
 
     def _take(self, run: Background, cursor: Cursor) -> Iterator[Step]:
-        tally = Tally(self._where, self._options.max_unreadable)
+        tally = Tally(self._where, self._max_unreadable)
         try:
             while True:
                 asked = time.perf_counter()
@@ -154,18 +154,21 @@ class Loader:
 def sweep(
     data: Data,
     transform: Transform,
-    options: ReadOptions = READ_DEFAULTS,
     *,
     rank: int,
     world_size: int,
     batch: int,
+    workers: int = 0,
     seed: int = 0,
+    block: int = 256,
+    takedown: Takedown | None = None,
+    cache: RangeCache | None = None,
 ) -> Iterator[Batch]:
     """Each sample of a data set, or of several, once over all ranks, ids rising.
 
-    All ranks get equally many batches of equal size, at most `batch`; the rest is padding with id -1 and weight 0.
-    Unreadable samples have weight 0 and are logged. Of a subset, `seed` and `options.block` decide which samples it
-    has, as in training.
+    All ranks get equally many batches of equal size, at most `batch`; what is left over is padding with id -1 and
+    weight 0. Unreadable samples have weight 0 and are logged. `block` decides what a subset consists of, as in
+    training.
 
     Raises:
         DataError: the data set is empty or damaged.
@@ -180,9 +183,9 @@ def sweep(
         raise ValueError(f"batch {batch}, rank {rank} of {world_size}")
     num_batches = -(-num_samples // (batch * world_size))
     size = -(-num_samples // (num_batches * world_size))  # the least padding that many batches allow
-    plan = SweepPlan(sources, seed, options.block, rank, world_size, size, num_batches)
-    workshop = Workshop(transform, options.takedown, options.cache)
-    return _swept(plan, size, min(options.loader_workers, size), workshop, where)
+    plan = SweepPlan(sources, seed, block, rank, world_size, size, num_batches)
+    workshop = Workshop(transform, takedown or Takedown(), cache)
+    return _swept(plan, size, min(workers, size), workshop, where)
 
 
 def _swept(plan: SweepPlan, size: int, workers: int, workshop: Workshop, where: str) -> Iterator[Batch]:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from pipeline import ranks
 from pipeline.classes import check_evaluation_sets, check_training_sets, shared_classes
 from pipeline.data.batch import Batch, Transform
-from pipeline.data.loader import Loader, LoaderOptions, ReadOptions, sweep
+from pipeline.data.loader import Loader, sweep
 from pipeline.data.manifest import Manifest, read_manifest
 from pipeline.data.order.capacity import advice, check_batch, check_data
 from pipeline.data.order.mixture import Source, shares_of, sources_of
@@ -65,36 +65,40 @@ class RunData(NamedTuple):
 
     def loader(self, transform: Transform, world: World, *, seed: int, micro_batch: int) -> Loader:
         """The loader of this rank's training data."""
-        config = self.config
-        options = LoaderOptions(
+        data = self.config
+        return Loader(
+            self.train,
+            transform,
             seed=seed,
-            global_batch=config.global_batch,
+            global_batch=data.global_batch,
+            rank=world.rank,
+            world_size=world.size,
             micro_batch=micro_batch,
-            lanes=config.lanes,
-            window=config.window,
-            copies=config.crops_per_image,
-            max_unreadable=config.max_unreadable,
-            loader_workers=config.loader_workers,
-            block=config.block,
+            workers=data.loader_workers,
+            block=data.block,
+            lanes=data.lanes,
+            window=data.window,
+            copies=data.crops_per_image,
+            max_unreadable=data.max_unreadable,
             takedown=self.takedown,
             cache=self._cache,
         )
-        return Loader(self.train, transform, options, rank=world.rank, world_size=world.size)
 
     def sweep(
-        self, name: str, transform: Transform, world: World, *, seed: int, batch: int, loader_workers: int
+        self, name: str, transform: Transform, world: World, *, seed: int, batch: int, workers: int
     ) -> Iterator[Batch]:
         """A rank's share of one pass over a named evaluation set, or over the training data ("train")."""
         return sweep(
             self.train if name == "train" else sources_of(self.sets[name]),
             transform,
-            ReadOptions(
-                loader_workers=loader_workers, block=self.config.block, takedown=self.takedown, cache=self._cache
-            ),
             rank=world.rank,
             world_size=world.size,
             batch=batch,
+            workers=workers,
             seed=seed,
+            block=self.config.block,
+            takedown=self.takedown,
+            cache=self._cache,
         )
 
     @property

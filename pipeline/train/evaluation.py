@@ -68,11 +68,9 @@ class Evaluator:
         """A rank's share of one pass over the named set; see `pipeline.evaluate.base.Sweep`."""
         return iter(self._sweep(name, self._config.data.evaluate_batch, self._config.data.loader_workers))
 
-    def _sweep(self, name: str, batch: int, loader_workers: int) -> Iterable[Batch]:
+    def _sweep(self, name: str, batch: int, workers: int) -> Iterable[Batch]:
         transform = self._stage.transform(train=False)
-        return self._data.sweep(
-            name, transform, ranks.world(), seed=self._config.seed, batch=batch, loader_workers=loader_workers
-        )
+        return self._data.sweep(name, transform, ranks.world(), seed=self._config.seed, batch=batch, workers=workers)
 
     def _pictures(self) -> list[Picture]:
         """Pictures of the first samples of the first evaluation set, on rank 0."""

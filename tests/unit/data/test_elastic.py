@@ -20,7 +20,7 @@ import torch
 
 from pipeline.data.batch import derive_seed
 from pipeline.data.images.transforms import ImageExample, TrainImage
-from pipeline.data.loader import Cursor, Loader, LoaderOptions
+from pipeline.data.loader import Cursor, Loader
 from pipeline.data.manifest import Manifest
 from pipeline.data.order.mixture import Data, Source, sources_of
 from pipeline.data.order.tasks import TrainPlan
@@ -92,10 +92,8 @@ def test_real_loaders_agree(ninety: Manifest, expected, world: int, workers: int
     """The same through the loader itself, with its processes."""
     batches: list[list[Slot]] = [[] for _ in range(NUM_STEPS)]
     for rank in range(world):
-        options = LoaderOptions(
-            seed=3, global_batch=GLOBAL_BATCH, block=8, lanes=4, window=16, loader_workers=workers, micro_batch=4
-        )
-        with Loader(ninety, TRAIN, options, rank=rank, world_size=world) as loader:
+        options = {"seed": 3, "global_batch": GLOBAL_BATCH, "block": 8, "lanes": 4, "window": 16}
+        with Loader(ninety, TRAIN, rank=rank, world_size=world, workers=workers, micro_batch=4, **options) as loader:
             for batch, step in zip(batches, loader.steps(Cursor()), strict=False):
                 for micro in step.micro:
                     assert micro.images is not None
@@ -145,13 +143,13 @@ def test_a_takedown_list_changes_weights_and_nothing_else(ninety: Manifest, expe
 
 RANK = """
 import hashlib, json, sys, time
-from pipeline.data.loader import Cursor, Loader, LoaderOptions
+from pipeline.data.loader import Cursor, Loader
 from pipeline.data.manifest import read_manifest
 from pipeline.data.images.transforms import ImageExample, TrainImage
 url, rank, world, epoch, offset, workers, out = sys.argv[1:]
-options = LoaderOptions(seed=3, global_batch=24, block=8, lanes=4, window=16, loader_workers=int(workers))
+options = dict(seed=3, global_batch=24, block=8, lanes=4, window=16, workers=int(workers))
 transform = ImageExample(TrainImage((16, 16)), label=True)
-loader = Loader(read_manifest(url), transform, options, rank=int(rank), world_size=int(world))
+loader = Loader(read_manifest(url), transform, rank=int(rank), world_size=int(world), **options)
 for step in loader.steps(Cursor(int(epoch), int(offset))):
     (batch,) = step.micro
     pixels = [hashlib.sha256(image.numpy().tobytes()).hexdigest() for image in batch.images]
@@ -213,8 +211,10 @@ def test_a_plan_starts_anywhere_in_constant_time(ninety: Manifest, monkeypatch: 
 
 
 def test_ranks_see_the_same_tensors_whoever_makes_them(ninety: Manifest) -> None:
-    options = LoaderOptions(seed=3, global_batch=24, block=8, lanes=4, window=16)
-    loaders = [Loader(ninety, TRAIN, options, rank=rank, world_size=2) for rank in range(2)]
+    loaders = [
+        Loader(ninety, TRAIN, seed=3, global_batch=24, rank=rank, world_size=2, block=8, lanes=4, window=16)
+        for rank in range(2)
+    ]
     steps = []
     for loader in loaders:
         with loader:

@@ -13,16 +13,15 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
 import torch
 
 from launch.s3_server import S3Server, find_rclone
-from pipeline.data.batch import Batch, Example, RawSample, Transform, derive_seed
+from pipeline.data.batch import Batch, Example, RawSample, derive_seed
 from pipeline.data.images.transforms import EvalImage, ImageExample, TrainImage
-from pipeline.data.loader import Cursor, Loader, LoaderOptions, ReadOptions, Step, sweep
+from pipeline.data.loader import Cursor, Loader, Step, sweep
 from pipeline.data.manifest import Manifest, read_manifest
 from pipeline.data.reading.worker import WorkerDied
 from pipeline.errors import ConfigError, DataError
@@ -48,11 +47,8 @@ class Misbehaving:
         return Example(label=-1)
 
 
-def loader_of(
-    manifest: Manifest, transform: Transform = TRAIN, rank: int = 0, world: int = 1, **changes: Any
-) -> Loader:
-    settings = {"seed": 3, "global_batch": 12, "block": 8, "lanes": 4, "window": 16} | changes
-    return Loader(manifest, transform, LoaderOptions(**settings), rank=rank, world_size=world)
+def settings(**changes: object) -> dict:
+    return {"seed": 3, "global_batch": 12, "rank": 0, "world_size": 1, "block": 8, "lanes": 4, "window": 16} | changes
 
 
 def take(loader: Loader, start: Cursor, count: int) -> list[Step]:
@@ -64,7 +60,7 @@ def global_batches(manifest: Manifest, start: Cursor, count: int, world: int, wo
     """Each global batch as one, put together from all ranks and micro batches."""
     shares = []
     for rank in range(world):
-        loader = loader_of(manifest, rank=rank, world=world, loader_workers=workers, micro_batch=micro)
+        loader = Loader(manifest, TRAIN, **settings(rank=rank, world_size=world, workers=workers, micro_batch=micro))
         shares.append(take(loader, start, count))
     return [[batch for step in steps for batch in step.micro] for steps in zip(*shares, strict=True)]
 
@@ -124,7 +120,7 @@ def test_labels_and_seeds_belong_to_their_samples(expected) -> None:
 @pytest.mark.parametrize("steps_before", [1, 7, 8])
 def test_resuming_goes_on_exactly(ninety, expected, steps_before: int) -> None:
     """Another world size takes over, in the middle of an epoch and beyond its end."""
-    [*_, last] = take(loader_of(ninety), Cursor(), steps_before)
+    [*_, last] = take(Loader(ninety, TRAIN, **settings()), Cursor(), steps_before)
     resumed = global_batches(ninety, last.after, 10 - steps_before, world=2, workers=0)
     for batch, right in zip(resumed, expected[steps_before:], strict=True):
         assert torch.equal(content(batch)["images"], right["images"])
@@ -132,7 +128,7 @@ def test_resuming_goes_on_exactly(ninety, expected, steps_before: int) -> None:
 
 
 def test_cursor_and_position_count_samples(ninety: Manifest) -> None:
-    steps = take(loader_of(ninety, micro_batch=5), Cursor(2, 80), 2)
+    steps = take(Loader(ninety, TRAIN, **settings(micro_batch=5)), Cursor(2, 80), 2)
     assert [step.after for step in steps] == [Cursor(3, 2), Cursor(3, 14)]
     assert [[batch.position for batch in step.micro] for step in steps] == [[260] * 3, [272] * 3]
     assert [[len(batch) for batch in step.micro] for step in steps] == [[5, 5, 2]] * 2
@@ -141,7 +137,7 @@ def test_cursor_and_position_count_samples(ninety: Manifest) -> None:
 
 def test_augmentation_differs_between_epochs(ninety: Manifest) -> None:
     def image_of(cursor: Cursor) -> torch.Tensor:
-        for step in take(loader_of(ninety), cursor, 8):
+        for step in take(Loader(ninety, TRAIN, **settings()), cursor, 8):
             for batch in step.micro:
                 if 5 in batch.ids.tolist():
                     assert batch.images is not None
@@ -154,7 +150,7 @@ def test_augmentation_differs_between_epochs(ninety: Manifest) -> None:
 
 def test_faults_are_named(ninety: Manifest, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
-        take(loader_of(ninety), Cursor(), 16)
+        take(Loader(ninety, TRAIN, **settings()), Cursor(), 16)
     messages = sorted(record.message for record in caplog.records)
     assert len(messages) == 2, "each is named once"
     assert f"'000017' of {ninety.url}/00000.tar (id 17): bytes that are no image" in messages[0]
@@ -164,10 +160,10 @@ def test_faults_are_named(ninety: Manifest, caplog: pytest.LogCaptureFixture) ->
 @pytest.mark.parametrize("workers", [0, 1])
 def test_too_many_faults_end_the_run(data_set: Callable[..., Manifest], workers: int) -> None:
     shards = [[(f"{i:03d}", {"jpg": b"nonsense", "cls": b"1"}) for i in range(40)]]
-    loader = loader_of(data_set(shards=shards), loader_workers=workers)
+    loader = Loader(data_set(shards=shards), TRAIN, **settings(workers=workers))
     with pytest.raises(DataError, match=r"unreadable, over the limit of 1.00%; the last: '0\d\d' of .*/00000.tar"):
         take(loader, Cursor(), 100)
-    tolerant = loader_of(data_set(shards=shards), max_unreadable=1.0)
+    tolerant = Loader(data_set(shards=shards), TRAIN, **settings(max_unreadable=1.0))
     assert all(step.micro[0].weight.sum() == 0 for step in take(tolerant, Cursor(), 100))
 
 
@@ -190,26 +186,26 @@ def test_a_damaged_index_is_named(data_set: Callable[..., Manifest]) -> None:
     index = Path(manifest.url) / "00000.index.npy"
     index.write_bytes(index.read_bytes()[:-8] + bytes(8))
     with pytest.raises(DataError, match="isn't the one the manifest knows"):
-        take(loader_of(manifest), Cursor(), 1)
+        take(Loader(manifest, TRAIN, **settings()), Cursor(), 1)
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"world": 5}, r"5 ranks don't divide a global batch of 12.*run on 2, 3, 4, 6, 12 ranks"),
+        ({"world_size": 5}, r"5 ranks don't divide a global batch of 12.*run on 2, 3, 4, 6, 12 ranks"),
         ({"lanes": 7}, r"7 lanes don't divide a global batch of 12.*set data.lanes to 3, 4, 6, 12"),
     ],
 )
 def test_numbers_that_dont_divide_are_refused(ninety: Manifest, changes: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        loader_of(ninety, **changes)
+        Loader(ninety, TRAIN, **settings(**changes))
 
 
 @pytest.mark.parametrize(("sizes", "message"), [([10], "10 samples don't fill"), ([0], "data set that isn't empty")])
 def test_too_few_samples_are_refused(data_set: Callable[..., Manifest], sizes: list[int], message: str) -> None:
     manifest = data_set(sizes)
     with pytest.raises(DataError, match=message):
-        loader_of(manifest)
+        Loader(manifest, TRAIN, **settings())
     if sizes == [0]:
         with pytest.raises(DataError, match="no samples"):
             sweep(manifest, TRAIN, rank=0, world_size=1, batch=4)
@@ -226,7 +222,7 @@ def nothing_left() -> Iterator[None]:
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_closing_ends_iteration_threads_and_processes(ninety: Manifest, nothing_left: None, workers: int) -> None:
-    loader = loader_of(ninety, loader_workers=workers)
+    loader = Loader(ninety, TRAIN, **settings(workers=workers))
     steps = loader.steps(Cursor())
     next(steps)
     loader.close()
@@ -237,22 +233,22 @@ def test_closing_ends_iteration_threads_and_processes(ninety: Manifest, nothing_
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_leaving_a_sweep_early_ends_it(ninety: Manifest, nothing_left: None, workers: int) -> None:
-    sweep(ninety, TRAIN, ReadOptions(loader_workers=workers), rank=0, world_size=1, batch=4)  # never begun
-    batches = sweep(ninety, TRAIN, ReadOptions(loader_workers=workers), rank=0, world_size=1, batch=4)
+    sweep(ninety, TRAIN, rank=0, world_size=1, batch=4, workers=workers)  # never begun
+    batches = sweep(ninety, TRAIN, rank=0, world_size=1, batch=4, workers=workers)
     next(batches)
     batches.close()  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_defect_in_a_transform_reaches_the_caller(ninety: Manifest, nothing_left: None, workers: int) -> None:
-    loader = loader_of(ninety, Misbehaving(33, "raise"), loader_workers=workers)
+    loader = Loader(ninety, Misbehaving(33, "raise"), **settings(workers=workers))
     with pytest.raises(ZeroDivisionError, match="a defect") as caught:
         take(loader, Cursor(), 8)
     assert any(f"sample 33 ('000033' of {ninety.url}/00001.tar)" in note for note in caught.value.__notes__)
 
 
 def test_a_killed_worker_reaches_the_caller(ninety: Manifest, nothing_left: None) -> None:
-    loader = loader_of(ninety, Misbehaving(33, "kill"), loader_workers=2)
+    loader = Loader(ninety, Misbehaving(33, "kill"), **settings(workers=2))
     with pytest.raises(WorkerDied, match="status -9"):
         take(loader, Cursor(), 8)
 
@@ -260,12 +256,12 @@ def test_a_killed_worker_reaches_the_caller(ninety: Manifest, nothing_left: None
 def test_workers_end_when_the_training_process_is_killed(ninety: Manifest) -> None:
     program = (
         "import os, signal, sys\n"
-        "from pipeline.data.loader import Cursor, Loader, LoaderOptions\n"
+        "from pipeline.data.loader import Cursor, Loader\n"
         "from pipeline.data.manifest import read_manifest\n"
         "from pipeline.data.images.transforms import EvalImage, ImageExample\n"
         "transform = ImageExample(EvalImage((16, 16)))\n"
-        "options = LoaderOptions(seed=0, global_batch=4, lanes=4, loader_workers=2)\n"
-        "loader = Loader(read_manifest(sys.argv[1]), transform, options, rank=0, world_size=1)\n"
+        "options = dict(seed=0, global_batch=4, rank=0, world_size=1, lanes=4, workers=2)\n"
+        "loader = Loader(read_manifest(sys.argv[1]), transform, **options)\n"
         "next(loader.steps(Cursor()))\n"
         "print(*[w.pid for w in loader._run.workers], flush=True)\n"
         "os.kill(os.getpid(), signal.SIGKILL)"
@@ -286,8 +282,7 @@ def test_workers_end_when_the_training_process_is_killed(ninety: Manifest) -> No
 def test_a_sweep_sees_each_sample_once(ninety: Manifest, world: int, workers: int) -> None:
     transform = ImageExample(EvalImage((16, 16)), label=True)
     ranks = [
-        list(sweep(ninety, transform, ReadOptions(loader_workers=workers), rank=rank, world_size=world, batch=16))
-        for rank in range(world)
+        list(sweep(ninety, transform, rank=rank, world_size=world, batch=16, workers=workers)) for rank in range(world)
     ]
     assert len({len(batches) for batches in ranks}) == 1
     assert len({len(batch) for batches in ranks for batch in batches}) == 1

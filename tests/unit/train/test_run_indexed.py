@@ -15,7 +15,7 @@ import torch
 from data_prep.indexing.index import IndexOptions, index_tars
 from pipeline.data.images.transforms import ImageExample, TrainImage
 from pipeline.data.instances import decode_masks
-from pipeline.data.loader import Cursor, Loader, LoaderOptions, sweep
+from pipeline.data.loader import Cursor, Loader, sweep
 from pipeline.data.manifest import Manifest, read_manifest
 from pipeline.run_dir import RunDir
 from pipeline.stages.base import DataFacts
@@ -92,8 +92,7 @@ def test_objects_of_a_raw_sample_are_those_in_the_tar(sa1b: Path) -> None:
 
 
 def train_loader(manifest: Manifest, transform: Any, batch: int, block: int = 8) -> Loader:
-    options = LoaderOptions(seed=3, global_batch=batch, block=block, lanes=4, window=4)
-    return Loader(manifest, transform, options, rank=0, world_size=1)
+    return Loader(manifest, transform, seed=3, global_batch=batch, rank=0, world_size=1, block=block, lanes=4, window=4)
 
 
 def test_the_same_tars_come_in_the_same_order_prepared_or_indexed(tmp_path: Path) -> None:

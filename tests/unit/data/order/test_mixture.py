@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.data.images.transforms import EvalImage, ImageExample
-from pipeline.data.loader import ReadOptions, sweep
+from pipeline.data.loader import sweep
 from pipeline.data.manifest import Manifest
 from pipeline.data.order.capacity import advice, check_batch, check_data, held_bytes
 from pipeline.data.order.mixture import Shares, Source, Stream, shares_of
@@ -86,9 +86,7 @@ def test_a_sweep_over_a_subset_sees_its_samples(ninety: Manifest, forty: Manifes
     seen = [
         int(i)
         for rank in range(2)
-        for batch in sweep(
-            sources, ImageExample(EvalImage((8, 8))), ReadOptions(block=8), rank=rank, world_size=2, batch=16
-        )
+        for batch in sweep(sources, ImageExample(EvalImage((8, 8))), rank=rank, world_size=2, batch=16, block=8)
         for i in batch.ids
         if i >= 0
     ]
