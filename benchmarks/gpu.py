@@ -102,7 +102,7 @@ def measure(size: str, batch: int, options: argparse.Namespace) -> dict[str, Any
     device = torch.device("cpu") if options.on_cpu else ranks.device()
     build = BUILD[options.stage]
     images = _images(batch, options.image, objects=options.stage == "vitdet")
-    flops = flops_per_sample(build(size, options), images.only(0))
+    flops = flops_per_sample(build(size, options), images.at(slice(0, 0 + 1)))
     stage = build(size, options)
     num_parameters = sum(p.numel() for p in stage.parameters())
     optim = OptimConfig(lr=1e-4, betas=(0.9, 0.95), weight_decay=0.05)

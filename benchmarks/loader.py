@@ -37,6 +37,7 @@ from pipeline.data.images.pixels import CLIP_MEAN, CLIP_STD, normalise
 from pipeline.data.images.transforms import ImageExample, Tokenize, TrainImage
 from pipeline.data.loader import Cursor, Loader, Step
 from pipeline.data.manifest import MANIFEST_NAME, Manifest, Shard, index_bytes, manifest_bytes, read_manifest
+from tests.support.loaders import loader_of
 
 SIZE, BATCH, NUM_BATCHES = 224, 32, 12
 SCALE = (0.2, 1.0)
@@ -92,7 +93,7 @@ def ours(manifest: Manifest, tokenizer: Tokenize | None, **settings: Any) -> Loa
     """Our loader as all comparisons use it."""
     transform = ImageExample(TrainImage((SIZE, SIZE), SCALE), text=tokenizer)
     options = {"seed": 0, "global_batch": BATCH, "rank": 0, "world_size": 1, "lanes": 8, "block": 64, "window": 128}
-    return Loader(manifest, transform, **(options | settings))
+    return loader_of(manifest, transform, **(options | settings))
 
 
 def our_batches(steps: Iterator[Step]) -> list[tuple[Tensor, ...]]:
@@ -304,7 +305,7 @@ def resuming(folder: Path, pairs: int) -> Comparison:
     def first_batch(start: int) -> tuple[int, ...]:
         transform = ImageExample(TrainImage((SIZE, SIZE), SCALE))
         options = {"seed": 0, "global_batch": 256, "rank": 0, "world_size": 1}
-        with Loader(read_manifest(url), transform, **options) as loader:  # type: ignore[arg-type]
+        with loader_of(read_manifest(url), transform, **options) as loader:
             (batch,) = next(loader.steps(Cursor(0, start))).micro
         assert batch.images is not None
         return tuple(batch.images.shape)

@@ -16,7 +16,7 @@ from pipeline.machine import available_cores
 from pipeline.train.config import TrainConfig
 
 if TYPE_CHECKING:
-    from pipeline.data.order.mixture import Source
+    from pipeline.data.order.mixture import TrainingSource
     from pipeline.stages.label_use import LabelUse
 
 Plan = tuple[dict[str, Any], list[str]]  # as a document, and as lines for people
@@ -86,7 +86,7 @@ def plan_training(document: Document, *, where: str, ranks: int | None, machines
     return plan, lines
 
 
-def _read_sources(config: TrainConfig, use: LabelUse | None) -> tuple[tuple[Source, ...], str]:
+def _read_sources(config: TrainConfig, use: LabelUse | None) -> tuple[tuple[TrainingSource, ...], str]:
     """The training sets, or () and why they can't be read yet.
 
     Raises:
@@ -104,7 +104,7 @@ def _read_sources(config: TrainConfig, use: LabelUse | None) -> tuple[tuple[Sour
     return sources, ""
 
 
-def _check_evaluation_sets(config: TrainConfig, sources: Sequence[Source], use: LabelUse | None) -> None:
+def _check_evaluation_sets(config: TrainConfig, sources: Sequence[TrainingSource], use: LabelUse | None) -> None:
     """Those that there are by now; the others' turn comes when the run begins."""
     from pipeline.classes import check_evaluation_sets
     from pipeline.data.manifest import Manifest, read_manifest
@@ -116,7 +116,7 @@ def _check_evaluation_sets(config: TrainConfig, sources: Sequence[Source], use: 
     check_evaluation_sets([source.manifest for source in sources], sets, config.stage, use)
 
 
-def _plan_reading(config: TrainConfig, sources: Sequence[Source], world_size: int) -> list[str]:
+def _plan_reading(config: TrainConfig, sources: Sequence[TrainingSource], world_size: int) -> list[str]:
     """What reading the data comes to; nothing where they can't be read yet.
 
     Raises:
@@ -153,7 +153,7 @@ def state_bytes(num_parameters: int, num_trained: int, zero_stage: int, world_si
 
 
 def _count_parameters(
-    name: str, options: configs.Config, sources: Sequence[Source]
+    name: str, options: configs.Config, sources: Sequence[TrainingSource]
 ) -> tuple[tuple[int, int] | None, str]:
     """(all, trained) parameters of the stage, built without memory; or why they can't be counted."""
     import torch

@@ -13,7 +13,7 @@ import dataclasses
 import hashlib
 import operator
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple, Protocol, SupportsIndex, TypeVar, runtime_checkable
+from typing import Any, NamedTuple, Protocol, SupportsIndex, TypeVar, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int, UInt8
@@ -78,14 +78,21 @@ class SeveralTransform(Protocol):
         ...
 
 
+OF_THE_BATCH: Mapping[str, Any] = {"one value": "for the whole batch"}  # a field's metadata; others have one a sample
+
+
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """A micro batch. A stage's forward is a function of (weights, batch), nothing else."""
+    """A micro batch. A stage's forward is a function of (weights, batch), nothing else.
+
+    Fields are listed here alone: cutting, moving to a device and the way from a loader worker go by them.
+    """
 
     ids: Int[Tensor, " b"]  # index in the data set; -1 for padding
     seeds: Int[Tensor, " b"]  # int64 >= 0
     weight: Float[Tensor, " b"]  # 0 = absent: out of loss, negatives and metrics
-    position: int  # samples of the run seen before this batch's global batch; drives schedules
+    # Samples of the run seen before this batch's global batch; drives schedules.
+    position: int = dataclasses.field(metadata=OF_THE_BATCH)
     images: UInt8[Tensor, "b 3 h w"] | None = None
     text: Int[Tensor, "b l"] | None = None
     labels: Int[Tensor, " b"] | None = None
@@ -94,36 +101,27 @@ class Batch:
     def __len__(self) -> int:
         return int(self.ids.shape[0])
 
-    def only(self, i: int) -> Batch:
-        """The batch of sample `i` alone."""
-        own = slice(i, i + 1)
-        return Batch(
-            ids=self.ids[own],
-            seeds=self.seeds[own],
-            weight=self.weight[own],
-            position=self.position,
-            images=None if self.images is None else self.images[own],
-            text=None if self.text is None else self.text[own],
-            labels=None if self.labels is None else self.labels[own],
-            instances=None if self.instances is None else self.instances[own],
-        )
+    def at(self, rows: slice) -> Batch:
+        """Some of the samples; tensors are views."""
+        return dataclasses.replace(self, **{name: values[rows] for name, values in self.per_sample().items()})
+
+    def cut(self, size: int) -> tuple[Batch, ...]:
+        """Batches of `size` samples, the last perhaps smaller; tensors are views of the whole."""
+        return tuple(self.at(slice(start, start + size)) for start in range(0, len(self), size))
 
     def to(self, device: torch.device | str) -> Batch:
-        """The same batch on `device`; host-side fields (instances) stay where they are."""
+        """The same batch on `device`; what isn't a tensor (instances) stays where it is."""
+        moved: dict[str, Any] = {n: t.to(device, non_blocking=True) for n, t in self.tensors().items()}
+        return dataclasses.replace(self, **moved)
 
-        def move(t: Tensor | None) -> Tensor | None:
-            return None if t is None else t.to(device, non_blocking=True)
+    def per_sample(self) -> dict[str, Any]:
+        """What there is for each sample, by the field's name: all fields but those of the batch as a whole."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if not field.metadata}
+        return {name: value for name, value in values.items() if value is not None}
 
-        return Batch(
-            ids=self.ids.to(device),
-            seeds=self.seeds.to(device),
-            weight=self.weight.to(device),
-            position=self.position,
-            images=move(self.images),
-            text=move(self.text),
-            labels=move(self.labels),
-            instances=self.instances,
-        )
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors there are, by the field's name."""
+        return {name: value for name, value in self.per_sample().items() if isinstance(value, Tensor)}
 
 
 def collate(

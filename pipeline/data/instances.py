@@ -20,7 +20,7 @@ from torch import Tensor
 
 from pipeline.data.annotations import read_instances
 from pipeline.data.batch import Example, Instances, RawSample
-from pipeline.data.images.decode import Header, read_header
+from pipeline.data.images.decode import ImageHeader, read_header
 from pipeline.data.images.pixels import IMAGENET_FILL, Colour, Interpolation, show
 from pipeline.data.images.views import View, fitted, large_scale_jitter
 from pipeline.data.reading.members import image_member
@@ -114,7 +114,7 @@ class Placement(Protocol):
     @property
     def canvas(self) -> tuple[int, int]: ...
 
-    def __call__(self, header: Header, seed: int) -> View: ...
+    def __call__(self, header: ImageHeader, seed: int) -> View: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,7 +125,7 @@ class LargeScaleJitter:
     scale: tuple[float, float] = (0.1, 2.0)
     flip: bool = True
 
-    def __call__(self, header: Header, seed: int) -> View:
+    def __call__(self, header: ImageHeader, seed: int) -> View:
         draw = random.Random(seed)
         return large_scale_jitter(header.height, header.width, self.canvas, self.scale, flip=self.flip, draw=draw)
 
@@ -136,7 +136,7 @@ class Fitted:
 
     canvas: tuple[int, int]
 
-    def __call__(self, header: Header, seed: int) -> View:
+    def __call__(self, header: ImageHeader, seed: int) -> View:
         return fitted(header.height, header.width, self.canvas)
 
 

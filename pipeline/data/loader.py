@@ -13,21 +13,19 @@ from collections.abc import Iterator
 from types import TracebackType
 from typing import NamedTuple
 
-from torch import Tensor
-
 from pipeline.data.batch import Batch, Transform
 from pipeline.data.order.capacity import check_batch, check_data
 from pipeline.data.order.mixture import Data, sources_of
 from pipeline.data.order.permutation import Cursor, advance
-from pipeline.data.order.tasks import SweepPlan, TrainPlan
+from pipeline.data.order.tasks import OrderOptions, Share, SweepPlan, TrainPlan
 from pipeline.data.reading.background import Background
 from pipeline.data.reading.cache import RangeCache
-from pipeline.data.reading.examples import Workshop
-from pipeline.data.reading.faults import Tally
+from pipeline.data.reading.examples import WorkerSetup
+from pipeline.data.reading.faults import FaultTally
 from pipeline.data.reading.takedown import Takedown
 from pipeline.errors import DataError
 
-__all__ = ["Cursor", "Loader", "Step", "sweep"]
+__all__ = ["Cursor", "Loader", "OrderOptions", "ReadingOptions", "Share", "Step", "sweep"]
 
 
 class Step(NamedTuple):
@@ -38,25 +36,36 @@ class Step(NamedTuple):
     wait_s: float  # how long the caller waited for it
 
 
+@dataclasses.dataclass(frozen=True)
+class ReadingOptions:
+    """How samples are read; nothing here changes which ones, or in which order.
+
+    Args:
+        workers: processes that read and decode; 0 does it in a thread of this process.
+        takedown: samples that are left out, at weight 0.
+        cache: for remote shards.
+        max_unreadable: share of unreadable samples beyond which a run ends.
+    """
+
+    workers: int = 0
+    takedown: Takedown = dataclasses.field(default_factory=Takedown)
+    cache: RangeCache | None = None
+    max_unreadable: float = 0.01
+
+
+ALL = Share()  # of a world of one rank
+READ_HERE = ReadingOptions()  # in a thread of this process
+
+
 class Loader:
     """Endless steps of training data.
 
     Args:
         data: a data set, or several with their shares.
-        transform: makes examples; runs in the workers.
-        seed: of the run; with the epoch it fixes the order, with the epoch and the id a sample's own seed.
-        global_batch: samples per step over all ranks.
-        rank: this process's number.
-        world_size: number of ranks; must divide `global_batch`.
+        transform: makes examples; runs in the loader workers.
+        order: which samples make which batch.
+        share: this rank's; the number of ranks must divide the global batch.
         micro_batch: samples per batch of a step; the last may be smaller. None: the whole share in one.
-        workers: processes that read and decode; 0 does it in a thread of this process.
-        block: neighbouring samples kept together by the shuffle, and read as one range.
-        lanes: streams a global batch is taken from; must divide `global_batch`.
-        window: samples shuffled among each other within a lane; a lane's current window is held in memory, encoded.
-        copies: how often each drawn sample stands in the batch, with a seed of its own each time; decoded once.
-        max_unreadable: share of unreadable samples beyond which the run ends.
-        takedown: samples that are left out, at weight 0.
-        cache: for remote shards.
 
     Raises:
         ConfigError: numbers that don't divide, more workers than there is work for.
@@ -67,44 +76,29 @@ class Loader:
         self,
         data: Data,
         transform: Transform,
+        order: OrderOptions,
+        share: Share = ALL,
         *,
-        seed: int,
-        global_batch: int,
-        rank: int,
-        world_size: int,
+        reading: ReadingOptions = READ_HERE,
         micro_batch: int | None = None,
-        workers: int = 0,
-        block: int = 256,
-        lanes: int = 16,
-        window: int = 1024,
-        copies: int = 1,
-        max_unreadable: float = 0.01,
-        takedown: Takedown | None = None,
-        cache: RangeCache | None = None,
     ) -> None:
-        check_batch(global_batch, world_size=world_size, workers=workers, lanes=lanes, copies=copies)
-        if not 0 <= rank < world_size:
-            raise ValueError(f"rank {rank} of {world_size}")
-        check_data(data, global_batch, copies)
-        sources = sources_of(data)
-        self._share = global_batch // world_size
-        self._plan = TrainPlan(
-            sources,
-            seed,
-            global_batch,
-            block,
-            lanes,
-            window,
-            copies,
-            Cursor(),
-            rank * self._share,
-            (rank + 1) * self._share,
+        check_batch(
+            order.global_batch,
+            world_size=share.world_size,
+            workers=reading.workers,
+            lanes=order.lanes,
+            copies=order.copies,
         )
-        self.epoch_length = copies * sum(source.num_samples for source in sources)  # what a cursor's epoch counts
-        self._workshop = Workshop(transform, takedown or Takedown(), cache)
+        check_data(data, order.global_batch, order.copies)
+        sources = sources_of(data)
+        self._share = order.global_batch // share.world_size
+        first_slot = share.rank * self._share
+        self._plan = TrainPlan(sources, order, Cursor(), first_slot, first_slot + self._share)
+        self.epoch_length = order.copies * sum(source.num_samples for source in sources)  # what a cursor's epoch counts
+        self._setup = WorkerSetup(transform, reading.takedown, reading.cache)
         self._micro_batch = min(micro_batch or self._share, self._share)
-        self._workers = workers
-        self._max_unreadable = max_unreadable
+        self._workers = reading.workers
+        self._max_unreadable = reading.max_unreadable
         self._where = ", ".join(source.manifest.url for source in sources)
         self._run: Background | None = None
 
@@ -118,7 +112,7 @@ class Loader:
         self.close()
         start = advance(start, 0, self.epoch_length)
         plan = dataclasses.replace(self._plan, start=start)
-        self._run = Background(plan, self._share, self._workers, self._workshop, unit=plan.copies)
+        self._run = Background(plan, self._share, self._workers, self._setup, unit=plan.order.copies)
         return self._take(self._run, start)
 
     def close(self) -> None:
@@ -136,7 +130,7 @@ class Loader:
         self.close()
 
     def _take(self, run: Background, cursor: Cursor) -> Iterator[Step]:
-        tally = Tally(self._where, self._max_unreadable)
+        tally = FaultTally(self._where, self._max_unreadable)
         try:
             while True:
                 asked = time.perf_counter()
@@ -145,8 +139,8 @@ class Loader:
                     return
                 wait_s = time.perf_counter() - asked
                 tally.add(part)
-                cursor = advance(cursor, self._plan.global_batch, self.epoch_length)
-                yield Step(_cut(part.batch, self._micro_batch), cursor, wait_s)
+                cursor = advance(cursor, self._plan.order.global_batch, self.epoch_length)
+                yield Step(part.batch.cut(self._micro_batch), cursor, wait_s)
         finally:
             run.close()
 
@@ -154,21 +148,18 @@ class Loader:
 def sweep(
     data: Data,
     transform: Transform,
+    share: Share = ALL,
     *,
-    rank: int,
-    world_size: int,
     batch: int,
-    workers: int = 0,
     seed: int = 0,
     block: int = 256,
-    takedown: Takedown | None = None,
-    cache: RangeCache | None = None,
+    reading: ReadingOptions = READ_HERE,
 ) -> Iterator[Batch]:
     """Each sample of a data set, or of several, once over all ranks, ids rising.
 
     All ranks get equally many batches of equal size, at most `batch`; what is left over is padding with id -1 and
-    weight 0. Unreadable samples have weight 0 and are logged. `block` decides what a subset consists of, as in
-    training.
+    weight 0. Unreadable samples have weight 0 and are logged, however many. `block` decides what a subset consists of,
+    as in training.
 
     Raises:
         DataError: the data set is empty or damaged.
@@ -179,43 +170,21 @@ def sweep(
     where = ", ".join(source.manifest.url for source in sources)
     if num_samples == 0:
         raise DataError("no samples", where=where, fix="give a data set that isn't empty")
-    if batch < 1 or not 0 <= rank < world_size:
-        raise ValueError(f"batch {batch}, rank {rank} of {world_size}")
-    num_batches = -(-num_samples // (batch * world_size))
-    size = -(-num_samples // (num_batches * world_size))  # the least padding that many batches allow
-    plan = SweepPlan(sources, seed, block, rank, world_size, size, num_batches)
-    workshop = Workshop(transform, takedown or Takedown(), cache)
-    return _swept(plan, size, min(workers, size), workshop, where)
+    if batch < 1:
+        raise ValueError(f"batch {batch}")
+    num_batches = -(-num_samples // (batch * share.world_size))
+    size = -(-num_samples // (num_batches * share.world_size))  # the least padding that many batches allow
+    plan = SweepPlan(sources, seed, block, share, size, num_batches)
+    setup = WorkerSetup(transform, reading.takedown, reading.cache)
+    return _swept(plan, size, min(reading.workers, size), setup, where)
 
 
-def _swept(plan: SweepPlan, size: int, workers: int, workshop: Workshop, where: str) -> Iterator[Batch]:
-    run = Background(plan, size, workers, workshop)  # here, not above: a sweep never begun leaves nothing to end
-    tally = Tally(where, 1.0)
+def _swept(plan: SweepPlan, size: int, workers: int, setup: WorkerSetup, where: str) -> Iterator[Batch]:
+    run = Background(plan, size, workers, setup)  # here, not above: a sweep never begun leaves nothing to end
+    tally = FaultTally(where, 1.0)
     try:
         while (part := run.next()) is not None:
             tally.add(part)
             yield part.batch
     finally:
         run.close()
-
-
-def _cut(batch: Batch, size: int) -> tuple[Batch, ...]:
-    """Micro batches of `size`, the last perhaps smaller; views of the whole."""
-
-    def part(tensor: Tensor | None, at: slice) -> Tensor | None:
-        return None if tensor is None else tensor[at]
-
-    slices = [slice(i, i + size) for i in range(0, len(batch), size)]
-    return tuple(
-        Batch(
-            ids=batch.ids[at],
-            seeds=batch.seeds[at],
-            weight=batch.weight[at],
-            position=batch.position,
-            images=part(batch.images, at),
-            text=part(batch.text, at),
-            labels=part(batch.labels, at),
-            instances=None if batch.instances is None else batch.instances[at],
-        )
-        for at in slices
-    )

@@ -12,7 +12,7 @@ from pipeline import ranks, storage
 from pipeline.classes import TRAIN, facts_to_measure
 from pipeline.convert.weights import Weights, build, checked_options
 from pipeline.data.batch import Batch, Transform
-from pipeline.data.loader import sweep
+from pipeline.data.loader import ReadingOptions, sweep
 from pipeline.data.manifest import Manifest, read_manifest
 from pipeline.errors import CheckpointError, ConfigError, UserError
 from pipeline.evaluate.base import Evaluation, Measured, Predictions
@@ -119,9 +119,7 @@ def evaluate(
     def swept(name: str) -> Iterator[Batch]:
         if name not in manifests:
             raise ConfigError(f"an evaluation needs the {name} set", where=name, fix="say where it is")
-        return iter(
-            sweep(manifests[name], measurement.transform, rank=0, world_size=1, batch=batch, workers=loader_workers)
-        )
+        return sweep(manifests[name], measurement.transform, batch=batch, reading=ReadingOptions(loader_workers))
 
     figures: dict[str, float] = {}
     details: dict[str, Any] = {}

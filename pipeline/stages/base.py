@@ -167,7 +167,7 @@ class Stage(Freezable, Generic[OptionsT]):
         for i in range(len(batch)):
             image_predictions = {key: value[i : i + 1] for key, value in predictions.items()}
             facts = {key: values[i] for key, values in numbers.items()}
-            answers.append(Answer(facts, tuple(self.pictures(batch.only(i), image_predictions))))
+            answers.append(Answer(facts, tuple(self.pictures(batch.at(slice(i, i + 1)), image_predictions))))
         return answers
 
 

@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 from pipeline import ranks
 from pipeline.classes import check_evaluation_sets, check_training_sets, shared_classes
 from pipeline.data.batch import Batch, Transform
-from pipeline.data.loader import Loader, sweep
+from pipeline.data.loader import Loader, OrderOptions, ReadingOptions, Share, sweep
 from pipeline.data.manifest import Manifest, read_manifest
 from pipeline.data.order.capacity import advice, check_batch, check_data
-from pipeline.data.order.mixture import Source, shares_of, sources_of
+from pipeline.data.order.mixture import TrainingSource, shares_of, sources_of
 from pipeline.data.reading.cache import RangeCache
 from pipeline.data.reading.takedown import Takedown, read_takedown
 from pipeline.errors import DataError
@@ -30,7 +30,7 @@ class RunData(NamedTuple):
     """The data sets of a run. Rank 0 alone reads the manifests and lists, and broadcasts them."""
 
     config: DataConfig
-    train: tuple[Source, ...]
+    train: tuple[TrainingSource, ...]
     sets: dict[str, Manifest]  # evaluation sets by name
     takedown: Takedown
 
@@ -66,40 +66,20 @@ class RunData(NamedTuple):
     def loader(self, transform: Transform, world: World, *, seed: int, micro_batch: int) -> Loader:
         """The loader of this rank's training data."""
         data = self.config
-        return Loader(
-            self.train,
-            transform,
-            seed=seed,
-            global_batch=data.global_batch,
-            rank=world.rank,
-            world_size=world.size,
-            micro_batch=micro_batch,
-            workers=data.loader_workers,
-            block=data.block,
-            lanes=data.lanes,
-            window=data.window,
-            copies=data.crops_per_image,
-            max_unreadable=data.max_unreadable,
-            takedown=self.takedown,
-            cache=self._cache,
-        )
+        order = OrderOptions(seed, data.global_batch, data.block, data.lanes, data.window, data.crops_per_image)
+        share, reading = Share(world.rank, world.size), self._reading(data.loader_workers)
+        return Loader(self.train, transform, order, share, reading=reading, micro_batch=micro_batch)
 
     def sweep(
         self, name: str, transform: Transform, world: World, *, seed: int, batch: int, workers: int
     ) -> Iterator[Batch]:
         """A rank's share of one pass over a named evaluation set, or over the training data ("train")."""
-        return sweep(
-            self.train if name == "train" else sources_of(self.sets[name]),
-            transform,
-            rank=world.rank,
-            world_size=world.size,
-            batch=batch,
-            workers=workers,
-            seed=seed,
-            block=self.config.block,
-            takedown=self.takedown,
-            cache=self._cache,
-        )
+        data = self.train if name == "train" else sources_of(self.sets[name])
+        share, reading = Share(world.rank, world.size), self._reading(workers)
+        return sweep(data, transform, share, batch=batch, seed=seed, block=self.config.block, reading=reading)
+
+    def _reading(self, workers: int) -> ReadingOptions:
+        return ReadingOptions(workers, self.takedown, self._cache, self.config.max_unreadable)
 
     @property
     def _cache(self) -> RangeCache | None:
@@ -145,7 +125,7 @@ def read_data(config: DataConfig, world_size: int, stage: str, use: LabelUse | N
     return ranks.from_first(read)
 
 
-def read_sources(configs: Sequence[SourceConfig], stage: str, use: LabelUse | None) -> tuple[Source, ...]:
+def read_sources(configs: Sequence[SourceConfig], stage: str, use: LabelUse | None) -> tuple[TrainingSource, ...]:
     """The training sets with their shares; see `read_data`.
 
     Raises:
@@ -162,7 +142,7 @@ def read_sources(configs: Sequence[SourceConfig], stage: str, use: LabelUse | No
         shares = tuple(max(1, size * config.repeat) for size, config in zip(sizes, configs, strict=True))
     if len(manifests) == 1:
         shares = (1,)
-    return tuple(Source(*parts) for parts in zip(manifests, shares, subsets, strict=True))
+    return tuple(TrainingSource(*parts) for parts in zip(manifests, shares, subsets, strict=True))
 
 
 def _subset(config: SourceConfig, manifest: Manifest) -> int | None:

@@ -88,5 +88,5 @@ def gradients_with_batch_norm() -> dict[str, Tensor]:
     batch = dataclasses.replace(batch, instances=(first, first._replace(boxes=first.boxes + 2)))
     world = ranks.world()
     for i in range(len(batch))[world.rank :: world.size] if world.size > 1 else (None,):
-        stage.loss(batch if i is None else batch.only(i)).total.backward()
+        stage.loss(batch if i is None else batch.at(slice(i, i + 1))).total.backward()
     return {name: ranks.sum_over_ranks(p.grad) for name, p in stage.named_parameters() if p.grad is not None}

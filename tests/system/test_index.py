@@ -20,8 +20,8 @@ from data_prep.shards.verify import verify
 from launch.s3_server import S3Server, find_rclone
 from pipeline import storage
 from pipeline.data.instances import Fitted, InstanceExample
-from pipeline.data.loader import sweep
 from pipeline.data.manifest import manifest_bytes, read_manifest
+from tests.support.loaders import swept
 from tests.support.prep_cases import encoded, write_table
 from tests.support.tar_sets import pair_members, sa1b_members, write_tar
 from tests.support.web_server import serving
@@ -104,7 +104,7 @@ def test_tars_on_s3_are_indexed_where_they_are(tmp_path: Path, monkeypatch: pyte
         assert ours(manifest) == theirs(tmp_path / "local")
         assert verify("s3://mine/sa").problems == ()
         transform = InstanceExample(Fitted((32, 32)))
-        batches = [next(sweep(one, transform, rank=0, world_size=1, batch=9)) for one in (manifest, local)]
+        batches = [next(swept(one, transform, rank=0, world_size=1, batch=9)) for one in (manifest, local)]
         assert [batch.weight.sum() for batch in batches] == [9, 9]
         assert torch.equal(batches[0].images, batches[1].images)
         data = bytearray(storage.read("s3://raw/sa/sa_0.tar"))

@@ -38,7 +38,7 @@ class UnreadableSample(Exception):  # noqa: N818 -- a state of the data; its slo
         self.reason = reason
 
 
-class Header(NamedTuple):
+class ImageHeader(NamedTuple):
     """What an image's first bytes tell."""
 
     format: str  # "jpeg", "png", "webp", ...
@@ -52,7 +52,7 @@ class Header(NamedTuple):
         return self.format == "jpeg" and self.colours not in ("CMYK", "YCCK")
 
 
-class Part(NamedTuple):
+class PixelRectangle(NamedTuple):
     """Rows [top, bottom) and columns [left, right) of pixels."""
 
     top: int
@@ -61,7 +61,7 @@ class Part(NamedTuple):
     right: int
 
 
-def read_header(data: Encoded, max_pixels: int = MAX_PIXELS) -> Header:
+def read_header(data: Encoded, max_pixels: int = MAX_PIXELS) -> ImageHeader:
     """Format and size of an encoded image, without decoding it.
 
     Raises:
@@ -83,8 +83,8 @@ def decode(
     min_size: tuple[int, int] | None = None,
     max_pixels: int = MAX_PIXELS,
     *,
-    header: Header | None = None,
-    part: Part | None = None,
+    header: ImageHeader | None = None,
+    part: PixelRectangle | None = None,
     scratch: bool = False,
 ) -> UInt8[np.ndarray, "h w 3"]:
     """Pixels of an encoded image.
@@ -118,9 +118,9 @@ def decode(
 
 def _decode_jpeg(
     data: Encoded,
-    header: Header,
+    header: ImageHeader,
     min_size: tuple[int, int] | None,
-    part: Part | None,
+    part: PixelRectangle | None,
     buffer: UInt8[np.ndarray, " bytes"] | None,
 ) -> UInt8[np.ndarray, "h w 3"]:
     """Pixels, in `buffer` where there is one.
@@ -139,7 +139,7 @@ def _decode_jpeg(
     return _cut(pixels, part)
 
 
-def _eighths(header: Header, height: int, width: int) -> int:
+def _eighths(header: ImageHeader, height: int, width: int) -> int:
     """The scale at which simplejpeg decodes: of the smallest size with at least `height` and `width` the largest scale,
     as several may give a tiny image the same size; without either, full size.
     """
@@ -150,7 +150,7 @@ def _eighths(header: Header, height: int, width: int) -> int:
     return max(eighths for eighths, size in enumerate(sizes, 1) if size == chosen)
 
 
-def _cut(pixels: UInt8[np.ndarray, "H W 3"], part: Part | None) -> UInt8[np.ndarray, "h w 3"]:
+def _cut(pixels: UInt8[np.ndarray, "H W 3"], part: PixelRectangle | None) -> UInt8[np.ndarray, "h w 3"]:
     return pixels if part is None else pixels[part.top : part.bottom, part.left : part.right]
 
 
@@ -179,22 +179,22 @@ def scaled_size(size: tuple[int, int], scale: float) -> tuple[int, int]:
     return math.ceil(size[0] * scale), math.ceil(size[1] * scale)
 
 
-def _jpeg_header(data: Encoded) -> Header:
+def _jpeg_header(data: Encoded) -> ImageHeader:
     try:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
     except ValueError as error:
         raise UnreadableSample(f"damaged jpeg ({error})") from error
-    return Header("jpeg", width, height, colours)
+    return ImageHeader("jpeg", width, height, colours)
 
 
-def _open(data: Encoded) -> tuple[Image.Image, Header]:
+def _open(data: Encoded) -> tuple[Image.Image, ImageHeader]:
     try:
         image = Image.open(io.BytesIO(data))
     except Image.DecompressionBombError as error:
         raise UnreadableSample(f"over any sensible size ({error})") from error
     except (OSError, ValueError, SyntaxError) as error:
         raise UnreadableSample("bytes that are no image" if data else "an empty file") from error
-    return image, Header((image.format or "unknown").lower(), image.width, image.height)
+    return image, ImageHeader((image.format or "unknown").lower(), image.width, image.height)
 
 
 def _rgb(image: Image.Image) -> Image.Image:

@@ -14,7 +14,15 @@ from jaxtyping import Float, UInt8
 from PIL import Image
 from torch import Tensor
 
-from pipeline.data.images.decode import Encoded, Header, Part, decode, scale_for_crop, scaled_size, scratch_memory
+from pipeline.data.images.decode import (
+    Encoded,
+    ImageHeader,
+    PixelRectangle,
+    decode,
+    scale_for_crop,
+    scaled_size,
+    scratch_memory,
+)
 from pipeline.data.images.views import Box, View
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -30,7 +38,7 @@ _RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resamplin
 
 
 def show(
-    data: Encoded, header: Header, view: View, interpolation: Interpolation, fill: Colour = (0, 0, 0)
+    data: Encoded, header: ImageHeader, view: View, interpolation: Interpolation, fill: Colour = (0, 0, 0)
 ) -> UInt8[Tensor, "3 h w"]:
     """What a view shows of an encoded image, which is decoded no larger than that needs.
 
@@ -46,7 +54,7 @@ def show(
 
 
 def show_several(
-    data: Encoded, header: Header, views: Sequence[View], interpolation: Interpolation, fill: Colour = (0, 0, 0)
+    data: Encoded, header: ImageHeader, views: Sequence[View], interpolation: Interpolation, fill: Colour = (0, 0, 0)
 ) -> list[UInt8[Tensor, "3 h w"]]:
     """What several views show of one image, which is decoded once, at the scale the most demanding of them needs."""
     whole = decoded = (header.height, header.width)
@@ -57,10 +65,10 @@ def show_several(
         )
         decoded = scaled_size(whole, scale)
     boxes = [_scaled(view.box, whole, decoded) for view in views]
-    part = Part(0, 0, *decoded)
+    part = PixelRectangle(0, 0, *decoded)
     if all(view.cut_first for view in views):  # else pixels beyond the box have their influence
         tops, lefts, bottoms, rights = zip(*(_whole_pixels(box) for box in boxes), strict=True)
-        part = Part(min(tops), min(lefts), max(bottoms), max(rights))
+        part = PixelRectangle(min(tops), min(lefts), max(bottoms), max(rights))
     pixels = decode(data, decoded if decoded != whole else None, header=header, part=part, scratch=True)
     return [_shown(pixels, part, view, box, interpolation, fill) for view, box in zip(views, boxes, strict=True)]
 
@@ -72,17 +80,17 @@ def _scaled(box: Box, whole: tuple[int, int], decoded: tuple[int, int]) -> Box:
     return Box(box.left * x, box.top * y, box.right * x, box.bottom * y)
 
 
-def _whole_pixels(box: Box) -> Part:
+def _whole_pixels(box: Box) -> PixelRectangle:
     """A box is drawn in whole pixels of the stored image, so it is rounded only where a smaller scale was decoded: then
     by at most half a decoded pixel, hence half a pixel of the result.
     """
     top, left = round(box.top), round(box.left)
-    return Part(top, left, max(round(box.bottom), top + 1), max(round(box.right), left + 1))
+    return PixelRectangle(top, left, max(round(box.bottom), top + 1), max(round(box.right), left + 1))
 
 
 def _shown(
     pixels: UInt8[np.ndarray, "H W 3"],
-    part: Part,
+    part: PixelRectangle,
     view: View,
     box: Box,
     interpolation: Interpolation,

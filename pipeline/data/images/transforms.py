@@ -19,7 +19,7 @@ from torch import Tensor
 
 from pipeline.data.batch import Example, RawSample
 from pipeline.data.images.augment import augment, erase
-from pipeline.data.images.decode import Encoded, Header, read_header
+from pipeline.data.images.decode import Encoded, ImageHeader, read_header
 from pipeline.data.images.pixels import IMAGENET_MEAN, IMAGENET_STD, Interpolation, show, show_several
 from pipeline.data.images.views import View, centre_crop, random_crop
 from pipeline.data.reading.members import drawn_caption, image_member, label
@@ -79,7 +79,7 @@ class TrainImage:
         crops = show_several(data, header, views, self.interpolation)
         return [self._augmented(crop, seed) for crop, seed in zip(crops, seeds, strict=True)]
 
-    def _view(self, header: Header, seed: int) -> View:
+    def _view(self, header: ImageHeader, seed: int) -> View:
         draw = random.Random(seed)
         box = random_crop(header.height, header.width, self.scale, self.ratio, draw)
         mirror = self.flip and draw.random() < 0.5

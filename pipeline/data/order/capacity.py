@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from pipeline.data.order.mixture import Data, Shares, Source, sources_of
+from pipeline.data.order.mixture import Data, Shares, TrainingSource, sources_of
 from pipeline.errors import ConfigError, DataError
 
 CROWDED_LANE = 4  # readers of one lane from which on it is worth saying
@@ -86,7 +86,7 @@ def advice(global_batch: int, *, world_size: int, workers: int, lanes: int) -> l
     ]
 
 
-def held_bytes(sources: Sequence[Source], *, world_size: int, workers: int, lanes: int, window: int) -> int:
+def held_bytes(sources: Sequence[TrainingSource], *, world_size: int, workers: int, lanes: int, window: int) -> int:
     """About how many bytes of encoded samples a rank holds: the windows its workers take from, and the next ones."""
     size = sum(shard.size_bytes for source in sources for shard in source.manifest.shards)
     count = sum(source.manifest.num_samples for source in sources)

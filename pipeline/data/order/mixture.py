@@ -29,7 +29,7 @@ MAX_CYCLE = 10**12  # samples; shares that only a longer cycle could hold exactl
 
 
 @dataclasses.dataclass(frozen=True)
-class Source:
+class TrainingSource:
     """A data set and how much of the stream it makes.
 
     Args:
@@ -48,16 +48,16 @@ class Source:
         return self.manifest.num_samples if self.subset is None else self.subset
 
 
-Data = Manifest | Sequence[Source]
+Data = Manifest | Sequence[TrainingSource]
 """One data set, or several."""
 
 
-def sources_of(data: Data) -> tuple[Source, ...]:
+def sources_of(data: Data) -> tuple[TrainingSource, ...]:
     """The sources of a stream: of one data set, all of it."""
-    return (Source(data, 1),) if isinstance(data, Manifest) else tuple(data)
+    return (TrainingSource(data, 1),) if isinstance(data, Manifest) else tuple(data)
 
 
-class Slots(NamedTuple):
+class StreamSlots(NamedTuple):
     """A run of slots of a global batch."""
 
     ids: Int64[np.ndarray, " n"]  # numbered through all sources' data sets
@@ -77,7 +77,7 @@ class Stream:
         block, lanes, window: see `Order`.
     """
 
-    def __init__(self, sources: Sequence[Source], *, seed: int, block: int, lanes: int, window: int) -> None:
+    def __init__(self, sources: Sequence[TrainingSource], *, seed: int, block: int, lanes: int, window: int) -> None:
         self.sources = tuple(sources)
         self.shares = Shares([source.share for source in sources])
         self.first_ids = first_ids(sources)
@@ -94,13 +94,13 @@ class Stream:
             for number, source in enumerate(sources)
         ]
 
-    def slots(self, position: int, size: int, start: int, stop: int) -> Slots:
+    def slots(self, position: int, size: int, start: int, stop: int) -> StreamSlots:
         """Slots [start, stop) of the `size` samples of the stream from `position` on.
 
         Slots are arranged source by source and, in a source, lane by lane.
         """
         before, after = self.shares.counts(position), self.shares.counts(position + size)
-        parts: list[Slots] = []
+        parts: list[StreamSlots] = []
         first = 0
         for number, order in enumerate(self._orders):
             count = after[number] - before[number]
@@ -110,7 +110,7 @@ class Stream:
                 epoch, offset = divmod(before[number], order.num_samples)
                 slots = order.slots(Cursor(epoch, offset), count, a, b)
                 windows = tuple((number, window) for window in slots.windows)
-                parts.append(Slots(slots.ids + self.first_ids[number], slots.epochs, windows, slots.window_of))
+                parts.append(StreamSlots(slots.ids + self.first_ids[number], slots.epochs, windows, slots.window_of))
         return parts[0] if len(parts) == 1 else _joined(parts)
 
     def ranges(self, source: int, window: Window) -> list[tuple[int, int]]:
@@ -187,7 +187,7 @@ def shares_of(weights: Sequence[float]) -> tuple[int, ...]:
     return tuple(share // divisor for share in shares)
 
 
-def first_ids(sources: Sequence[Source]) -> tuple[int, ...]:
+def first_ids(sources: Sequence[TrainingSource]) -> tuple[int, ...]:
     """Id of each source's first sample: ids number the samples through all data sets, subsets or not."""
     ids, total = [], 0
     for source in sources:
@@ -196,9 +196,9 @@ def first_ids(sources: Sequence[Source]) -> tuple[int, ...]:
     return tuple(ids)
 
 
-def _joined(parts: Sequence[Slots]) -> Slots:
+def _joined(parts: Sequence[StreamSlots]) -> StreamSlots:
     shifts = np.cumsum([0, *(len(part.windows) for part in parts)])
-    return Slots(
+    return StreamSlots(
         np.concatenate([part.ids for part in parts]) if parts else np.empty(0, np.int64),
         np.concatenate([part.epochs for part in parts]) if parts else np.empty(0, np.int64),
         tuple(window for part in parts for window in part.windows),

@@ -1,4 +1,4 @@
-"""What a loader's worker is told to do: which samples make which batch, and which runs of bytes hold them.
+"""What a loader worker has to do: which samples make which batch, and which runs of bytes hold them.
 
 A *task* is one worker's part of one batch. It is all a worker knows: manifests and orders, which may be large, stay in
 the rank's own process. What a task reads is grouped (the windows of the order, a run of a sweep); a group is opened by
@@ -17,13 +17,13 @@ from jaxtyping import Int64
 
 from pipeline.data.batch import derive_seed
 from pipeline.data.manifest import Manifest
-from pipeline.data.order.mixture import Source, Stream, first_ids
+from pipeline.data.order.mixture import Stream, TrainingSource, first_ids
 from pipeline.data.order.permutation import Cursor, Order, Window, advance
 
 SWEEP_READ = 256  # samples per ranged read of a sweep
 
 
-class Place(NamedTuple):
+class ShardPlace(NamedTuple):
     """Where a shard lies."""
 
     url: str
@@ -37,12 +37,12 @@ class Place(NamedTuple):
 class Read(NamedTuple):
     """Samples [first, stop) of a shard: one ranged read."""
 
-    shard: Place
+    shard: ShardPlace
     first: int
     stop: int
 
 
-class Spot(NamedTuple):
+class SampleLocation(NamedTuple):
     """Where a slot's sample lies: number `number` of its shard, which read `read` of the open group `group` covers."""
 
     group: int
@@ -55,7 +55,7 @@ class Task(NamedTuple):
 
     ids: Int64[np.ndarray, " n"]  # -1 for padding
     seeds: Sequence[int]
-    spots: Sequence[Spot | None]  # None for padding
+    locations: Sequence[SampleLocation | None]  # None for padding
     copies: int  # slots of one sample
     position: int
     opens: dict[int, tuple[Read, ...]]
@@ -67,7 +67,7 @@ class ManifestReads:
 
     def __init__(self, manifest: Manifest) -> None:
         self._manifest = manifest
-        self._places: dict[int, Place] = {}
+        self._places: dict[int, ShardPlace] = {}
 
     def read(self, first: int, stop: int) -> Read:
         """Samples [first, stop), which must lie in one shard."""
@@ -86,12 +86,12 @@ class ManifestReads:
             first = end
         return ranges
 
-    def _place(self, number: int) -> Place:
+    def _place(self, number: int) -> ShardPlace:
         if number not in self._places:
             if len(self._places) > 4096:
                 self._places.clear()
             shard = self._manifest.shards[number]
-            self._places[number] = Place(
+            self._places[number] = ShardPlace(
                 self._manifest.tar_url(shard),
                 shard.sha256,
                 self._manifest.index_url(shard),
@@ -102,7 +102,7 @@ class ManifestReads:
         return self._places[number]
 
 
-_Open = Callable[[Hashable], tuple[Sequence[tuple[int, int]], tuple[Read, ...]]]
+_OpenGroup = Callable[[Hashable], tuple[Sequence[tuple[int, int]], tuple[Read, ...]]]
 """Ranges of samples that belong to a group, and where each of them is read."""
 
 
@@ -124,17 +124,17 @@ class _Groups:
         ids: Int64[np.ndarray, " n"],
         seeds: Sequence[int],
         located: Sequence[tuple[Hashable, int] | None],
-        group: _Open,
+        group: _OpenGroup,
         copies: int,
         position: int,
     ) -> Task:
         """A task of slots located by (key of their group, sample as the group's ranges number it)."""
         opens: dict[int, tuple[Read, ...]] = {}
-        spots: list[Spot | None] = []
+        locations: list[SampleLocation | None] = []
         used: set[Hashable] = set()
         for at in located:
             if at is None:
-                spots.append(None)
+                locations.append(None)
                 continue
             key, sample = at
             if key not in self._open:
@@ -143,12 +143,45 @@ class _Groups:
                 opens[self._count] = reads
                 self._count += 1
             used.add(key)
-            here = self._open[key]
-            read = next(i for i, (first, stop) in enumerate(here.ranges) if first <= sample < stop)
-            number = here.reads[read].first + sample - here.ranges[read][0]
-            spots.append(Spot(here.number, read, number))
+            opened = self._open[key]
+            read = next(i for i, (first, stop) in enumerate(opened.ranges) if first <= sample < stop)
+            number = opened.reads[read].first + sample - opened.ranges[read][0]
+            locations.append(SampleLocation(opened.number, read, number))
         closes = tuple(self._open.pop(key).number for key in [key for key in self._open if key not in used])
-        return Task(ids, seeds, spots, copies, position, opens, closes)
+        return Task(ids, seeds, locations, copies, position, opens, closes)
+
+
+@dataclasses.dataclass(frozen=True)
+class OrderOptions:
+    """What fixes the order of samples, with the data sets: the same for any number of ranks and loader workers.
+
+    Args:
+        seed: of the run; with the epoch it fixes the order, with the epoch and the id a sample's own seed.
+        global_batch: samples (slots) per step over all ranks.
+        block: neighbouring samples kept together by the shuffle, and read as one range.
+        lanes: streams a global batch is taken from; must divide `global_batch`.
+        window: samples shuffled among each other within a lane; a lane's current window is held in memory, encoded.
+        copies: how often each drawn sample stands in the batch, with a seed of its own each time; decoded once.
+    """
+
+    seed: int
+    global_batch: int
+    block: int = 256
+    lanes: int = 16
+    window: int = 1024
+    copies: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Share:
+    """Which rank's share of each global batch: contiguous slots."""
+
+    rank: int = 0
+    world_size: int = 1
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.rank < self.world_size:
+            raise ValueError(f"rank {self.rank} of {self.world_size}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,35 +190,27 @@ class TrainPlan:
 
     Args:
         sources: what the stream is mixed from.
-        seed: of the run.
-        global_batch: slots per step over all ranks.
-        block, lanes, window: see `pipeline.data.order.permutation.Order`.
-        copies: slots that each drawn sample takes, one after the other, each with a seed of its own.
         start: where to begin; counts slots.
     """
 
-    sources: tuple[Source, ...]
-    seed: int
-    global_batch: int
-    block: int
-    lanes: int
-    window: int
-    copies: int
+    sources: tuple[TrainingSource, ...]
+    order: OrderOptions
     start: Cursor
     first_slot: int
     stop_slot: int
 
     def tasks(self, parts: Sequence[tuple[int, int]]) -> Iterator[list[Task]]:
         """For each step, the tasks of its parts, which are [start, stop) of the rank's own slots."""
-        stream = Stream(self.sources, seed=self.seed, block=self.block, lanes=self.lanes, window=self.window)
+        order = self.order
+        stream = Stream(self.sources, seed=order.seed, block=order.block, lanes=order.lanes, window=order.window)
         opener = _Windows(stream)
         workers = [_Groups() for _ in parts]
-        epoch_length, copies = stream.num_samples * self.copies, self.copies
+        epoch_length, copies = stream.num_samples * order.copies, order.copies
         cursor = self.start
         while True:
             position = cursor.epoch * epoch_length + cursor.offset
             slots = stream.slots(
-                position // copies, self.global_batch // copies, self.first_slot // copies, self.stop_slot // copies
+                position // copies, order.global_batch // copies, self.first_slot // copies, self.stop_slot // copies
             )
             pairs = list(zip(slots.epochs.tolist(), slots.ids.tolist(), strict=True))
             located = [
@@ -198,7 +223,7 @@ class TrainPlan:
                     [
                         seed
                         for epoch, sample in pairs[start // copies : stop // copies]
-                        for seed in sample_seeds(self.seed, epoch, sample, copies)
+                        for seed in sample_seeds(order.seed, epoch, sample, copies)
                     ],
                     [at for at in located[start // copies : stop // copies] for _ in range(copies)],
                     opener,
@@ -207,7 +232,7 @@ class TrainPlan:
                 )
                 for (start, stop), groups in zip(parts, workers, strict=True)
             ]
-            cursor = advance(cursor, self.global_batch, epoch_length)
+            cursor = advance(cursor, order.global_batch, epoch_length)
 
 
 def sample_seeds(seed: int, epoch: int, sample_id: int, copies: int = 1) -> list[int]:
@@ -239,11 +264,10 @@ class SweepPlan:
         batch: samples per batch of one rank.
     """
 
-    sources: tuple[Source, ...]
+    sources: tuple[TrainingSource, ...]
     seed: int
     block: int
-    rank: int
-    world_size: int
+    share: Share
     batch: int
     num_batches: int
 
@@ -252,7 +276,7 @@ class SweepPlan:
         opener = _Runs(self.sources, self.block)
         workers = [_Groups() for _ in parts]
         for number in range(self.num_batches):
-            first = (number * self.world_size + self.rank) * self.batch
+            first = (number * self.share.world_size + self.share.rank) * self.batch
             tasks = []
             for (start, stop), groups in zip(parts, workers, strict=True):
                 key = (first + start, min(first + stop, opener.num_samples))
@@ -275,7 +299,7 @@ class SweepPlan:
 class _Runs:
     """Runs of the samples that are swept, numbered through all sources."""
 
-    def __init__(self, sources: Sequence[Source], block: int) -> None:
+    def __init__(self, sources: Sequence[TrainingSource], block: int) -> None:
         self._sources = sources
         self._reads = [ManifestReads(source.manifest) for source in sources]
         self._first_ids = first_ids(sources)
@@ -290,14 +314,14 @@ class _Runs:
 
     def ranges(self, start: int, stop: int) -> list[tuple[int, int]]:
         """Ids of the samples [start, stop) of the sweep, as ranges within one source each."""
-        found = []
+        ranges = []
         while start < stop:
             at = int(np.searchsorted(self._places, start, side="right")) - 1
             end = min(stop, int(self._places[at + 1]))
             first = int(self._starts[at]) + start - int(self._places[at])
-            found.append((first, first + end - start))
+            ranges.append((first, first + end - start))
             start = end
-        return found
+        return ranges
 
     def __call__(self, key: Hashable) -> tuple[Sequence[tuple[int, int]], tuple[Read, ...]]:
         assert isinstance(key, tuple)
@@ -311,7 +335,7 @@ class _Runs:
         return ranges, tuple(reads)
 
 
-def _drawn(source: Source, block: int) -> list[tuple[int, int]]:
+def _drawn(source: TrainingSource, block: int) -> list[tuple[int, int]]:
     if source.subset is None:
         return [(0, source.manifest.num_samples)] if source.manifest.num_samples else []
     sizes = [shard.num_samples for shard in source.manifest.shards]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pipeline.data.batch import Batch
 from pipeline.data.order.tasks import Plan
-from pipeline.data.reading.examples import READ_AHEAD_STEPS, Listed, Part, Workshop, produce
+from pipeline.data.reading.examples import READ_AHEAD_STEPS, BatchPart, Listed, WorkerSetup, produce
 from pipeline.data.reading.worker import Received, WorkerProcess
 
 READY_STEPS = 2  # batches made and not yet taken
@@ -27,20 +27,20 @@ class Background:
         plan: what to make.
         share: slots of this rank in each batch.
         workers: processes among which they are divided; 0 does the work in a thread of this process.
-        workshop: how to make them.
+        setup: how to make them.
         unit: slots that must stay together.
     """
 
-    def __init__(self, plan: Plan, share: int, workers: int, workshop: Workshop, unit: int = 1) -> None:
+    def __init__(self, plan: Plan, share: int, workers: int, setup: WorkerSetup, unit: int = 1) -> None:
         self._stop = threading.Event()
-        self._ready: _Channel[Part] = _Channel(READY_STEPS)
+        self._ready: _Channel[BatchPart] = _Channel(READY_STEPS)
         self._parts = [(a * unit, b * unit) for a, b in even_parts(share // unit, max(1, workers))]
-        self.workers = [WorkerProcess(workshop) for _ in range(workers)]
-        source = self._gathered(plan) if workers else self._made_here(plan, workshop)
+        self.workers = [WorkerProcess(setup) for _ in range(workers)]
+        source = self._gathered(plan) if workers else self._made_here(plan, setup)
         self._thread = threading.Thread(target=self._fill, args=(source,), name="loader", daemon=True)
         self._thread.start()
 
-    def next(self) -> Part | None:
+    def next(self) -> BatchPart | None:
         """The next part, None after the last or when closed."""
         return self._ready.get()
 
@@ -55,7 +55,7 @@ class Background:
         for worker in self.workers:
             worker.close()
 
-    def _fill(self, source: Iterator[Part]) -> None:
+    def _fill(self, source: Iterator[BatchPart]) -> None:
         try:
             for part in source:
                 if not self._ready.put(part):
@@ -67,10 +67,10 @@ class Background:
         finally:
             source.close()  # type: ignore[attr-defined]  # a generator: its reads end here, in their thread
 
-    def _made_here(self, plan: Plan, workshop: Workshop) -> Iterator[Part]:
-        return produce(Listed(task for (task,) in plan.tasks(self._parts)), workshop, self._stop)
+    def _made_here(self, plan: Plan, setup: WorkerSetup) -> Iterator[BatchPart]:
+        return produce(Listed(task for (task,) in plan.tasks(self._parts)), setup, self._stop)
 
-    def _gathered(self, plan: Plan) -> Iterator[Part]:
+    def _gathered(self, plan: Plan) -> Iterator[BatchPart]:
         steps = plan.tasks(self._parts)
         num_handed_out, num_done, more = 0, 0, True
         while True:
@@ -86,7 +86,7 @@ class Background:
             yield self._receive()
             num_done += 1
 
-    def _receive(self) -> Part:
+    def _receive(self) -> BatchPart:
         """One part of each worker, each array received in its place of the whole."""
         total = self._parts[-1][1]
         whole: dict[str, Tensor] = {}
@@ -113,7 +113,7 @@ class Background:
             **whole,
         )
         faults = tuple(fault for part in received for fault in part.faults)
-        return Part(batch, faults, sum(part.num_withdrawn for part in received))
+        return BatchPart(batch, faults, sum(part.num_withdrawn for part in received))
 
 
 def even_parts(size: int, count: int) -> list[tuple[int, int]]:

@@ -1,4 +1,4 @@
-"""What a loader's worker does, be it a thread or a process: from tasks to collated examples.
+"""What a loader worker does, be it a thread or a process: from tasks to collated examples.
 
 A *task* (`pipeline.data.order.tasks`) is one worker's part of one batch; a *part* is the task done.
 """
@@ -31,7 +31,7 @@ class Fault(NamedTuple):
     reason: str
 
 
-class Part(NamedTuple):
+class BatchPart(NamedTuple):
     """A task's samples, in its order, the unreadable and withdrawn ones with weight 0."""
 
     batch: Batch
@@ -40,8 +40,8 @@ class Part(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Workshop:
-    """How parts are made, whatever the task: what a worker is given once.
+class WorkerSetup:
+    """How parts are made, whatever the task: what a loader worker is given once.
 
     Args:
         transform: makes examples.
@@ -73,19 +73,19 @@ class Listed:
         return next(self._tasks, None)
 
 
-def produce(tasks: Tasks, workshop: Workshop, stop: threading.Event) -> Iterator[Part]:
+def produce(tasks: Tasks, setup: WorkerSetup, stop: threading.Event) -> Iterator[BatchPart]:
     """Do tasks in turn, reading ahead.
 
     Args:
         tasks: what to make.
-        workshop: how.
+        setup: how.
         stop: ends the waiting for a store that doesn't answer.
 
     Raises:
         DataError, StorageError: the data set can't be read.
     """
-    ahead = ReadAhead(ShardReader(stop, workshop.cache))
-    blank = workshop.transform.blank()
+    ahead = ReadAhead(ShardReader(stop, setup.cache))
+    blank = setup.transform.blank()
     waiting: deque[Task] = deque()
     try:
         while True:
@@ -96,35 +96,35 @@ def produce(tasks: Tasks, workshop: Workshop, stop: threading.Event) -> Iterator
                 return
             task = waiting.popleft()
             ahead.forget(task.closes)
-            yield _do(task, workshop, blank, ahead)
+            yield _do(task, setup, blank, ahead)
     finally:
         ahead.close()
 
 
-def _do(task: Task, workshop: Workshop, blank: Example, ahead: ReadAhead) -> Part:
+def _do(task: Task, setup: WorkerSetup, blank: Example, ahead: ReadAhead) -> BatchPart:
     examples: list[Example] = []
     weight: list[float] = []
     faults: list[Fault] = []
     num_withdrawn = 0
     ids = task.ids.tolist()
     for slot in range(0, len(ids), task.copies):
-        spot, made, key = task.spots[slot], None, ""
-        if spot is not None:
+        location, made, key = task.locations[slot], None, ""
+        if location is not None:
             try:
-                sample = ahead.sample(spot, ids[slot])
+                sample = ahead.sample(location, ids[slot])
                 key = sample.key
-                if key in workshop.takedown:
+                if key in setup.takedown:
                     num_withdrawn += 1
                 else:
-                    made = several(workshop.transform, sample, task.seeds[slot : slot + task.copies])
+                    made = several(setup.transform, sample, task.seeds[slot : slot + task.copies])
             except UnreadableSample as unreadable:
-                faults.append(Fault(ids[slot], ahead.shard(spot).url, spot.number, key, unreadable.reason))
+                faults.append(Fault(ids[slot], ahead.shard(location).url, location.number, key, unreadable.reason))
             except Exception as error:
-                error.add_note(f"while reading sample {ids[slot]} ({key!r} of {ahead.shard(spot).url})")
+                error.add_note(f"while reading sample {ids[slot]} ({key!r} of {ahead.shard(location).url})")
                 raise
         examples += [blank] * task.copies if made is None else made
         weight += [float(made is not None)] * task.copies
-    return Part(collate(examples, ids, task.seeds, weight, task.position), tuple(faults), num_withdrawn)
+    return BatchPart(collate(examples, ids, task.seeds, weight, task.position), tuple(faults), num_withdrawn)
 
 
 def several(transform: Transform, sample: RawSample, seeds: Sequence[int]) -> Sequence[Example]:

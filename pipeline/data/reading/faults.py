@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 
-from pipeline.data.reading.examples import Fault, Part
+from pipeline.data.reading.examples import BatchPart, Fault
 from pipeline.errors import DataError
 
 TALLY_FLOOR = 1000  # samples the share of unreadable ones is counted on at least
@@ -12,7 +12,7 @@ TALLY_FLOOR = 1000  # samples the share of unreadable ones is counted on at leas
 logger = logging.getLogger(__name__)
 
 
-class Tally:
+class FaultTally:
     """Counts unreadable samples, logs each by name once, and says when there are too many.
 
     Args:
@@ -28,7 +28,7 @@ class Tally:
         self._named: set[int] = set()
         self._told_withdrawn = False
 
-    def add(self, part: Part) -> None:
+    def add(self, part: BatchPart) -> None:
         """Count a part's samples.
 
         Raises:

@@ -22,7 +22,7 @@ from pipeline import storage
 from pipeline.data.batch import RawSample
 from pipeline.data.images.decode import UnreadableSample
 from pipeline.data.manifest import read_index_at
-from pipeline.data.order.tasks import Place, Read, Spot
+from pipeline.data.order.tasks import Read, SampleLocation, ShardPlace
 from pipeline.data.reading.cache import RangeCache
 from pipeline.data.reading.tar import EXTENSIONS, key_and_extension, tar_members
 
@@ -121,7 +121,7 @@ class ShardReader:
             return Bytes(read.first, memoryview(b""), offsets, "the shard is missing")
         return Bytes(read.first, memoryview(data), offsets)
 
-    def _read_index(self, shard: Place) -> Int64[np.ndarray, " n_plus_1"]:
+    def _read_index(self, shard: ShardPlace) -> Int64[np.ndarray, " n_plus_1"]:
         return patiently(
             lambda: read_index_at(shard.index_url, shard.index_sha256, shard.num_samples, shard.size_bytes), self._stop
         )
@@ -152,7 +152,7 @@ class ReadAhead:
     def __init__(self, reader: ShardReader) -> None:
         self._reader = reader
         self._threads = ThreadPoolExecutor(READ_THREADS, thread_name_prefix="shards")
-        self._groups: dict[int, list[tuple[Place, Future[Bytes]]]] = {}
+        self._groups: dict[int, list[tuple[ShardPlace, Future[Bytes]]]] = {}
 
     def open(self, groups: Mapping[int, Sequence[Read]]) -> None:
         """Start reading groups."""
@@ -165,18 +165,18 @@ class ReadAhead:
             for _, data in self._groups.pop(number):
                 data.cancel()
 
-    def sample(self, spot: Spot, sample_id: int) -> RawSample:
+    def sample(self, location: SampleLocation, sample_id: int) -> RawSample:
         """One sample of an open group, waiting for it.
 
         Raises:
             UnreadableSample: it can't be used.
             DataError, StorageError: the data set can't be read.
         """
-        return self._groups[spot.group][spot.read][1].result().sample(spot.number, sample_id)
+        return self._groups[location.group][location.read][1].result().sample(location.number, sample_id)
 
-    def shard(self, spot: Spot) -> Place:
+    def shard(self, location: SampleLocation) -> ShardPlace:
         """The shard a sample of an open group lies in."""
-        return self._groups[spot.group][spot.read][0]
+        return self._groups[location.group][location.read][0]
 
     def close(self) -> None:
         """Drop everything; reads under way are waited for."""

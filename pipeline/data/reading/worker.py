@@ -28,9 +28,7 @@ from torch import Tensor
 
 from pipeline.data.batch import Instances
 from pipeline.data.order.tasks import Task
-from pipeline.data.reading.examples import Fault, Part, Workshop, produce
-
-TENSORS = ("ids", "seeds", "weight", "images", "text", "labels")
+from pipeline.data.reading.examples import BatchPart, Fault, WorkerSetup, produce
 
 Allocate = Callable[[str, tuple[int, ...], torch.dtype], Tensor]
 """(name of the field, shape of the worker's part, type) -> where to put it."""
@@ -54,11 +52,11 @@ class WorkerProcess:
     """One worker; it starts up from its construction on.
 
     Args:
-        workshop: must pickle; its transform must be importable by name from a module other than `__main__`.
+        setup: must pickle; its transform must be importable by name from a module other than `__main__`.
     """
 
-    def __init__(self, workshop: Workshop) -> None:
-        self._setup: bytes | None = pickle.dumps(workshop, protocol=pickle.HIGHEST_PROTOCOL)
+    def __init__(self, setup: WorkerSetup) -> None:
+        self._setup: bytes | None = pickle.dumps(setup, protocol=pickle.HIGHEST_PROTOCOL)
         self._connection, theirs = Pipe()
         # The interpreter's own path, so that whatever is importable here is there.
         path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
@@ -157,20 +155,17 @@ def main() -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     torch.set_num_threads(1)
     connection: Connection[Any, Any] = Connection(int(sys.argv[1]))
-    try:
-        setup = connection.recv_bytes()
-        _send(connection, setup)
-    except (EOFError, BrokenPipeError, ConnectionResetError):
-        pass  # nobody listens any more
+    with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):  # the training process is gone
+        _send(connection, connection.recv_bytes())
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)  # reads under way would be waited for
 
 
-def _send(connection: Connection[Any, Any], setup: bytes) -> None:
+def _send(connection: Connection[Any, Any], pickled_setup: bytes) -> None:
     try:
-        workshop = pickle.loads(setup)
-        for part in produce(_Inbox(connection), workshop, threading.Event()):
+        setup: WorkerSetup = pickle.loads(pickled_setup)
+        for part in produce(_Inbox(connection), setup, threading.Event()):
             header, arrays = _pack(part)
             connection.send_bytes(pickle.dumps(("part", header), protocol=pickle.HIGHEST_PROTOCOL))
             for array in arrays:
@@ -200,10 +195,10 @@ def _portable(error: Exception) -> Exception:
     return portable if isinstance(portable, Exception) else RuntimeError(trace)
 
 
-def _pack(part: Part) -> tuple[dict[str, Any], list[np.ndarray]]:
+def _pack(part: BatchPart) -> tuple[dict[str, Any], list[np.ndarray]]:
     """A part as a small header and its arrays."""
     batch = part.batch
-    present = [(name, tensor.contiguous().numpy()) for name in TENSORS if (tensor := getattr(batch, name)) is not None]
+    present = [(name, tensor.contiguous().numpy()) for name, tensor in batch.tensors().items()]
     instances = batch.instances and tuple(
         item._replace(**{name: getattr(item, name).numpy() for name in _present(item)}) for item in batch.instances
     )

@@ -20,13 +20,14 @@ import torch
 
 from pipeline.data.batch import derive_seed
 from pipeline.data.images.transforms import ImageExample, TrainImage
-from pipeline.data.loader import Cursor, Loader
+from pipeline.data.loader import Cursor
 from pipeline.data.manifest import Manifest
-from pipeline.data.order.mixture import Data, Source, sources_of
-from pipeline.data.order.tasks import TrainPlan
+from pipeline.data.order.mixture import Data, TrainingSource, sources_of
+from pipeline.data.order.tasks import OrderOptions, TrainPlan
 from pipeline.data.reading.background import even_parts
-from pipeline.data.reading.examples import Listed, Workshop, produce
+from pipeline.data.reading.examples import Listed, WorkerSetup, produce
 from pipeline.data.reading.takedown import Takedown, takedown_of
+from tests.support.loaders import loader_of
 
 TRAIN = ImageExample(TrainImage((16, 16)), label=True)
 GLOBAL_BATCH, NUM_STEPS = 24, 9  # twice over the border of the epochs of 90 samples
@@ -44,7 +45,8 @@ class Slot(NamedTuple):
 
 def plan_of(data: Data, start: Cursor, rank: int, world: int, copies: int = 1) -> TrainPlan:
     share = GLOBAL_BATCH // world
-    return TrainPlan(sources_of(data), 3, GLOBAL_BATCH, 8, 4, 16, copies, start, rank * share, (rank + 1) * share)
+    order = OrderOptions(3, GLOBAL_BATCH, block=8, lanes=4, window=16, copies=copies)
+    return TrainPlan(sources_of(data), order, start, rank * share, (rank + 1) * share)
 
 
 def global_batches(
@@ -58,7 +60,7 @@ def global_batches(
         parts = [(a * copies, b * copies) for a, b in units]
         for number in range(len(parts)):
             tasks = (step[number] for step in plan.tasks(parts))
-            made = produce(Listed(tasks), Workshop(TRAIN, takedown or Takedown()), threading.Event())
+            made = produce(Listed(tasks), WorkerSetup(TRAIN, takedown or Takedown()), threading.Event())
             for batch, part in zip(batches, made, strict=False):
                 assert part.batch.images is not None
                 columns = (part.batch.ids, part.batch.weight, part.batch.seeds)
@@ -93,7 +95,7 @@ def test_real_loaders_agree(ninety: Manifest, expected, world: int, workers: int
     batches: list[list[Slot]] = [[] for _ in range(NUM_STEPS)]
     for rank in range(world):
         options = {"seed": 3, "global_batch": GLOBAL_BATCH, "block": 8, "lanes": 4, "window": 16}
-        with Loader(ninety, TRAIN, rank=rank, world_size=world, workers=workers, micro_batch=4, **options) as loader:
+        with loader_of(ninety, TRAIN, rank=rank, world_size=world, workers=workers, micro_batch=4, **options) as loader:
             for batch, step in zip(batches, loader.steps(Cursor()), strict=False):
                 for micro in step.micro:
                     assert micro.images is not None
@@ -104,8 +106,8 @@ def test_real_loaders_agree(ninety: Manifest, expected, world: int, workers: int
 
 
 @pytest.fixture(scope="module")
-def mixture(ninety: Manifest, forty: Manifest) -> tuple[Source, ...]:
-    return (Source(ninety, 2), Source(forty, 1))
+def mixture(ninety: Manifest, forty: Manifest) -> tuple[TrainingSource, ...]:
+    return (TrainingSource(ninety, 2), TrainingSource(forty, 1))
 
 
 @pytest.mark.parametrize(("world", "workers"), [(2, 1), (3, 2), (4, 4)])
@@ -143,13 +145,14 @@ def test_a_takedown_list_changes_weights_and_nothing_else(ninety: Manifest, expe
 
 RANK = """
 import hashlib, json, sys, time
-from pipeline.data.loader import Cursor, Loader
+from pipeline.data.loader import Cursor
+from tests.support.loaders import loader_of
 from pipeline.data.manifest import read_manifest
 from pipeline.data.images.transforms import ImageExample, TrainImage
 url, rank, world, epoch, offset, workers, out = sys.argv[1:]
 options = dict(seed=3, global_batch=24, block=8, lanes=4, window=16, workers=int(workers))
 transform = ImageExample(TrainImage((16, 16)), label=True)
-loader = Loader(read_manifest(url), transform, rank=int(rank), world_size=int(world), **options)
+loader = loader_of(read_manifest(url), transform, rank=int(rank), world_size=int(world), **options)
 for step in loader.steps(Cursor(int(epoch), int(offset))):
     (batch,) = step.micro
     pixels = [hashlib.sha256(image.numpy().tobytes()).hexdigest() for image in batch.images]
@@ -212,7 +215,7 @@ def test_a_plan_starts_anywhere_in_constant_time(ninety: Manifest, monkeypatch: 
 
 def test_ranks_see_the_same_tensors_whoever_makes_them(ninety: Manifest) -> None:
     loaders = [
-        Loader(ninety, TRAIN, seed=3, global_batch=24, rank=rank, world_size=2, block=8, lanes=4, window=16)
+        loader_of(ninety, TRAIN, seed=3, global_batch=24, rank=rank, world_size=2, block=8, lanes=4, window=16)
         for rank in range(2)
     ]
     steps = []

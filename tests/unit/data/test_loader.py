@@ -21,10 +21,11 @@ import torch
 from launch.s3_server import S3Server, find_rclone
 from pipeline.data.batch import Batch, Example, RawSample, derive_seed
 from pipeline.data.images.transforms import EvalImage, ImageExample, TrainImage
-from pipeline.data.loader import Cursor, Loader, Step, sweep
+from pipeline.data.loader import Cursor, Loader, Step
 from pipeline.data.manifest import Manifest, read_manifest
 from pipeline.data.reading.worker import WorkerDied
 from pipeline.errors import ConfigError, DataError
+from tests.support.loaders import loader_of, swept
 
 TRAIN = ImageExample(TrainImage((16, 16)), label=True)
 
@@ -60,7 +61,7 @@ def global_batches(manifest: Manifest, start: Cursor, count: int, world: int, wo
     """Each global batch as one, put together from all ranks and micro batches."""
     shares = []
     for rank in range(world):
-        loader = Loader(manifest, TRAIN, **settings(rank=rank, world_size=world, workers=workers, micro_batch=micro))
+        loader = loader_of(manifest, TRAIN, **settings(rank=rank, world_size=world, workers=workers, micro_batch=micro))
         shares.append(take(loader, start, count))
     return [[batch for step in steps for batch in step.micro] for steps in zip(*shares, strict=True)]
 
@@ -120,7 +121,7 @@ def test_labels_and_seeds_belong_to_their_samples(expected) -> None:
 @pytest.mark.parametrize("steps_before", [1, 7, 8])
 def test_resuming_goes_on_exactly(ninety, expected, steps_before: int) -> None:
     """Another world size takes over, in the middle of an epoch and beyond its end."""
-    [*_, last] = take(Loader(ninety, TRAIN, **settings()), Cursor(), steps_before)
+    [*_, last] = take(loader_of(ninety, TRAIN, **settings()), Cursor(), steps_before)
     resumed = global_batches(ninety, last.after, 10 - steps_before, world=2, workers=0)
     for batch, right in zip(resumed, expected[steps_before:], strict=True):
         assert torch.equal(content(batch)["images"], right["images"])
@@ -128,7 +129,7 @@ def test_resuming_goes_on_exactly(ninety, expected, steps_before: int) -> None:
 
 
 def test_cursor_and_position_count_samples(ninety: Manifest) -> None:
-    steps = take(Loader(ninety, TRAIN, **settings(micro_batch=5)), Cursor(2, 80), 2)
+    steps = take(loader_of(ninety, TRAIN, **settings(micro_batch=5)), Cursor(2, 80), 2)
     assert [step.after for step in steps] == [Cursor(3, 2), Cursor(3, 14)]
     assert [[batch.position for batch in step.micro] for step in steps] == [[260] * 3, [272] * 3]
     assert [[len(batch) for batch in step.micro] for step in steps] == [[5, 5, 2]] * 2
@@ -137,7 +138,7 @@ def test_cursor_and_position_count_samples(ninety: Manifest) -> None:
 
 def test_augmentation_differs_between_epochs(ninety: Manifest) -> None:
     def image_of(cursor: Cursor) -> torch.Tensor:
-        for step in take(Loader(ninety, TRAIN, **settings()), cursor, 8):
+        for step in take(loader_of(ninety, TRAIN, **settings()), cursor, 8):
             for batch in step.micro:
                 if 5 in batch.ids.tolist():
                     assert batch.images is not None
@@ -150,7 +151,7 @@ def test_augmentation_differs_between_epochs(ninety: Manifest) -> None:
 
 def test_faults_are_named(ninety: Manifest, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
-        take(Loader(ninety, TRAIN, **settings()), Cursor(), 16)
+        take(loader_of(ninety, TRAIN, **settings()), Cursor(), 16)
     messages = sorted(record.message for record in caplog.records)
     assert len(messages) == 2, "each is named once"
     assert f"'000017' of {ninety.url}/00000.tar (id 17): bytes that are no image" in messages[0]
@@ -160,10 +161,10 @@ def test_faults_are_named(ninety: Manifest, caplog: pytest.LogCaptureFixture) ->
 @pytest.mark.parametrize("workers", [0, 1])
 def test_too_many_faults_end_the_run(data_set: Callable[..., Manifest], workers: int) -> None:
     shards = [[(f"{i:03d}", {"jpg": b"nonsense", "cls": b"1"}) for i in range(40)]]
-    loader = Loader(data_set(shards=shards), TRAIN, **settings(workers=workers))
+    loader = loader_of(data_set(shards=shards), TRAIN, **settings(workers=workers))
     with pytest.raises(DataError, match=r"unreadable, over the limit of 1.00%; the last: '0\d\d' of .*/00000.tar"):
         take(loader, Cursor(), 100)
-    tolerant = Loader(data_set(shards=shards), TRAIN, **settings(max_unreadable=1.0))
+    tolerant = loader_of(data_set(shards=shards), TRAIN, **settings(max_unreadable=1.0))
     assert all(step.micro[0].weight.sum() == 0 for step in take(tolerant, Cursor(), 100))
 
 
@@ -175,7 +176,7 @@ def test_a_lost_shard_costs_its_samples_only(data_set: Callable[..., Manifest], 
         tar.unlink()
     else:
         tar.write_bytes(tar.read_bytes()[: tar.stat().st_size // 2])
-    batches = list(sweep(manifest, TRAIN, rank=0, world_size=1, batch=16))
+    batches = list(swept(manifest, TRAIN, rank=0, world_size=1, batch=16))
     read = {int(i) for batch in batches for i, w in zip(batch.ids, batch.weight, strict=True) if w > 0}
     assert set(range(20)) <= read
     assert len(read) == 20 if damage == "missing" else 25 < len(read) < 35
@@ -186,7 +187,7 @@ def test_a_damaged_index_is_named(data_set: Callable[..., Manifest]) -> None:
     index = Path(manifest.url) / "00000.index.npy"
     index.write_bytes(index.read_bytes()[:-8] + bytes(8))
     with pytest.raises(DataError, match="isn't the one the manifest knows"):
-        take(Loader(manifest, TRAIN, **settings()), Cursor(), 1)
+        take(loader_of(manifest, TRAIN, **settings()), Cursor(), 1)
 
 
 @pytest.mark.parametrize(
@@ -198,17 +199,17 @@ def test_a_damaged_index_is_named(data_set: Callable[..., Manifest]) -> None:
 )
 def test_numbers_that_dont_divide_are_refused(ninety: Manifest, changes: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        Loader(ninety, TRAIN, **settings(**changes))
+        loader_of(ninety, TRAIN, **settings(**changes))
 
 
 @pytest.mark.parametrize(("sizes", "message"), [([10], "10 samples don't fill"), ([0], "data set that isn't empty")])
 def test_too_few_samples_are_refused(data_set: Callable[..., Manifest], sizes: list[int], message: str) -> None:
     manifest = data_set(sizes)
     with pytest.raises(DataError, match=message):
-        Loader(manifest, TRAIN, **settings())
+        loader_of(manifest, TRAIN, **settings())
     if sizes == [0]:
         with pytest.raises(DataError, match="no samples"):
-            sweep(manifest, TRAIN, rank=0, world_size=1, batch=4)
+            swept(manifest, TRAIN, rank=0, world_size=1, batch=4)
 
 
 @pytest.fixture
@@ -222,7 +223,7 @@ def nothing_left() -> Iterator[None]:
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_closing_ends_iteration_threads_and_processes(ninety: Manifest, nothing_left: None, workers: int) -> None:
-    loader = Loader(ninety, TRAIN, **settings(workers=workers))
+    loader = loader_of(ninety, TRAIN, **settings(workers=workers))
     steps = loader.steps(Cursor())
     next(steps)
     loader.close()
@@ -233,22 +234,22 @@ def test_closing_ends_iteration_threads_and_processes(ninety: Manifest, nothing_
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_leaving_a_sweep_early_ends_it(ninety: Manifest, nothing_left: None, workers: int) -> None:
-    sweep(ninety, TRAIN, rank=0, world_size=1, batch=4, workers=workers)  # never begun
-    batches = sweep(ninety, TRAIN, rank=0, world_size=1, batch=4, workers=workers)
+    swept(ninety, TRAIN, rank=0, world_size=1, batch=4, workers=workers)  # never begun
+    batches = swept(ninety, TRAIN, rank=0, world_size=1, batch=4, workers=workers)
     next(batches)
     batches.close()  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_defect_in_a_transform_reaches_the_caller(ninety: Manifest, nothing_left: None, workers: int) -> None:
-    loader = Loader(ninety, Misbehaving(33, "raise"), **settings(workers=workers))
+    loader = loader_of(ninety, Misbehaving(33, "raise"), **settings(workers=workers))
     with pytest.raises(ZeroDivisionError, match="a defect") as caught:
         take(loader, Cursor(), 8)
     assert any(f"sample 33 ('000033' of {ninety.url}/00001.tar)" in note for note in caught.value.__notes__)
 
 
 def test_a_killed_worker_reaches_the_caller(ninety: Manifest, nothing_left: None) -> None:
-    loader = Loader(ninety, Misbehaving(33, "kill"), **settings(workers=2))
+    loader = loader_of(ninety, Misbehaving(33, "kill"), **settings(workers=2))
     with pytest.raises(WorkerDied, match="status -9"):
         take(loader, Cursor(), 8)
 
@@ -256,12 +257,13 @@ def test_a_killed_worker_reaches_the_caller(ninety: Manifest, nothing_left: None
 def test_workers_end_when_the_training_process_is_killed(ninety: Manifest) -> None:
     program = (
         "import os, signal, sys\n"
-        "from pipeline.data.loader import Cursor, Loader\n"
+        "from pipeline.data.loader import Cursor\n"
+        "from tests.support.loaders import loader_of\n"
         "from pipeline.data.manifest import read_manifest\n"
         "from pipeline.data.images.transforms import EvalImage, ImageExample\n"
         "transform = ImageExample(EvalImage((16, 16)))\n"
         "options = dict(seed=0, global_batch=4, rank=0, world_size=1, lanes=4, workers=2)\n"
-        "loader = Loader(read_manifest(sys.argv[1]), transform, **options)\n"
+        "loader = loader_of(read_manifest(sys.argv[1]), transform, **options)\n"
         "next(loader.steps(Cursor()))\n"
         "print(*[w.pid for w in loader._run.workers], flush=True)\n"
         "os.kill(os.getpid(), signal.SIGKILL)"
@@ -282,7 +284,7 @@ def test_workers_end_when_the_training_process_is_killed(ninety: Manifest) -> No
 def test_a_sweep_sees_each_sample_once(ninety: Manifest, world: int, workers: int) -> None:
     transform = ImageExample(EvalImage((16, 16)), label=True)
     ranks = [
-        list(sweep(ninety, transform, rank=rank, world_size=world, batch=16, workers=workers)) for rank in range(world)
+        list(swept(ninety, transform, rank=rank, world_size=world, batch=16, workers=workers)) for rank in range(world)
     ]
     assert len({len(batches) for batches in ranks}) == 1
     assert len({len(batch) for batches in ranks for batch in batches}) == 1
@@ -296,7 +298,7 @@ def test_a_sweep_sees_each_sample_once(ninety: Manifest, world: int, workers: in
 
 def test_a_sweep_over_fewer_samples_than_ranks(data_set: Callable[..., Manifest]) -> None:
     manifest = data_set([2])
-    ranks = [list(sweep(manifest, TRAIN, rank=rank, world_size=4, batch=16)) for rank in range(4)]
+    ranks = [list(swept(manifest, TRAIN, rank=rank, world_size=4, batch=16)) for rank in range(4)]
     assert [[batch.ids.tolist() for batch in batches] for batches in ranks] == [[[0]], [[1]], [[-1]], [[-1]]]
 
 

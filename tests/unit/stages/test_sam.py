@@ -78,7 +78,7 @@ def test_only_the_best_masks_path_gets_the_gradient_of_the_mask_loss(point_share
 def test_the_loss_of_a_batch_is_the_sum_of_its_images_losses() -> None:
     stage = tiny_stage().double()
     together = stage.loss(batch(*THREE))
-    alone = [stage.loss(batch(*THREE).only(i)) for i in range(3)]
+    alone = [stage.loss(batch(*THREE).at(slice(i, i + 1))) for i in range(3)]
     assert together.total.item() == pytest.approx(sum(losses.total.item() for losses in alone), rel=1e-6)
     for name, value in together.parts.items():
         assert value.item() == pytest.approx(sum(losses.parts[name].item() for losses in alone), rel=1e-5, abs=1e-7)

@@ -18,7 +18,7 @@ from pipeline import config as configs
 from pipeline.classes import check_initial
 from pipeline.convert.weights import build
 from pipeline.data.manifest import Manifest, Shard
-from pipeline.data.order.mixture import Source
+from pipeline.data.order.mixture import TrainingSource
 from pipeline.data.reading.takedown import Takedown
 from pipeline.errors import ConfigError
 from pipeline.inference.evaluating import KnnOptions
@@ -349,7 +349,7 @@ def test_of_many_shards_a_checkpoint_knows_every_one() -> None:
         shards = tuple(
             Shard(f"{i}.tar", 2, 9, "other" if i == changed else f"{i}", f"{i}.index.npy", "") for i in range(1200)
         )
-        source = Source(Manifest("somewhere", shards, 2400, ""), 1, None)
+        source = TrainingSource(Manifest("somewhere", shards, 2400, ""), 1, None)
         config = configs.validate(DataConfig, {"train": "somewhere", "global_batch": 16}, where="test")
         return RunData(config, (source,) * num_sources, {}, Takedown()).identity()
 

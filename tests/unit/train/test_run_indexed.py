@@ -15,11 +15,12 @@ import torch
 from data_prep.indexing.index import IndexOptions, index_tars
 from pipeline.data.images.transforms import ImageExample, TrainImage
 from pipeline.data.instances import decode_masks
-from pipeline.data.loader import Cursor, Loader, sweep
+from pipeline.data.loader import Cursor, Loader
 from pipeline.data.manifest import Manifest, read_manifest
 from pipeline.run_dir import RunDir
 from pipeline.stages.base import DataFacts
 from tests.support import flip_cases, run_cases, sam_batches, train_cases
+from tests.support.loaders import loader_of, swept
 from tests.support.process_group import ProcessGroup
 from tests.support.tar_sets import pair_members, sa1b_members, write_tar
 from tests.unit.data.conftest import numbered, write_data_set
@@ -77,7 +78,7 @@ def test_a_run_refuses_tars_that_have_changed(sa1b: Path, one: ProcessGroup, tmp
 
 def test_objects_of_a_raw_sample_are_those_in_the_tar(sa1b: Path) -> None:
     transform = sam_batches.tiny_stage().transform(train=False)
-    batch = next(sweep(read_manifest(str(sa1b / "index")), transform, rank=0, world_size=1, batch=8))
+    batch = next(swept(read_manifest(str(sa1b / "index")), transform, rank=0, world_size=1, batch=8))
     with tarfile.open(sa1b / "tars" / "sa_000000.tar") as tar:
         file = tar.extractfile("./sa_3.json")
         assert file is not None
@@ -92,7 +93,9 @@ def test_objects_of_a_raw_sample_are_those_in_the_tar(sa1b: Path) -> None:
 
 
 def train_loader(manifest: Manifest, transform: Any, batch: int, block: int = 8) -> Loader:
-    return Loader(manifest, transform, seed=3, global_batch=batch, rank=0, world_size=1, block=block, lanes=4, window=4)
+    return loader_of(
+        manifest, transform, seed=3, global_batch=batch, rank=0, world_size=1, block=block, lanes=4, window=4
+    )
 
 
 def test_the_same_tars_come_in_the_same_order_prepared_or_indexed(tmp_path: Path) -> None:

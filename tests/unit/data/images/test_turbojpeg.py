@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from pipeline.data.images.decode import Part, UnreadableSample, decode, turbojpeg
+from pipeline.data.images.decode import PixelRectangle, UnreadableSample, decode, turbojpeg
 from pipeline.data.images.transforms import TrainImage
 
 ELSEWHERE = not (sys.platform == "linux" and platform.machine() == "x86_64")
@@ -45,7 +45,7 @@ def photo(height: int, width: int, colours: str = "444", *, progressive: bool = 
 
 
 @st.composite
-def cases(draw: st.DrawFn) -> tuple[bytes, int, tuple[int, int], Part]:
+def cases(draw: st.DrawFn) -> tuple[bytes, int, tuple[int, int], PixelRectangle]:
     """A JPEG, a scale in eighths, the size at that scale, and a part of it."""
     height, width = draw(st.integers(9, 90)), draw(st.integers(9, 90))  # each scale gives another size
     colours = draw(st.sampled_from(["444", "422", "420", "440", "411", "Gray"]))
@@ -53,14 +53,14 @@ def cases(draw: st.DrawFn) -> tuple[bytes, int, tuple[int, int], Part]:
     eighths = draw(st.sampled_from([1, 2, 3, 4, 8]))
     h, w = -(-height * eighths // 8), -(-width * eighths // 8)
     top, left = draw(st.integers(0, h - 1)), draw(st.integers(0, w - 1))
-    part = Part(top, left, draw(st.integers(top + 1, h)), draw(st.integers(left + 1, w)))
+    part = PixelRectangle(top, left, draw(st.integers(top + 1, h)), draw(st.integers(left + 1, w)))
     return photo(height, width, colours, progressive=progressive, seed=height), eighths, (h, w), part
 
 
 @needs_library
 @given(case=cases())
 @settings(deadline=None, max_examples=150)
-def test_a_part_is_what_the_whole_has_there(case: tuple[bytes, int, tuple[int, int], Part]) -> None:
+def test_a_part_is_what_the_whole_has_there(case: tuple[bytes, int, tuple[int, int], PixelRectangle]) -> None:
     data, eighths, size, part = case
     buffer = np.empty(3 * size[0] * size[1], np.uint8)
     pixels = turbojpeg.decode_part(memoryview(data), eighths, part, buffer)
@@ -77,7 +77,7 @@ def test_parts_of_tiny_images(size: tuple[int, int], eighths: int) -> None:
     data = photo(*size, "420")
     height, width = (-(-side * eighths // 8) for side in size)
     whole = decode(data, (height, width))
-    part = decode(data, (height, width), part=Part(0, width // 2, height, width))
+    part = decode(data, (height, width), part=PixelRectangle(0, width // 2, height, width))
     assert np.array_equal(part, whole[:, width // 2 :])
 
 
@@ -97,7 +97,7 @@ def test_crops_are_the_same_without_the_library(monkeypatch: pytest.MonkeyPatch)
 
 def test_threads_decode_side_by_side() -> None:
     images = [photo(200, 200, seed=seed) for seed in range(16)]
-    part = Part(30, 20, 120, 170)
+    part = PixelRectangle(30, 20, 120, 170)
     expected = [decode(data, part=part) for data in images]
     with ThreadPoolExecutor(8) as threads:
         for _ in range(4):
@@ -109,19 +109,23 @@ def test_truncation_is_found_whatever_the_part() -> None:
     data = photo(200, 200)
     for kept in (len(data) - 1, len(data) - 2, len(data) * 3 // 4, len(data) // 2):
         with pytest.raises(UnreadableSample, match="damaged jpeg"):
-            decode(data[:kept], part=Part(0, 0, 8, 8))
+            decode(data[:kept], part=PixelRectangle(0, 0, 8, 8))
 
 
 def test_damage_above_or_within_a_part_is_found() -> None:
     data = bytearray(photo(200, 200))
     data[len(data) // 2 : len(data) // 2 + 64] = b"\xff\xd9" * 32
     with pytest.raises(UnreadableSample, match="damaged jpeg"):
-        decode(bytes(data), part=Part(180, 0, 200, 200))
+        decode(bytes(data), part=PixelRectangle(180, 0, 200, 200))
 
 
-@given(at=st.floats(0, 1), value=st.integers(0, 255), part=st.sampled_from([Part(0, 0, 9, 9), Part(40, 30, 64, 47)]))
+@given(
+    at=st.floats(0, 1),
+    value=st.integers(0, 255),
+    part=st.sampled_from([PixelRectangle(0, 0, 9, 9), PixelRectangle(40, 30, 64, 47)]),
+)
 @settings(deadline=None, max_examples=150)
-def test_any_damage_is_an_unreadable_sample_at_worst(at: float, value: int, part: Part) -> None:
+def test_any_damage_is_an_unreadable_sample_at_worst(at: float, value: int, part: PixelRectangle) -> None:
     data = bytearray(photo(64, 48, "420"))
     data[int(at * (len(data) - 1))] = value
     try:
@@ -137,4 +141,4 @@ def test_a_file_named_that_is_no_library_is_said(
     monkeypatch.setenv("VITRAIL_TURBOJPEG", simplejpeg.__file__)
     assert turbojpeg.find() is None
     assert "no TurboJPEG 3" in caplog.text
-    assert decode(photo(40, 40), part=Part(8, 8, 16, 16)).shape == (8, 8, 3)
+    assert decode(photo(40, 40), part=PixelRectangle(8, 8, 16, 16)).shape == (8, 8, 3)

@@ -10,12 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.data.images.transforms import EvalImage, ImageExample
-from pipeline.data.loader import sweep
 from pipeline.data.manifest import Manifest
 from pipeline.data.order.capacity import advice, check_batch, check_data, held_bytes
-from pipeline.data.order.mixture import Shares, Source, Stream, shares_of
+from pipeline.data.order.mixture import Shares, Stream, TrainingSource, shares_of
 from pipeline.data.order.permutation import Order
 from pipeline.errors import ConfigError, DataError
+from tests.support.loaders import swept
 
 SHARES = st.lists(st.integers(1, 40), min_size=1, max_size=5)
 
@@ -52,13 +52,13 @@ def test_weights_are_the_decimals_they_are_written_as() -> None:
 
 
 def test_by_size_an_epoch_has_each_sample_once(ninety: Manifest, forty: Manifest) -> None:
-    stream = Stream([Source(ninety, 90), Source(forty, 40)], seed=1, block=8, lanes=4, window=16)
+    stream = Stream([TrainingSource(ninety, 90), TrainingSource(forty, 40)], seed=1, block=8, lanes=4, window=16)
     ids = np.concatenate([stream.slots(at, 13, 0, 13).ids for at in range(0, 260, 13)])
     assert sorted(ids[:130].tolist()) == sorted(ids[130:].tolist()) == list(range(130))
 
 
 def test_repeats_come_more_often(ninety: Manifest, forty: Manifest) -> None:
-    stream = Stream([Source(ninety, 90), Source(forty, 120)], seed=1, block=8, lanes=4, window=16)
+    stream = Stream([TrainingSource(ninety, 90), TrainingSource(forty, 120)], seed=1, block=8, lanes=4, window=16)
     ids = stream.slots(0, 210, 0, 210).ids
     assert np.bincount(ids, minlength=130).tolist() == [1] * 90 + [3] * 40
 
@@ -82,11 +82,11 @@ def test_a_subset_is_an_even_part_of_every_block(sizes: list[int], share: float,
 
 
 def test_a_sweep_over_a_subset_sees_its_samples(ninety: Manifest, forty: Manifest) -> None:
-    sources = (Source(ninety, 1, subset=30), Source(forty, 1))
+    sources = (TrainingSource(ninety, 1, subset=30), TrainingSource(forty, 1))
     seen = [
         int(i)
         for rank in range(2)
-        for batch in sweep(sources, ImageExample(EvalImage((8, 8))), rank=rank, world_size=2, batch=16, block=8)
+        for batch in swept(sources, ImageExample(EvalImage((8, 8))), rank=rank, world_size=2, batch=16, block=8)
         for i in batch.ids
         if i >= 0
     ]
@@ -112,9 +112,9 @@ def test_numbers_that_cant_be_served_are_refused(changes: dict, message: str) ->
 
 
 def test_a_source_too_small_for_its_share_is_refused(ninety: Manifest, forty: Manifest) -> None:
-    check_data((Source(ninety, 1), Source(forty, 1)), 64)
+    check_data((TrainingSource(ninety, 1), TrainingSource(forty, 1)), 64)
     with pytest.raises(DataError, match=r"takes up to \d+ of its 40 samples, some of them twice"):
-        check_data((Source(ninety, 1), Source(forty, 3)), 64)
+        check_data((TrainingSource(ninety, 1), TrainingSource(forty, 3)), 64)
 
 
 def test_crowded_lanes_are_advised_of(ninety: Manifest) -> None:
@@ -122,4 +122,4 @@ def test_crowded_lanes_are_advised_of(ninety: Manifest) -> None:
     (line,) = advice(4096, world_size=64, workers=8, lanes=16)
     assert "512 readers" in line
     assert "data.lanes=512" in line
-    assert held_bytes((Source(ninety, 1),), world_size=1, workers=1, lanes=4, window=16) > 0
+    assert held_bytes((TrainingSource(ninety, 1),), world_size=1, workers=1, lanes=4, window=16) > 0

@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 
 from pipeline.data.images.transforms import EvalImage, ImageExample
-from pipeline.data.loader import sweep
 from pipeline.data.manifest import Manifest
+from tests.support.loaders import swept
 from tests.unit.data.conftest import numbered
 
 TRANSFORM = ImageExample(EvalImage((8, 8)), label=True)
@@ -38,7 +38,7 @@ class Hostile:
 def outcome(manifest: Manifest) -> tuple[set[int], set[int]]:
     """Ids that were read and ids that weren't."""
     read, unread = set(), set()
-    for batch in sweep(manifest, TRANSFORM, rank=0, world_size=1, batch=8):
+    for batch in swept(manifest, TRANSFORM, rank=0, world_size=1, batch=8):
         for i, weight in zip(batch.ids.tolist(), batch.weight.tolist(), strict=True):
             if i >= 0:
                 (read if weight else unread).add(i)

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from pipeline import storage
 from pipeline.data.images.decode import UnreadableSample
 from pipeline.data.manifest import Manifest
-from pipeline.data.order.tasks import ManifestReads, Spot
+from pipeline.data.order.tasks import ManifestReads, SampleLocation
 from pipeline.data.reading.shards import ReadAhead, ShardReader, parse_sample, patiently
 from pipeline.data.reading.tar import EXTENSIONS
 from pipeline.errors import StorageError
@@ -130,12 +130,12 @@ def test_read_ahead_forgets_what_isnt_kept(data_set: Callable[..., Manifest]) ->
     ahead = ReadAhead(ShardReader(threading.Event()))
     try:
         ahead.open({0: (reads.read(0, 2),), 1: (reads.read(4, 6), reads.read(8, 9))})
-        assert ahead.sample(Spot(1, 1, 8), 8).id == 8
+        assert ahead.sample(SampleLocation(1, 1, 8), 8).id == 8
         ahead.forget([0])
-        assert ahead.sample(Spot(1, 0, 5), 5).key == "000005"
-        assert ahead.shard(Spot(1, 0, 5)).url.endswith("00000.tar")
+        assert ahead.sample(SampleLocation(1, 0, 5), 5).key == "000005"
+        assert ahead.shard(SampleLocation(1, 0, 5)).url.endswith("00000.tar")
         with pytest.raises(KeyError):
-            ahead.sample(Spot(0, 0, 0), 0)
+            ahead.sample(SampleLocation(0, 0, 0), 0)
     finally:
         ahead.close()
 
