@@ -54,7 +54,7 @@ Ray = Annotated[
 Redo = Annotated[
     list[str] | None, typer.Option("--redo", metavar="STEP", help="Do this step over, and what builds on it.")
 ]
-Machines = Annotated[int, typer.Option("--machines", min=1, help="Machines to train on.")]
+Machines = Annotated[int | None, typer.Option("--machines", min=1, help="Machines to train on; default: 1.")]
 FormerMachines = Annotated[int | None, typer.Option("--nodes", min=1, hidden=True)]
 Which = Annotated[
     str, typer.Option("--weights", help="Of a run: ema, raw (as trained), or auto: the moving average if it keeps one.")
@@ -192,7 +192,7 @@ def train(
             help="Ranks on each machine, or over all machines as many as fit; default: one per GPU, without GPUs one.",
         ),
     ] = None,
-    machines: Machines = 1,
+    machines: Machines = None,
     cpus_per_rank: Annotated[
         int | None, typer.Option(min=1, help="Cores for each rank; default: a machine's, shared out equally.")
     ] = None,
@@ -213,7 +213,9 @@ def train(
 
     written = ranks or workers
     request = PlacementRequest(
-        nodes or machines, None if written is None else parse_ranks(written), cpus_per_rank or cpus_per_worker
+        machines or nodes or 1,
+        None if written is None else parse_ranks(written),
+        cpus_per_rank or cpus_per_worker,
     )
     where = Where(request, ray, not no_ray, exclude or [])
     with StopRequest().on_signals() as stop:
@@ -239,7 +241,7 @@ def plan(
     config: Annotated[str, typer.Argument(help="A run's, a data set's or a chain's YAML file.")],
     overrides: Overrides = None,
     ranks: Annotated[int | None, typer.Option(min=1, help="Ranks on each machine.")] = None,
-    machines: Machines = 1,
+    machines: Machines = None,
     work: Work = None,
     as_json: AsJson = False,
     workers: Annotated[int | None, typer.Option(min=1, hidden=True)] = None,  # former names of options
@@ -248,7 +250,9 @@ def plan(
     """Show what a configuration comes to on this machine; runs nothing."""
     from launch.plan import plan_of
 
-    document, lines = plan_of(config, overrides or [], ranks=ranks or workers, machines=nodes or machines, work=work)
+    document, lines = plan_of(
+        config, overrides or [], ranks=ranks or workers, machines=machines or nodes or 1, work=work
+    )
     _reply(document, lines, as_json)
 
 

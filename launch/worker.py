@@ -19,6 +19,7 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Sequence
+from functools import partial
 from io import TextIOWrapper
 from pathlib import Path
 from types import FrameType
@@ -89,6 +90,7 @@ def read_document(config_or_run: str, overrides: Sequence[str] = ()) -> configs.
     Raises:
         ConfigError: neither is there, or the YAML is bad.
     """
+    current = partial(configs.current_keys, TrainConfig)
     if storage.is_remote(config_or_run) or Path(config_or_run).is_dir():
         try:
             text = storage.read(storage.join(config_or_run, "config.yaml"))
@@ -99,8 +101,8 @@ def read_document(config_or_run: str, overrides: Sequence[str] = ()) -> configs.
         with tempfile.NamedTemporaryFile(suffix=".yaml") as copy:
             copy.write(text)
             copy.flush()
-            return configs.load(copy.name, overrides)
-    return configs.load(config_or_run, overrides)
+            return configs.load(copy.name, overrides, current)
+    return configs.load(config_or_run, overrides, current)
 
 
 def set_defaults() -> None:

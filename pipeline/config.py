@@ -147,30 +147,47 @@ def parse(text: str) -> Any:
     return yaml.load(text, Loader=_Yaml)  # a SafeLoader
 
 
-def load(path: str | Path, overrides: Sequence[str] = ()) -> Document:
+def load(path: str | Path, overrides: Sequence[str] = (), current: Callable[[Document], Document] = dict) -> Document:
     """Read a YAML file with its base and overrides; nothing is validated yet.
 
     Args:
         path: a file, or the path of a shipped one ("configs/demo/mae.yaml") when no such file exists here.
         overrides: "a.b=c" items; `c` is parsed as YAML.
+        current: puts keys of earlier versions under today's names (`current_keys`). It is applied to each file and each
+            override before they are merged, so that whatever comes last wins, whichever name it goes by.
 
     Raises:
         ConfigError: missing file, bad YAML, a base that is missing or circular, a malformed override.
     """
-    document = _load_with_base(_find(Path(path)), seen=())
+    document = _load_with_base(_find(Path(path)), current, seen=())
     of_sizes = document.pop("sizes", {})
-    overridden = _overridden(document, overrides)
-    own = of_sizes.get(_size(overridden)) if isinstance(of_sizes, Mapping) else None
-    if own is None:
+    overridden = _overridden(document, overrides, current)
+    differences = of_sizes.get(_size(overridden)) if isinstance(of_sizes, Mapping) else None
+    if differences is None:
         return overridden
-    if not isinstance(own, Mapping):
+    if not isinstance(differences, Mapping):
         raise ConfigError("expected a mapping", where=f"{path}: sizes.{_size(overridden)}", fix="give keys that differ")
-    return _overridden(merge(document, own), overrides)
+    return _overridden(merge(document, current(dict(differences))), overrides, current)
 
 
-def _overridden(document: Document, overrides: Sequence[str]) -> Document:
+def current_keys(cls: type[Config], document: Mapping[str, Any]) -> Document:
+    """A document of `cls` with former keys under today's names, in nested options too. A key that is there under both
+    names keeps them, for validation to refuse.
+    """
+    renamed: Document = {}
+    for key, value in document.items():
+        today = cls.renamed.get(key, key)
+        field = cls.model_fields.get(today)
+        nested = _classes_in(field.annotation) if field is not None else []
+        if isinstance(value, Mapping) and len(nested) == 1:
+            value = current_keys(nested[0], value)
+        renamed[key if today in document and today != key else today] = value
+    return renamed
+
+
+def _overridden(document: Document, overrides: Sequence[str], current: Callable[[Document], Document]) -> Document:
     for item in overrides:
-        document = override(document, item)
+        document = merge(document, current(_nested(item)))
     return document
 
 
@@ -184,19 +201,24 @@ def _size(document: Mapping[str, Any]) -> Hashable:
 
 def override(document: Document, item: str) -> Document:
     """A copy of `document` with one "a.b=c" applied."""
+    return merge(document, _nested(item))
+
+
+def _nested(item: str) -> Document:
+    """The document that one "a.b=c" stands for."""
     key, equals, text = item.partition("=")
     if not equals or not key or any(not part for part in key.split(".")):
         raise ConfigError(f"{item!r} isn't of the form key=value", where="command line", fix="write e.g. seed=1")
     try:
-        value = parse(text)
+        nested: Any = parse(text)
     except yaml.YAMLError as error:
         raise ConfigError(
             f"the value of {key!r} isn't YAML ({_first_line(error)})", where="command line", fix="quote the value"
         ) from error
-    nested: Any = value
     for part in reversed(key.split(".")):
         nested = {part: nested}
-    return merge(document, nested)
+    document: Document = nested
+    return document
 
 
 def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> Document:
@@ -261,7 +283,7 @@ def _find(path: Path) -> Path:
     )
 
 
-def _load_with_base(path: Path, seen: tuple[Path, ...]) -> Document:
+def _load_with_base(path: Path, current: Callable[[Document], Document], seen: tuple[Path, ...]) -> Document:
     resolved = path.resolve()
     if resolved in seen:
         raise ConfigError("`base:` leads back to this file", where=str(path), fix="remove one of the bases")
@@ -276,11 +298,12 @@ def _load_with_base(path: Path, seen: tuple[Path, ...]) -> Document:
     if not isinstance(document, dict) or not all(isinstance(key, str) for key in document):
         raise ConfigError("expected a mapping of names at the top", where=str(path), fix="write `key: value` lines")
     base = document.pop("base", None)
+    document = current(document)
     if base is None:
         return document
     if not isinstance(base, str):
         raise ConfigError("`base` must be one path", where=f"{path}: base", fix="name a single YAML file")
-    return merge(_load_with_base(_find(path.parent / base), (*seen, resolved)), document)
+    return merge(_load_with_base(_find(path.parent / base), current, (*seen, resolved)), document)
 
 
 def _plain(value: Any) -> Any:

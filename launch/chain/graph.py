@@ -122,7 +122,7 @@ def load_chain(path: str, overrides: Sequence[str] = (), *, work: str | None = N
     Raises:
         ConfigError: anything in it, or in a file it names, that is wrong: a cycle, an unknown step, a misspelt key.
     """
-    config = configs.validate(ChainConfig, configs.load(path, overrides), where=path)
+    config = configs.validate(ChainConfig, configs.load(path, overrides, _current_keys), where=path)
     work_folder = Path(work or config.work or f"runs/{Path(path).stem}")
     folders = ChainFolders(work_folder, (store or config.store or str(work_folder / "store")).rstrip("/"))
     drafts = _expand(config, path)
@@ -134,6 +134,18 @@ def load_chain(path: str, overrides: Sequence[str] = (), *, work: str | None = N
     for name in order:
         steps[name] = _resolve(drafts[name], by_base, steps, folders)
     return Chain(steps, folders, path)
+
+
+def _current_keys(document: Document) -> Document:
+    """A chain's file, or a part of one, with the keys of earlier versions under today's names."""
+    document = configs.current_keys(ChainConfig, document)
+    steps = document.get("steps")
+    if isinstance(steps, Mapping):
+        current = {
+            name: configs.current_keys(StepConfig, s) if isinstance(s, Mapping) else s for name, s in steps.items()
+        }
+        document["steps"] = current
+    return document
 
 
 def _expand(config: ChainConfig, path: str) -> dict[str, _Draft]:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
 import pytest
 from pydantic import Field, model_validator
 
-from pipeline.config import Config, by_dotted_name, dump, load, override, validate
+from pipeline.config import Config, by_dotted_name, current_keys, dump, load, override, validate
 from pipeline.errors import ConfigError
 
 
@@ -168,6 +169,27 @@ def test_mappings_under_a_former_and_a_present_key_merge() -> None:
         Outer, {"size": 2, "inner": {"rate": 0.1, "names": ["a"]}, "sub": {"rate": 0.2}}, where="run.yaml"
     )
     assert config.inner == Inner(rate=0.2, names=("a",))
+
+
+FORMER, TODAY = "sub: {rate: 0.1}\nextent: 2\n", "inner: {rate: 0.1}\nsize: 2\n"
+
+
+@pytest.mark.parametrize("file", [FORMER, TODAY])
+@pytest.mark.parametrize("overrides", [["sub.rate=0.2", "extent=8"], ["inner.rate=0.2", "size=8"]])
+def test_what_comes_last_wins_under_either_name(tmp_path: Path, file: str, overrides: list[str]) -> None:
+    path = write(tmp_path, "run.yaml", file)
+    document = load(path, overrides, partial(current_keys, Outer))
+    assert validate(Outer, document, where="run.yaml") == Outer(size=8, inner=Inner(rate=0.2))
+
+
+@pytest.mark.parametrize(
+    ("base", "file"), [(FORMER, "size: 4\ninner: {rate: 0.3}\n"), (TODAY, "extent: 4\nsub: {rate: 0.3}\n")]
+)
+def test_a_file_wins_over_its_base_under_either_name(tmp_path: Path, base: str, file: str) -> None:
+    write(tmp_path, "base.yaml", base)
+    path = write(tmp_path, "run.yaml", f"base: base.yaml\n{file}")
+    document = load(path, (), partial(current_keys, Outer))
+    assert validate(Outer, document, where="run.yaml") == Outer(size=4, inner=Inner(rate=0.3))
 
 
 def test_a_value_under_a_former_and_a_present_key_is_refused() -> None:

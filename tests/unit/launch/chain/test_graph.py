@@ -157,3 +157,20 @@ def test_steps_stand_in_the_files_order_where_nothing_forbids_it(tmp_path: Path)
         "  third: {kind: scenes}\n"
     )
     assert list(load_chain(str(path), work=str(tmp_path / "work")).steps) == ["first", "second", "third"]
+
+
+@pytest.mark.parametrize("steps", ["nodes", "steps"])
+@pytest.mark.parametrize("override", ["nodes.mae.set.length_samples=1000", "steps.mae.set.length_samples=1000"])
+def test_an_override_wins_whichever_name_file_and_override_use(tmp_path: Path, steps: str, override: str) -> None:
+    document = {steps: {"pairs": PREP, "mae": {**TRAIN, "set": {"length_samples": 500}}}}
+    assert chain(tmp_path, document, override).steps["mae"].document["length_samples"] == 1000
+
+
+@pytest.mark.parametrize("written", [{"workers": 3, "nodes": 2}, {"ranks": 3, "machines": 2}])
+@pytest.mark.parametrize("names", [("workers", "nodes"), ("ranks", "machines")])
+def test_ranks_and_machines_are_overridden_under_either_name(
+    tmp_path: Path, written: dict[str, int], names: tuple[str, str]
+) -> None:
+    document = {"steps": {"pairs": PREP, "mae": {**TRAIN, **written}}}
+    changed = chain(tmp_path, document, f"steps.mae.{names[0]}=5", f"nodes.mae.{names[1]}=4")
+    assert changed.steps["mae"].request[:2] == (4, 5)
