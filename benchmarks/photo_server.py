@@ -13,7 +13,7 @@ class _Server(ThreadingHTTPServer):
     pages: dict[str, bytes]
 
     def handle_error(self, request: object, client_address: object) -> None:
-        """Clients that hang up are none of ours."""
+        """Clients may hang up."""
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -30,11 +30,11 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(body or b"")
 
     def log_message(self, format: str, *args: object) -> None:
-        """Says nothing."""
+        """Log nothing."""
 
 
 def main() -> None:
-    """Serve every file of the folder named, until killed."""
+    """Serve every file of the folder until killed."""
     server = _Server(("127.0.0.1", 0), _Handler)
     server.pages = {path.name: path.read_bytes() for path in Path(sys.argv[1]).iterdir() if path.is_file()}
     print(f"http://127.0.0.1:{server.server_address[1]}", flush=True)

@@ -4,10 +4,10 @@
 
 For each number of rows a process of its own streams a table of made-up pairs, plans it, and commits every partition:
 staged objects, marker, publishing, manifests and account are the real ones, and sidecars have a row for each input.
-Only fetching and images are left out: an archive holds the few samples that the report shows, and a byte for each of
-the others. Told are wall and CPU seconds by phase and the peak of the process's memory; they are written to
-benchmarks/results/plan-rows.json. What is spilled and committed lies in the folder for temporary files (`TMPDIR`)
-meanwhile, about 100 bytes a row.
+Only fetching and images are left out: an archive holds the few samples that the report shows, and one byte for each
+other sample. Wall and CPU seconds by phase and the process's peak memory are written to
+benchmarks/results/plan-rows.json. Spilled and committed data take about 100 bytes per row in the folder for temporary
+files (`TMPDIR`) meanwhile.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class MadeUpSource:
         self._rows = rows
 
     def check(self) -> None:
-        """Nothing can be wrong."""
+        """Rows that are made up are always right."""
 
     def batches(self) -> Iterator[pa.RecordBatch]:
         for start in range(0, self._rows, BATCH_ROWS):
@@ -115,7 +115,7 @@ def simulate(job: SegmentJob, partition: Partition) -> Committed:
     }
     columns = [known.get(field.name, pa.nulls(rows, field.type)) for field in SIDECAR_SCHEMA]
     archive, offsets = _few_samples()
-    rest = max(0, rows + 1 - len(offsets))  # of which each has one byte: an index must rise
+    rest = max(0, rows + 1 - len(offsets))  # one byte each, since an index must rise
     offsets = np.concatenate([offsets[: rows + 1], offsets[-1] + np.arange(1, rest + 1)])
     packed = PackedSamples(archive + bytes(rest), offsets, json_bytes({"count": rows}))
     place = (job.segment, partition.split, partition.number)
@@ -159,7 +159,7 @@ def measure(rows: int, samples: int, folder: str) -> dict[str, float]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Measure each number of rows given, each in a process of its own."""
+    """Measure each number of rows in a process of its own."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.plan_rows", description=__doc__)
     parser.add_argument("rows", type=int, nargs="*", default=[10_000, 1_000_000])
     parser.add_argument("--out", type=Path, default=RESULTS / "plan-rows.json", help="where the figures go")

@@ -1,11 +1,11 @@
-"""Shards from photos over loopback HTTP: ours against img2dataset, in images per CPU-second of one pipeline process.
+"""Shards from photos over loopback HTTP: vitrail against img2dataset, in images per CPU-second of one process.
 
 img2dataset runs in an environment of its own, which is made below build/ on the first run. Both fetch the same photos
 from the same server, whose CPU time isn't counted, and write shards with equal settings: shortest side 256, JPEG 95,
-only if bigger (`prep-small`, `prep-12mp`), or untouched (`prep-pass`). Starting takes both a while, which is no matter
-at scale: each side builds a small and a large set, and the difference counts. Quality is compared as PSNR against
-Lanczos resizing of full decodes. `prep-bare` compares with a loop that does nothing but decode, resize and encode the
-same photos by the same libraries: what fetching, hashing, packing and accounting cost beside that.
+only if bigger (`prep-small`, `prep-12mp`), or untouched (`prep-pass`). Start-up doesn't matter at scale, so each side
+builds a small and a large set, and the difference counts. Quality is compared as PSNR against Lanczos resizing of full
+decodes. `prep-bare` compares with a loop that only decodes, resizes and encodes the same photos by the same libraries,
+which shows what fetching, hashing, packing and accounting cost.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _LARGE = (4000, 3000)  # pixels of the 12-megapixel photos, which are enlarged o
 
 
 class Case(NamedTuple):
-    """One comparison: which photos, how many of them in the small and in the large set."""
+    """One comparison: which photos, and how many in the small and the large set."""
 
     name: str
     large: bool
@@ -123,7 +123,7 @@ def _compare(case: Case, work: Path, address: str, python: Path, source: str, pa
 
 
 def _compare_bare(case: Case, work: Path, address: str, source: str, pairs: int) -> Comparison:
-    """Ours against the bare loop."""
+    """Compare with the bare loop."""
     meter = _Meter()
     tables = [_table(work, address, count) for count in case.counts]
     difference = case.counts[1] - case.counts[0]
@@ -153,7 +153,7 @@ def _call_bare(photos: Path, count: int) -> None:
 
 
 def bare_loop(photos: Path, count: int) -> None:
-    """Decode, resize and encode so many photos, with no more around it than reading their files once."""
+    """Decode, resize and encode `count` photos, whose files are read only once."""
     import torch
 
     encoded = [path.read_bytes() for path in sorted(photos.iterdir())]
@@ -171,7 +171,7 @@ def bare_loop(photos: Path, count: int) -> None:
 
 
 class _Meter:
-    """CPU seconds that count, summed up."""
+    """The sum of the CPU seconds that count."""
 
     def __init__(self) -> None:
         self._seconds = 0.0
@@ -184,7 +184,7 @@ class _Meter:
 
 
 def _both(side: Callable[[Path, Path], None], tables: list[Path], folder: Path, meter: _Meter) -> dict[str, bytes]:
-    """Build the small and the large set; what the large one holds, by URL."""
+    """Build the small and the large set; returns the large one's images by URL."""
     spent = []
     for table in tables:
         shutil.rmtree(folder, ignore_errors=True)
@@ -247,7 +247,7 @@ def _call(command: list[str], cwd: Path) -> None:
 
 
 def _environment() -> Path:
-    """The peer's own Python, made where it isn't there yet."""
+    """The Python of the peer's environment, which is made on the first call."""
     python = ENVIRONMENT / "bin" / "python"
     if not (ENVIRONMENT / "bin" / "img2dataset").exists():
         subprocess.run([sys.executable, "-m", "venv", str(ENVIRONMENT)], check=True)

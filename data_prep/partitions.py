@@ -72,12 +72,12 @@ def _run_on_ray(
 ) -> Generator[ResultT, None, None]:
     import ray
 
-    most = options.tasks or _num_cpus()
+    at_once = options.tasks or _num_cpus()
     remote = ray.remote(num_cpus=1, max_retries=options.task_retries, retry_exceptions=False)(_guarded)
     shared = ray.put(function)
     waiting: list[Any] = []
     queue = iter(tasks)
-    limit = most if options.tasks else most + _QUEUED
+    limit = at_once if options.tasks else at_once + _QUEUED
     more = True
     try:
         while more or waiting:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from data_prep.indexing.index import Indexed, IndexOptions, index_tars
+from data_prep.indexing.index import IndexOptions, IndexResult, index_tars
 from data_prep.sources.base import read_classes
 from launch.stopping import StopRequest
 
@@ -34,7 +34,7 @@ def index_dataset(
     return indexed.document(), _lines(indexed)
 
 
-def _lines(indexed: Indexed) -> list[str]:
+def _lines(indexed: IndexResult) -> list[str]:
     manifest, facts = indexed.manifest, indexed.facts
     size = sum(shard.size_bytes for shard in manifest.shards)
     lines = [f"{manifest.num_samples} samples in {len(manifest.shards)} tars, {size / 2**20:.1f} MiB"]

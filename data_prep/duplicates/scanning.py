@@ -23,7 +23,7 @@ from jaxtyping import Int64
 from data_prep.account import Refused
 from data_prep.duplicates.dedup import VERDICTS, JudgedInputs, Signatures, digest_words
 from data_prep.duplicates.signatures import perceptual_hash
-from data_prep.fetch.inputs import Fetched, Wanted, fetch_all
+from data_prep.fetch.inputs import Fetched, FetchRequest, fetch_all
 from data_prep.fetch.web import is_web
 from data_prep.output import check_attempt
 from data_prep.samples import images
@@ -148,7 +148,7 @@ def _scan_chunk(job: SegmentJob, chunk: Chunk) -> bytes:
         except Refused as refused:
             facts[i] = {"reason": refused.reason, "message": refused.message}
     blobs = _Blobs(f"{scan_url(job.config.output, job.segment, chunk.number)}-{secrets.token_hex(4)}")
-    wanted = [Wanted.of(rows[i]) for i in to_fetch]
+    wanted = [FetchRequest.of(rows[i]) for i in to_fetch]
     for number, result in fetch_all(wanted, job.places, job.config.fetch, tasks_at_once=job.tasks_at_once):
         i = to_fetch[number]
         try:

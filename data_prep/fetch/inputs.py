@@ -21,7 +21,7 @@ from pipeline.errors import StorageError
 _MAX_SIDECAR_BYTES = 2**20
 
 
-class Wanted(NamedTuple):
+class FetchRequest(NamedTuple):
     """What is to be read of one input; fields as in `sources.base.SCHEMA`."""
 
     url: bytes | None
@@ -31,7 +31,7 @@ class Wanted(NamedTuple):
     sidecar: bytes | None = None
 
     @classmethod
-    def of(cls, row: Input) -> Wanted:
+    def of(cls, row: Input) -> FetchRequest:
         """What is to be read for a row of `sources.base.SCHEMA`."""
         return cls(row["url"], row["held"], row["start"], row["stop"], row["sidecar"])
 
@@ -47,7 +47,7 @@ Result = Fetched | Refused
 
 
 def fetch_all(
-    wanted: Sequence[Wanted], places: AllowedPlaces, options: FetchConfig, *, tasks_at_once: int = 1
+    wanted: Sequence[FetchRequest], places: AllowedPlaces, options: FetchConfig, *, tasks_at_once: int = 1
 ) -> Iterator[tuple[int, Result]]:
     """(index, what was read or why not) of each, in the order of arrival: an input that hangs delays no other.
 
@@ -66,7 +66,7 @@ def fetch_all(
         WebReader(options, tasks_at_once) as web,
     ):
 
-        def begin(index: int, item: Wanted) -> None:
+        def begin(index: int, item: FetchRequest) -> None:
             if item.held is None and item.sidecar is None and is_web(item.url):
                 web.submit(item.url or b"").add_done_callback(lambda finished: done.put((index, finished)))
             else:
@@ -93,7 +93,7 @@ def fetch_all(
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-def fetch(item: Wanted, places: AllowedPlaces, options: FetchConfig) -> Fetched:
+def fetch(item: FetchRequest, places: AllowedPlaces, options: FetchConfig) -> Fetched:
     """Read one input.
 
     Raises:
@@ -107,7 +107,7 @@ def fetch(item: Wanted, places: AllowedPlaces, options: FetchConfig) -> Fetched:
     raise AssertionError("unreachable")
 
 
-def _fetch_or_refuse(item: Wanted, places: AllowedPlaces, options: FetchConfig, web: WebReader) -> Result:
+def _fetch_or_refuse(item: FetchRequest, places: AllowedPlaces, options: FetchConfig, web: WebReader) -> Result:
     try:
         sidecar = None
         if item.sidecar is not None:

@@ -18,7 +18,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import Any, NamedTuple
 
 from data_prep.indexing.records import FOLDER, Records
-from data_prep.indexing.walk import Walked, compressed, walk
+from data_prep.indexing.walk import TarRecord, compressed, walk
 from pipeline import storage
 from pipeline.data.manifest import (
     MANIFEST_NAME,
@@ -64,7 +64,7 @@ class IndexOptions(NamedTuple):
         return self.to or self.url
 
 
-class Indexed(NamedTuple):
+class IndexResult(NamedTuple):
     """The result of indexing."""
 
     manifest: Manifest
@@ -107,7 +107,7 @@ class _Listing(NamedTuple):
 
 def index_tars(
     options: IndexOptions, *, say: Say = lambda line: None, stop: Callable[[], bool] = lambda: False
-) -> Indexed:
+) -> IndexResult:
     """Make a data set of existing tars, or bring it up to date.
 
     Args:
@@ -149,7 +149,7 @@ def index_tars(
         storage.write(storage.join(options.folder, MANIFEST_NAME), manifest_bytes(manifest))
     for name in gone:
         storage.delete(storage.join(options.folder, _index_name(name)))
-    return Indexed(manifest, len(todo), changed, gone, already)
+    return IndexResult(manifest, len(todo), changed, gone, already)
 
 
 def _absolute(options: IndexOptions) -> IndexOptions:
@@ -223,11 +223,11 @@ def _list(options: IndexOptions) -> _Listing:
     return _Listing(tars, indices)
 
 
-def _unchanged(record: Walked, entry: storage.Entry) -> bool:
+def _unchanged(record: TarRecord, entry: storage.Entry) -> bool:
     return (record.size_bytes, record.stamp) == (entry.size_bytes, entry.stamp)
 
 
-def _up_to_date(record: Walked | None, entry: storage.Entry, listed: _Listing) -> bool:
+def _up_to_date(record: TarRecord | None, entry: storage.Entry, listed: _Listing) -> bool:
     """Whether a tar needn't be read again."""
     if record is None or not _unchanged(record, entry):
         return False
@@ -242,7 +242,7 @@ def _index_name(name: str) -> str:
 
 def _read(
     options: IndexOptions, tars: Mapping[str, storage.Entry], records: Records, say: Say, stop: Callable[[], bool]
-) -> Iterator[Walked]:
+) -> Iterator[TarRecord]:
     """Read tars, several at a time, and write their index files; yields records in the order of completion.
 
     Raises:
@@ -251,7 +251,7 @@ def _read(
     progress = _Progress(len(tars), sum(entry.size_bytes for entry in tars.values()), say)
     ended = threading.Event()
 
-    def read(name: str, entry: storage.Entry) -> Walked:
+    def read(name: str, entry: storage.Entry) -> TarRecord:
         how = next((ending for ending in COMPRESSED_TARS if name.endswith(ending)), None)
         if how is not None:
             record = compressed(name, entry, how.rpartition(".")[2])
@@ -266,7 +266,7 @@ def _read(
         return record
 
     waiting = iter(tars.items())
-    running: set[Future[Walked]] = set()
+    running: set[Future[TarRecord]] = set()
     with ThreadPoolExecutor(options.readers, thread_name_prefix="index") as pool:
         try:
             while True:
@@ -315,7 +315,7 @@ class _Progress:
             self._tars += 1
 
 
-def _manifest(options: IndexOptions, records: Sequence[Walked]) -> Manifest:
+def _manifest(options: IndexOptions, records: Sequence[TarRecord]) -> Manifest:
     """The manifest of the data set that the tars make up.
 
     Raises:
@@ -349,7 +349,7 @@ def _manifest(options: IndexOptions, records: Sequence[Walked]) -> Manifest:
     )
 
 
-def _refusal(options: IndexOptions, bad: Sequence[Walked], num_tars: int) -> DataError:
+def _refusal(options: IndexOptions, bad: Sequence[TarRecord], num_tars: int) -> DataError:
     shown = [f"{record.name}: {record.problem.what}" for record in bad if record.problem is not None][:5]
     fixes = dict.fromkeys(record.problem.fix for record in bad if record.problem is not None)
     more = f"; and {len(bad) - len(shown)} more" if len(bad) > len(shown) else ""
@@ -361,7 +361,7 @@ def _refusal(options: IndexOptions, bad: Sequence[Walked], num_tars: int) -> Dat
     )
 
 
-def _classes(options: IndexOptions, records: Sequence[Walked]) -> tuple[str, ...]:
+def _classes(options: IndexOptions, records: Sequence[TarRecord]) -> tuple[str, ...]:
     """Names of the labels; () where there are none, or labels too high to be class numbers."""
     highest = max(records, key=lambda record: record.highest_label)
     if not options.classes:
@@ -377,7 +377,7 @@ def _classes(options: IndexOptions, records: Sequence[Walked]) -> tuple[str, ...
     return options.classes
 
 
-def _facts(options: IndexOptions, records: Sequence[Walked]) -> dict[str, Any]:
+def _facts(options: IndexOptions, records: Sequence[TarRecord]) -> dict[str, Any]:
     """The manifest's account of the tars, in which every tar and member is counted."""
     members: Counter[str] = Counter()
     unread: Counter[str] = Counter()

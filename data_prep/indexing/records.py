@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from data_prep.indexing.walk import TarProblem, Walked
+from data_prep.indexing.walk import TarProblem, TarRecord
 from data_prep.shards.commit import json_bytes, read_document
 from pipeline import storage
 from pipeline.errors import ConfigError, DataError
@@ -32,7 +32,7 @@ class Records:
     def __init__(self, folder: str) -> None:
         self._folder = folder
         self._lock = threading.Lock()
-        self._fresh: list[Walked] = []
+        self._fresh: list[TarRecord] = []
         self._written = time.monotonic()
 
     def begin(self, url: str, match: str) -> None:
@@ -56,7 +56,7 @@ class Records:
                 fix="name another folder with --to; or, if the tars have moved, delete _index and manifest.json there",
             )
 
-    def read(self) -> dict[str, Walked]:
+    def read(self) -> dict[str, TarRecord]:
         """Name -> what is known about the tar.
 
         Raises:
@@ -73,7 +73,7 @@ class Records:
         except (TypeError, KeyError) as error:
             raise DataError(f"damaged records ({error})", where=self._folder, fix=_DELETE) from error
 
-    def add(self, record: Walked) -> None:
+    def add(self, record: TarRecord) -> None:
         """Record a tar, on disk within `_CHUNK_S` seconds or `_CHUNK_TARS` tars, or at the next `flush`."""
         with self._lock:
             self._fresh.append(record)
@@ -85,7 +85,7 @@ class Records:
         with self._lock:
             self._flush()
 
-    def finish(self, records: Sequence[Walked]) -> None:
+    def finish(self, records: Sequence[TarRecord]) -> None:
         """Keep these records and no others."""
         place = storage.join(self._folder, FOLDER, "tars.json")
         journal = self._journal()
@@ -104,13 +104,13 @@ class Records:
         self._fresh, self._written = [], time.monotonic()
 
 
-def _chunk(records: Iterable[Walked]) -> bytes:
+def _chunk(records: Iterable[TarRecord]) -> bytes:
     tars = [record._asdict() | {"problem": record.problem and record.problem._asdict()} for record in records]
     return json_bytes({"format": FORMAT, "format_version": FORMAT_VERSION, "tars": tars})
 
 
-def _walked(item: Mapping[str, Any]) -> Walked:
-    return Walked(**{**item, "problem": item["problem"] and TarProblem(**item["problem"])})
+def _walked(item: Mapping[str, Any]) -> TarRecord:
+    return TarRecord(**{**item, "problem": item["problem"] and TarProblem(**item["problem"])})
 
 
 def _document(place: str) -> dict[str, Any]:

@@ -45,7 +45,7 @@ class TarProblem(NamedTuple):
     fix: str
 
 
-class Walked(NamedTuple):
+class TarRecord(NamedTuple):
     """What is known about a tar that was read."""
 
     name: str  # relative to the folder of the tars
@@ -71,12 +71,12 @@ class _UnusableTar(Exception):  # noqa: N818 -- ends the reading of one tar only
         self.problem = TarProblem(what, fix)
 
 
-def refused(name: str, entry: storage.Entry, what: str, fix: str) -> Walked:
+def refused(name: str, entry: storage.Entry, what: str, fix: str) -> TarRecord:
     """What is known about a tar that can't be used."""
-    return Walked(name, entry.size_bytes, entry.stamp, problem=TarProblem(what, fix))
+    return TarRecord(name, entry.size_bytes, entry.stamp, problem=TarProblem(what, fix))
 
 
-def compressed(name: str, entry: storage.Entry, how: str) -> Walked:
+def compressed(name: str, entry: storage.Entry, how: str) -> TarRecord:
     """What is known about a compressed tar."""
     return refused(name, entry, f"compressed ({how})", _UNPACK)
 
@@ -87,7 +87,7 @@ def walk(
     *,
     stop: Callable[[], bool] = lambda: False,
     passed: Callable[[int], None] = lambda size_bytes: None,
-) -> tuple[Walked, Int64[np.ndarray, " n_plus_1"]]:
+) -> tuple[TarRecord, Int64[np.ndarray, " n_plus_1"]]:
     """Read a tar.
 
     Args:
@@ -258,9 +258,9 @@ class _Samples:
         if num_images != 1:
             self._count("num_several_images" if num_images else "num_without_image", str(self._key))
 
-    def known(self, name: str, entry: storage.Entry) -> Walked:
+    def known(self, name: str, entry: storage.Entry) -> TarRecord:
         """Everything but the hashes."""
-        return Walked(
+        return TarRecord(
             name=name,
             size_bytes=entry.size_bytes,
             stamp=entry.stamp,

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from data_prep.account import REASONS, Refused
 from data_prep.config import PrepConfig
-from data_prep.fetch.inputs import Fetched, Wanted, fetch_all
+from data_prep.fetch.inputs import Fetched, FetchRequest, fetch_all
 from data_prep.filters.candidate import Candidate, Scorers
 from data_prep.filters.judge import judge
 from data_prep.output import check_attempt
@@ -60,7 +60,7 @@ class Texts(NamedTuple):
     extra: dict[str, Any]
 
 
-class _Made(NamedTuple):
+class _ConvertedSample(NamedTuple):
     """A sample on its way into a shard."""
 
     row: SidecarRow
@@ -91,7 +91,7 @@ def pack(job: SegmentJob, partition: Partition) -> Committed:
 
 def pack_samples(job: SegmentJob, inputs: Sequence[Input], writer: ShardWriter) -> list[SidecarRow]:
     """Add the inputs' samples to `writer` in order; returns what became of each."""
-    made: list[_Made | SidecarRow | None] = [None] * len(inputs)
+    results: list[_ConvertedSample | SidecarRow | None] = [None] * len(inputs)
     texts: dict[int, Texts] = {}
     to_fetch = []
     for i, item in enumerate(inputs):
@@ -101,20 +101,20 @@ def pack_samples(job: SegmentJob, inputs: Sequence[Input], writer: ShardWriter) 
                 texts[i] = read_texts(job, item)
             to_fetch.append(i)
         except Refused as refused:
-            made[i] = _failure(item, refused, None)
-    wanted = [Wanted.of(inputs[i]) for i in to_fetch]
+            results[i] = _failure(item, refused, None)
+    wanted = [FetchRequest.of(inputs[i]) for i in to_fetch]
     for number, fetched in fetch_all(wanted, job.places, job.config.fetch, tasks_at_once=job.tasks_at_once):
         i = to_fetch[number]
         if isinstance(fetched, Refused):
-            made[i] = _failure(inputs[i], fetched, None)
+            results[i] = _failure(inputs[i], fetched, None)
         else:
-            made[i] = _make(job, inputs[i], texts.get(i), fetched)
-    _apply_filters(job, inputs, made)
+            results[i] = _make(job, inputs[i], texts.get(i), fetched)
+    _apply_filters(job, inputs, results)
     rows: list[SidecarRow] = []
-    for i, result in enumerate(made):
-        if isinstance(result, _Made):
+    for i, result in enumerate(results):
+        if isinstance(result, _ConvertedSample):
             rows.append(result.row._replace(tar_sha256=writer.add(_sample(result))))
-            made[i] = None  # frees the image: the writer holds a copy
+            results[i] = None  # frees the image: the writer holds a copy
         else:
             assert result is not None
             rows.append(result)
@@ -188,7 +188,7 @@ def _captions(config: PrepConfig, item: Input) -> tuple[str, ...]:
     return tuple(usable)
 
 
-def _make(job: SegmentJob, item: Input, texts: Texts | None, fetched: Fetched) -> _Made | SidecarRow:
+def _make(job: SegmentJob, item: Input, texts: Texts | None, fetched: Fetched) -> _ConvertedSample | SidecarRow:
     digest = hashlib.sha256(fetched.data)
     try:
         if item["sha256"] is not None and item["sha256"] != digest.digest():
@@ -214,46 +214,48 @@ def _make(job: SegmentJob, item: Input, texts: Texts | None, fetched: Fetched) -
         position=item["position"],
         extra=json.dumps(texts.extra, ensure_ascii=False, sort_keys=True) if texts.extra else None,
     )
-    return _Made(row, image.extension, image.data, texts, annotations)
+    return _ConvertedSample(row, image.extension, image.data, texts, annotations)
 
 
-def _apply_filters(job: SegmentJob, inputs: Sequence[Input], made: list[_Made | SidecarRow | None]) -> None:
+def _apply_filters(
+    job: SegmentJob, inputs: Sequence[Input], results: list[_ConvertedSample | SidecarRow | None]
+) -> None:
     """Replace samples that a filter refuses by their failures, and note the scores of the others."""
     if not job.config.filters:
         return
-    usable = [i for i, result in enumerate(made) if isinstance(result, _Made)]
+    usable = [i for i, result in enumerate(results) if isinstance(result, _ConvertedSample)]
     candidates = []
     for i in usable:
-        sample = made[i]
-        assert isinstance(sample, _Made)
+        sample = results[i]
+        assert isinstance(sample, _ConvertedSample)
         candidates.append(Candidate(sample.image, sample.row.caption or "", sample.row.url, sample.texts.extra))
     for i, verdict in zip(usable, judge(job.config.filters, candidates, job.scorers), strict=True):
-        sample = made[i]
-        assert isinstance(sample, _Made)
+        sample = results[i]
+        assert isinstance(sample, _ConvertedSample)
         if isinstance(verdict, Refused):
-            made[i] = _failure(inputs[i], verdict, sample.row.sha256)
+            results[i] = _failure(inputs[i], verdict, sample.row.sha256)
         elif verdict:
             extra = sample.texts.extra | verdict
             shown = json.dumps(extra, ensure_ascii=False, sort_keys=True)
-            made[i] = sample._replace(row=sample.row._replace(extra=shown), texts=sample.texts._replace(extra=extra))
+            results[i] = sample._replace(row=sample.row._replace(extra=shown), texts=sample.texts._replace(extra=extra))
 
 
-def _sample(made: _Made) -> Sample:
-    facts = made.row._asdict()
+def _sample(converted: _ConvertedSample) -> Sample:
+    facts = converted.row._asdict()
     for column in ("reason", "position", "tar_sha256", "extra"):  # ours, which img2dataset doesn't write
         del facts[column]
-    facts = made.texts.extra | facts
-    if len(made.texts.captions) > 1:
-        facts["captions"] = list(made.texts.captions)
-    if made.annotations is not None:
-        facts["annotations"] = made.annotations
-    members = {made.extension: made.image}
-    if made.texts.captions:
-        members["txt"] = made.texts.captions[0].encode()
+    facts = converted.texts.extra | facts
+    if len(converted.texts.captions) > 1:
+        facts["captions"] = list(converted.texts.captions)
+    if converted.annotations is not None:
+        facts["annotations"] = converted.annotations
+    members = {converted.extension: converted.image}
+    if converted.texts.captions:
+        members["txt"] = converted.texts.captions[0].encode()
     members["json"] = json_bytes(facts)
-    if made.texts.label is not None:
-        members["cls"] = b"%d" % made.texts.label
-    return Sample(made.row.key, members)
+    if converted.texts.label is not None:
+        members["cls"] = b"%d" % converted.texts.label
+    return Sample(converted.row.key, members)
 
 
 def _failure(item: Input, refused: Refused, sha256: str | None) -> SidecarRow:

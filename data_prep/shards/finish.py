@@ -45,7 +45,7 @@ _AT_ONCE = 16
 Markers = dict[tuple[int, str, int], Committed]
 
 
-class Named(NamedTuple):
+class NamedPartition(NamedTuple):
     """A committed partition with its final names."""
 
     part: Committed
@@ -59,6 +59,9 @@ class Named(NamedTuple):
             return None
         archive, index, *_ = final_names(self.stem)
         return self.part.shard._replace(name=archive, index_name=index)
+
+
+Splits = dict[str, list[NamedPartition]]  # by name, each with its partitions in order
 
 
 def read_markers(url: str, segments: Sequence[Segment]) -> Markers:
@@ -81,19 +84,19 @@ def read_markers(url: str, segments: Sequence[Segment]) -> Markers:
     return markers
 
 
-def named(committed: Iterable[Committed]) -> dict[str, list[Named]]:
+def named(committed: Iterable[Committed]) -> dict[str, list[NamedPartition]]:
     """Split -> its partitions in order with their final names."""
-    splits: dict[str, list[Named]] = defaultdict(list)
+    splits: dict[str, list[NamedPartition]] = defaultdict(list)
     full: Counter[str] = Counter()
     empty: Counter[str] = Counter()
     for part in sorted(committed, key=lambda part: part.place):
         if part.shard is not None:
             stem = shard_stem(full[part.split])
-            splits[part.split].append(Named(part, stem, f"{stem}.parquet"))
+            splits[part.split].append(NamedPartition(part, stem, f"{stem}.parquet"))
             full[part.split] += 1
         else:
             stem = f"failed-{shard_stem(empty[part.split])}"
-            splits[part.split].append(Named(part, stem, f"{stem}.parquet"))
+            splits[part.split].append(NamedPartition(part, stem, f"{stem}.parquet"))
             empty[part.split] += 1
     return dict(sorted(splits.items()))
 
@@ -172,12 +175,12 @@ def finished_report(name: str, url: str) -> tuple[int, PrepReport] | None:
     return document["segments"], report
 
 
-def _publish(url: str, split: str, parts: Sequence[Named]) -> Iterable[None]:
+def _publish(url: str, split: str, parts: Sequence[NamedPartition]) -> Iterable[None]:
     """Move staged objects to their final names, many at once; existing ones stay."""
     folder = storage.join(url, split)
     published = {entry.url.rpartition("/")[2] for entry in storage.entries(folder)}
 
-    def move(part: Named) -> None:
+    def move(part: NamedPartition) -> None:
         stats = [] if part.part.shard is None else ["archive", "index", "stats"]
         for ending, name in zip(STAGED, final_names(part.stem), strict=True):
             if ending != "rows" and ending not in stats:
@@ -204,7 +207,7 @@ def _move(source: str, target: str) -> None:
             ) from error
 
 
-def _check_sizes(folder: str, parts: Sequence[Named]) -> None:
+def _check_sizes(folder: str, parts: Sequence[NamedPartition]) -> None:
     """Compare the shards with their markers, by one listing."""
     sizes = {entry.url.rpartition("/")[2]: entry.size_bytes for entry in storage.entries(folder)}
     for part in parts:
@@ -217,11 +220,13 @@ def _check_sizes(folder: str, parts: Sequence[Named]) -> None:
             )
 
 
-def _remove_retried(url: str, splits: dict[str, list[Named]], retry: Segment) -> dict[str, list[Named]]:
+def _remove_retried(
+    url: str, splits: dict[str, list[NamedPartition]], retry: Segment
+) -> dict[str, list[NamedPartition]]:
     """Remove the inputs that a retry tried again from their former sidecars, so that each input has one row."""
     positions = pa.array(read_positions(url, retry))
 
-    def without(item: Named) -> Named:
+    def without(item: NamedPartition) -> NamedPartition:
         part = item.part
         if part.segment >= retry.number or part.retried >= retry.number or not set(part.refused) & set(retry.reasons):
             return item
@@ -245,7 +250,9 @@ def _remove_retried(url: str, splits: dict[str, list[Named]], retry: Segment) ->
         return {split: list(pool.map(without, parts)) for split, parts in splits.items()}
 
 
-def _manifest(url: str, split: str, parts: list[Named], classes: tuple[str, ...], fingerprint: str) -> Manifest:
+def _manifest(
+    url: str, split: str, parts: list[NamedPartition], classes: tuple[str, ...], fingerprint: str
+) -> Manifest:
     shards = tuple(shard for part in parts if (shard := part.shard) is not None)
     refused: Counter[str] = Counter()
     for part in parts:
@@ -267,7 +274,7 @@ def _manifest(url: str, split: str, parts: list[Named], classes: tuple[str, ...]
 
 
 def _report(
-    config: PrepConfig, splits: dict[str, list[Named]], manifests: dict[str, Manifest], last: Segment
+    config: PrepConfig, splits: dict[str, list[NamedPartition]], manifests: dict[str, Manifest], last: Segment
 ) -> PrepReport:
     refused: Counter[str] = Counter()
     examples: dict[str, str] = {}

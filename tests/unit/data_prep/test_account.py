@@ -2,8 +2,8 @@ from data_prep.account import Progress
 
 
 def test_progress_tells_inputs_rates_and_the_time_left() -> None:
-    told = str(Progress("write", 600, 1000, 500, 60, 40, 20.0, size_bytes=40 * 2**20, resumed=200))
-    assert told == "600 of 1000 inputs done: 500 written, 60 filtered, 40 failed (20/s, 2.0 MiB/s, 20 s left)"
+    line = str(Progress("write", 600, 1000, 500, 60, 40, 20.0, size_bytes=40 * 2**20, resumed=200))
+    assert line == "600 of 1000 inputs done: 500 written, 60 filtered, 40 failed (20/s, 2.0 MiB/s, 20 s left)"
     assert str(Progress("plan", 5000, None, 0, 0, 0, 2.0)) == "5000 inputs planned (2500/s)"
 
 

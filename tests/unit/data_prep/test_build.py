@@ -18,9 +18,9 @@ def test_every_input_becomes_one_sample(tmp_path: Path) -> None:
     table = write_pairs(tmp_path / "raw", 20)
     report = build(settings(table, tmp_path / "out"))
     assert (report.inputs, report.written, report.failed) == (20, 20, {})
-    found = samples(tmp_path / "out" / "train")
-    assert sorted(found) == [f"{i:012d}" for i in range(20)]
-    for key, members in found.items():
+    stored = samples(tmp_path / "out" / "train")
+    assert sorted(stored) == [f"{i:012d}" for i in range(20)]
+    for key, members in stored.items():
         assert list(members) == ["jpg", "txt", "json"]
         assert members["txt"].decode() == f"a picture of {int(key)}"
         facts = json.loads(members["json"])
@@ -193,8 +193,8 @@ def test_labels_become_class_members(tmp_path: Path) -> None:
     report = build(settings(table, tmp_path / "out", source=source))
     assert report.failed == {"label_invalid": 4}
     assert read_manifest(str(tmp_path / "out" / "train")).classes == ("cat", "dog")
-    found = {int(key): int(members["cls"]) for key, members in samples(tmp_path / "out" / "train").items()}
-    assert found == {0: 0, 1: 1, 2: 1, 3: 0, 8: 1, **dict.fromkeys(range(9, 30), 1)}
+    labels = {int(key): int(members["cls"]) for key, members in samples(tmp_path / "out" / "train").items()}
+    assert labels == {0: 0, 1: 1, 2: 1, 3: 0, 8: 1, **dict.fromkeys(range(9, 30), 1)}
 
 
 def test_annotations_follow_the_image_into_the_json(tmp_path: Path) -> None:
@@ -237,12 +237,12 @@ def test_too_many_failures_leave_no_manifest_and_can_be_allowed(tmp_path: Path) 
 
 
 def test_progress_ends_with_all_inputs(tmp_path: Path) -> None:
-    told = []
-    build(settings(write_pairs(tmp_path / "raw", 20), tmp_path / "out"), progress=told.append)
-    written = [event for event in told if event.phase == "write"]
+    events = []
+    build(settings(write_pairs(tmp_path / "raw", 20), tmp_path / "out"), progress=events.append)
+    written = [event for event in events if event.phase == "write"]
     assert [event.done for event in written] == [6, 13, 20]
     assert "20 of 20 inputs done: 20 written, 0 filtered, 0 failed" in str(written[-1])
-    assert (told[-1].phase, told[-1].done, told[-1].total) == ("publish", 3, 3)
+    assert (events[-1].phase, events[-1].done, events[-1].total) == ("publish", 3, 3)
 
 
 @pytest.mark.parametrize("name", ["_prep/build.json", "prep.json"])

@@ -121,17 +121,17 @@ def test_what_stays_is_apart_what_goes_is_near_and_appending_changes_nothing(
     digests = np.stack([np.array(values, dtype=np.uint64)] * 2, axis=1)
     usable = np.array([v % 7 != 3 for v in values])
     options = DedupConfig(drop="near", near_distance=most)
-    found = decide(Signatures(digests, hashed, usable), NONE, options, {"train": 1.0}, 0)
-    stays = np.flatnonzero(usable & (found.verdicts == 0))
+    decisions = decide(Signatures(digests, hashed, usable), NONE, options, {"train": 1.0}, 0)
+    stays = np.flatnonzero(usable & (decisions.verdicts == 0))
     for i in stays:
         assert all(int(hashed[i] ^ hashed[j]).bit_count() > most for j in stays if j != i)
-    for i in np.flatnonzero(found.verdicts):
-        by = found.others[i]
+    for i in np.flatnonzero(decisions.verdicts):
+        by = decisions.others[i]
         assert by in stays
         assert by < i
         assert int(hashed[i] ^ hashed[by]).bit_count() <= most
     fewer = decide(Signatures(digests[:cut], hashed[:cut], usable[:cut]), NONE, options, {"train": 1.0}, 0)
-    np.testing.assert_array_equal(fewer.verdicts, found.verdicts[:cut])
+    np.testing.assert_array_equal(fewer.verdicts, decisions.verdicts[:cut])
 
 
 @pytest.mark.parametrize("drop", ["exact", "near"])

@@ -62,7 +62,7 @@ def test_a_function_that_is_wrong_stops_the_build_and_is_named(tmp_path: Path, n
     assert name in str(error.value)
 
 
-def open_clip_scores(found: dict[str, dict[str, bytes]], weights: Path) -> dict[str, float]:
+def open_clip_scores(pairs: dict[str, dict[str, bytes]], weights: Path) -> dict[str, float]:
     """The scores by open_clip's own way of using a model."""
     import open_clip
     import torch
@@ -71,7 +71,7 @@ def open_clip_scores(found: dict[str, dict[str, bytes]], weights: Path) -> dict[
     tokenize = open_clip.get_tokenizer(MODEL)
     scores = {}
     with torch.inference_mode():
-        for key, members in found.items():
+        for key, members in pairs.items():
             image = model.eval().encode_image(transform(Image.open(io.BytesIO(stored(members))).convert("RGB"))[None])
             text = model.encode_text(tokenize([members["txt"].decode()]))
             scores[key] = float(torch.cosine_similarity(image, text))
@@ -102,10 +102,10 @@ def test_scores_are_open_clips_and_the_threshold_is_kept(weights: Path, tmp_path
     limit = float(np.mean(sorted(expected.values())[4:6]))  # between two scores: batches round otherwise than singles
     filters = [{"type": "clip_score", "model": MODEL, "pretrained": str(weights), "min_score": limit, "batch": 4}]
     report = build(settings(table, tmp_path / "out", filters=filters))
-    kept = samples(tmp_path / "out" / "train")
-    assert set(kept) == {key for key, score in expected.items() if score >= limit}
+    passed = samples(tmp_path / "out" / "train")
+    assert set(passed) == {key for key, score in expected.items() if score >= limit}
     assert report.filtered == {"score_too_low": 5}
-    for key, members in kept.items():
+    for key, members in passed.items():
         assert json.loads(members["json"])["clip_score"] == pytest.approx(expected[key], abs=2e-4)
 
 
@@ -130,7 +130,7 @@ def run_of_flip(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def flip_scores(found: dict[str, dict[str, bytes]], run: Path) -> dict[str, float]:
+def flip_scores(pairs: dict[str, dict[str, bytes]], run: Path) -> dict[str, float]:
     """Cosines of what the checkpoint's stage embeds, one pair at a time."""
     import torch
 
@@ -138,7 +138,7 @@ def flip_scores(found: dict[str, dict[str, bytes]], run: Path) -> dict[str, floa
     transform = stage.transform(train=False)
     scores = {}
     with torch.inference_mode():
-        for number, (key, members) in enumerate(found.items()):
+        for number, (key, members) in enumerate(pairs.items()):
             example = transform(RawSample(number, key, members), 0)
             image, text = stage.embed_images(example.image[None]), stage.embed_texts(example.text[None])
             scores[key] = float(torch.cosine_similarity(image, text))
@@ -149,10 +149,10 @@ def test_our_own_flip_run_scores(flip_run: Path, tmp_path: Path) -> None:
     table = write_pairs(tmp_path / "raw", 9)
     filters = [{"type": "clip_score", "run": str(flip_run), "min_score": -1.0, "batch": 4}]
     build(settings(table, tmp_path / "out", filters=filters))
-    found = samples(tmp_path / "out" / "train")
-    expected = flip_scores(found, flip_run)
-    assert len(set(expected.values())) == len(found) == 9
-    for key, members in found.items():
+    pairs = samples(tmp_path / "out" / "train")
+    expected = flip_scores(pairs, flip_run)
+    assert len(set(expected.values())) == len(pairs) == 9
+    for key, members in pairs.items():
         assert json.loads(members["json"])["clip_score"] == pytest.approx(expected[key], abs=2e-4)
     with pytest.raises(ConfigError, match="no run of stage flip"):
         build(settings(table, tmp_path / "bad", filters=[filters[0] | {"run": str(tmp_path)}]))
@@ -167,9 +167,9 @@ def test_models_run_as_actors_and_score_as_in_one_process(weights: Path, flip_ru
     ]
     build(settings(table, tmp_path / "one", filters=filters))
     build(settings(table, tmp_path / "out", filters=filters, ray={"tasks": 2, "scorers": 2}))
-    alone, found = (samples(tmp_path / name / "train") for name in ("one", "out"))
-    assert len(found) == 24
-    for key, members in found.items():
+    alone, in_actors = (samples(tmp_path / name / "train") for name in ("one", "out"))
+    assert len(in_actors) == 24
+    for key, members in in_actors.items():
         facts, before = json.loads(members["json"]), json.loads(alone[key]["json"])
         for name in ("clip_score", "clip_score_1"):
             assert facts[name] == pytest.approx(before[name], abs=2e-4)  # as torch's threads differ, so do last bits

@@ -58,13 +58,13 @@ def test_the_whole_set_through_a_build(tmp_path: Path) -> None:
         (tmp_path / golden.name).write_bytes(golden.data)
     table = write_table(tmp_path / "t.parquet", url=[g.name for g in goldens], caption=["x"] * len(goldens))
     build(settings(table, tmp_path / "out", image={"resize": "no", "format": "png"}, max_failed=1.0))
-    found = samples(tmp_path / "out" / "train")
+    shards = samples(tmp_path / "out" / "train")
     rows = {row["position"]: row for row in sidecar(tmp_path / "out" / "train")}
     for position, golden in enumerate(goldens):
         if isinstance(golden.expected, str):
             assert rows[position]["reason"] == golden.expected, golden.name
         else:
-            image = Image.open(io.BytesIO(found[f"{position:012d}"]["png"]))
+            image = Image.open(io.BytesIO(shards[f"{position:012d}"]["png"]))
             assert difference(image, golden.expected) < 2, golden.name
 
 

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from data_prep.build import build
 from data_prep.indexing import index as indexing
 from data_prep.indexing import walk as walking
-from data_prep.indexing.index import Indexed, IndexOptions, index_tars
+from data_prep.indexing.index import IndexOptions, IndexResult, index_tars
 from data_prep.shards.contents import first_samples
 from data_prep.shards.verify import verify
 from pipeline import storage
@@ -35,26 +35,26 @@ from tests.support.tar_sets import pair_members, sa1b_members, write_tar
 FORMATS = [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT]
 
 
-def indexed(folder: Path | str, **choice: Any) -> Indexed:
+def indexed(folder: Path | str, **choice: Any) -> IndexResult:
     return index_tars(IndexOptions(str(folder), **choice))
 
 
 def ours(manifest: Manifest) -> list[tuple[str, dict[str, bytes]]]:
     """(key, extension -> bytes) of all samples, by the index."""
-    found = []
+    pairs = []
     for shard in manifest.shards:
         for start, stop in itertools.pairwise(read_index(manifest, shard).tolist()):
             data = storage.read_range(manifest.tar_url(shard), start, stop)
             sample = parse_sample(memoryview(data), 0)
-            found.append((sample.key, {extension: bytes(value) for extension, value in sample.members.items()}))
-    return found
+            pairs.append((sample.key, {extension: bytes(value) for extension, value in sample.members.items()}))
+    return pairs
 
 
 def theirs(folder: Path) -> list[tuple[str, dict[str, bytes]]]:
     """The same by the package webdataset, of members that stages read."""
     tars = sorted(map(str, folder.rglob("*.tar")))
-    found = webdataset.WebDataset(tars, shardshuffle=False, empty_check=False)
-    samples = [(s["__key__"], {name: data for name, data in s.items() if name in EXTENSIONS}) for s in found]
+    rows = webdataset.WebDataset(tars, shardshuffle=False, empty_check=False)
+    samples = [(s["__key__"], {name: data for name, data in s.items() if name in EXTENSIONS}) for s in rows]
     return [(key, members) for key, members in samples if members]
 
 
@@ -93,8 +93,8 @@ def test_the_index_finds_the_samples_that_webdataset_reads(tmp_path: Path, kind:
     assert manifest.num_samples == 5 + 4 + 6 + (3 if kind == tarfile.USTAR_FORMAT else 5)
     assert read_manifest(str(folder)) == manifest
     facts = manifest.info["indexed"]
-    kept = {"caption.txt": 1, "npy": 1, "pth": 1, walking.NO_SAMPLE: 2}
-    assert facts["unread"] == dict(sorted(kept.items()))
+    unread = {"caption.txt": 1, "npy": 1, "pth": 1, walking.NO_SAMPLE: 2}
+    assert facts["unread"] == dict(sorted(unread.items()))
     assert facts["examples"]["caption.txt"] == "0.caption.txt in odd.tar"
     with_members = {extension: sum(extension in m for _, m in ours(manifest)) for extension in EXTENSIONS}
     assert facts["members"] == {extension: n for extension, n in sorted(with_members.items()) if n}
@@ -176,8 +176,8 @@ def cut(data: bytes, at: float) -> bytes:
     return data[: int(len(data) * at) // 512 * 512 + 100]
 
 
-def joined(one: bytes, two: bytes) -> bytes:
-    return one + two
+def joined(first: bytes, second: bytes) -> bytes:
+    return first + second
 
 
 def flipped(data: bytes, at: int) -> bytes:
@@ -208,10 +208,10 @@ def test_a_tar_that_cannot_be_used_is_named_with_what_to_do(
     with pytest.raises(DataError, match=f"1 of 2 tars can't be used: bad.tar: .*({message})"):
         indexed(tmp_path)
     assert not (tmp_path / "manifest.json").exists()
-    found = indexed(tmp_path, skip_bad=True)
-    assert found.num_read == 0, "neither tar has changed since"
-    assert [shard.name for shard in found.manifest.shards] == ["good.tar"]
-    assert list(found.facts["left_out"]) == ["bad.tar"]
+    result = indexed(tmp_path, skip_bad=True)
+    assert result.num_read == 0, "neither tar has changed since"
+    assert [shard.name for shard in result.manifest.shards] == ["good.tar"]
+    assert list(result.facts["left_out"]) == ["bad.tar"]
     good.unlink()
     with pytest.raises(DataError, match="no sample of 1 tars holds an image"):
         indexed(tmp_path, skip_bad=True)
@@ -225,8 +225,8 @@ def test_a_mended_tar_alone_is_read_again(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"1.tar: cut off"):
         indexed(tmp_path)
     second.write_bytes(whole)
-    found = indexed(tmp_path)
-    assert (found.num_read, found.changed, found.manifest.num_samples) == (1, ("1.tar",), 6)
+    result = indexed(tmp_path)
+    assert (result.num_read, result.changed, result.manifest.num_samples) == (1, ("1.tar",), 6)
 
 
 @pytest.mark.parametrize(
@@ -289,8 +289,8 @@ def test_labels_need_names_or_get_numbers(tmp_path: Path) -> None:
     write_tar(tmp_path / "0.tar", pair_members(0, 6, label=True))
     assert indexed(tmp_path).manifest.classes == ("0", "1", "2", "3")
     names = ("cat", "dog", "hen", "owl")
-    found = indexed(tmp_path, classes=names)
-    assert (found.manifest.classes, found.num_read, found.already) == (names, 0, False)
+    result = indexed(tmp_path, classes=names)
+    assert (result.manifest.classes, result.num_read, result.already) == (names, 0, False)
     with pytest.raises(DataError, match=r"label 3 of 000000003.cls, and 3 classes"):
         indexed(tmp_path, classes=names[:3])
 
@@ -322,10 +322,10 @@ def test_what_changes_is_seen_by_size_or_time_and_alters_the_fingerprint(tmp_pat
     path.write_bytes(flipped(path.read_bytes(), 700))  # of the same size
     write_tar(tmp_path / "3.tar", pair_members(30, 2))
     (tmp_path / "2.tar").unlink()
-    found = indexed(tmp_path)
-    assert (found.num_read, found.changed, found.gone) == (2, ("1.tar",), ("2.tar",))
-    assert [shard.name for shard in found.manifest.shards] == ["0.tar", "1.tar", "3.tar"]
-    assert found.manifest.fingerprint != first.fingerprint
+    result = indexed(tmp_path)
+    assert (result.num_read, result.changed, result.gone) == (2, ("1.tar",), ("2.tar",))
+    assert [shard.name for shard in result.manifest.shards] == ["0.tar", "1.tar", "3.tar"]
+    assert result.manifest.fingerprint != first.fingerprint
     assert not (tmp_path / "2.index.npy").exists()
     (tmp_path / "0.index.npy").unlink()
     assert indexed(tmp_path).num_read == 1, "an index that is gone is made anew"
@@ -376,8 +376,8 @@ def test_a_stop_keeps_what_is_done_and_the_end_is_the_same(tmp_path: Path) -> No
     with pytest.raises(Stopped):
         index_tars(IndexOptions(str(source), str(tmp_path / "parts"), readers=2), stop=lambda: next(asked) > 12)
     assert not (tmp_path / "parts" / "manifest.json").exists()
-    found = indexed(source, to=str(tmp_path / "parts"))
-    assert 0 < found.num_read < 12
+    result = indexed(source, to=str(tmp_path / "parts"))
+    assert 0 < result.num_read < 12
     assert files_of(tmp_path / "parts") == files_of(whole)
 
 

@@ -45,8 +45,8 @@ def test_images_in_folders_take_the_texts_beside_them(tmp_path: Path) -> None:
         (raw / f"part{i % 2}" / f"{i}.a.JPG").write_bytes(encoded(i))
         (raw / f"part{i % 2}" / f"{i}.a.txt").write_text(f"caption of {i}\n")
     (raw / "part0" / "readme.md").write_text("not an image")
-    found = built(tmp_path / "out", {"type": "folder", "url": str(raw)})
-    assert sorted(m["txt"] for m in found.values()) == sorted(f"caption of {i}".encode() for i in range(12))
+    result = built(tmp_path / "out", {"type": "folder", "url": str(raw)})
+    assert sorted(m["txt"] for m in result.values()) == sorted(f"caption of {i}".encode() for i in range(12))
     (raw / "part0" / "0.a.txt").unlink()
     again = built(tmp_path / "again", {"type": "folder", "url": str(raw)})
     assert len(again) == 11
@@ -69,9 +69,9 @@ def test_class_folders_label_by_name(tmp_path: Path) -> None:
         folder = tmp_path / "raw" / ("n02", "n01", "n10")[i % 3]
         folder.mkdir(parents=True, exist_ok=True)
         (folder / f"{i}.jpeg").write_bytes(encoded(i))
-    found = built(tmp_path / "out", {"type": "class_folders", "url": str(tmp_path / "raw")})
+    result = built(tmp_path / "out", {"type": "class_folders", "url": str(tmp_path / "raw")})
     assert read_manifest(str(tmp_path / "out" / "train")).classes == ("n01", "n02", "n10")
-    for members in found.values():
+    for members in result.values():
         folder = Path(json.loads(members["json"])["url"]).parent.name
         assert int(members["cls"]) == ["n01", "n02", "n10"].index(folder)
 
@@ -92,9 +92,9 @@ def test_img2datasets_tars_are_sharded_anew(tmp_path: Path, kind: int) -> None:
         (tmp_path / "raw" / f"{shard:05d}_stats.json").write_text("{}")
         pa.parquet.write_table(pa.table({"key": list(images)}), tmp_path / "raw" / f"{shard:05d}.parquet")
     source = {"type": "tars", "url": str(tmp_path / "raw"), "keep_fields": ["uid"]}
-    found = built(tmp_path / "out", source, image={"format": "keep"})
-    assert sorted(m["txt"].decode() for m in found.values()) == sorted(f"c {key}" for key in images)
-    for members in found.values():
+    result = built(tmp_path / "out", source, image={"format": "keep"})
+    assert sorted(m["txt"].decode() for m in result.values()) == sorted(f"c {key}" for key in images)
+    for members in result.values():
         key = members["txt"].decode().removeprefix("c ")
         assert members["jpg"] == images[key], "an image that needs no change passes byte for byte"
         assert json.loads(members["json"])["uid"] == f"u{key}"
@@ -117,8 +117,8 @@ def test_datacomps_metadata_and_its_shards_are_read(tmp_path: Path) -> None:
     pa.parquet.write_table(table, tmp_path / "raw" / "00.parquet")
     keep = ["uid", "clip_l14_similarity_score", "face_bboxes"]
     source = {"type": "table", "url": str(tmp_path / "raw" / "00.parquet"), "caption_column": "text"}
-    found = built(tmp_path / "out", source | {"keep_columns": keep})
-    for key, members in found.items():
+    result = built(tmp_path / "out", source | {"keep_columns": keep})
+    for key, members in result.items():
         facts = json.loads(members["json"])
         assert facts["uid"] == f"{int(key):032x}"
         assert facts["face_bboxes"] == [[0.1, 0.2, 0.3, 0.4]]
@@ -170,9 +170,9 @@ def test_coco_instances_with_captions(tmp_path: Path) -> None:
         "images": str(tmp_path / "images"),
         "captions": str(tmp_path / "captions.json"),
     }
-    found = built(tmp_path / "out", source)
+    result = built(tmp_path / "out", source)
     assert read_manifest(str(tmp_path / "out" / "train")).classes == ("car", "dog")
-    facts = {f["image_id"]: f for f in (json.loads(m["json"]) for m in found.values())}
+    facts = {f["image_id"]: f for f in (json.loads(m["json"]) for m in result.values())}
     assert sorted(facts) == [9, 25, 30]
     assert [a["category_id"] for a in facts[9]["annotations"]] == [1, 0]
     assert facts[9]["captions"] == ["photo 9", "a dog and a car"]
@@ -196,14 +196,14 @@ def test_sa1bs_tars_keep_their_masks_and_scores(tmp_path: Path) -> None:
         members |= {f"./sa_{i}.jpg": encoded(i), f"./sa_{i}.json": json.dumps(facts).encode()}
     write_tar(tmp_path / "raw" / "sa_000000.tar", members, tarfile.GNU_FORMAT)
     source = {"type": "tars", "url": str(tmp_path / "raw"), "captions": "none", "annotations": True}
-    found = built(tmp_path / "out", source | {"keep_fields": ["image"]}, image={"resize": "keep_ratio", "size": 16})
-    assert len(found) == 6
-    for members_found in found.values():
+    result = built(tmp_path / "out", source | {"keep_fields": ["image"]}, image={"resize": "keep_ratio", "size": 16})
+    assert len(result) == 6
+    for members_found in result.values():
         facts = json.loads(members_found["json"])
-        (kept,) = facts["annotations"]
-        assert (kept["predicted_iou"], kept["stability_score"], kept["id"]) == (0.93, 0.97, 77)
-        assert kept["segmentation"]["size"] == [16, 24]
-        assert kept["bbox"] == [3, 2, 12, 8]
+        (moved,) = facts["annotations"]
+        assert (moved["predicted_iou"], moved["stability_score"], moved["id"]) == (0.93, 0.97, 77)
+        assert moved["segmentation"]["size"] == [16, 24]
+        assert moved["bbox"] == [3, 2, 12, 8]
 
 
 def test_several_captions_come_from_lists_or_columns(tmp_path: Path) -> None:
@@ -213,14 +213,14 @@ def test_several_captions_come_from_lists_or_columns(tmp_path: Path) -> None:
     urls = [f"{i}.jpg" for i in range(4)]
     lists = pa.table({"url": urls, "caption": [["a", "b"], ["", "c"], [], None]})
     pa.parquet.write_table(lists, tmp_path / "raw" / "lists.parquet")
-    found = built(tmp_path / "out", {"type": "table", "url": str(tmp_path / "raw" / "lists.parquet")}, max_failed=0.6)
-    assert {k: m["txt"] for k, m in found.items()} == {"000000000000": b"a", "000000000001": b"c"}
+    result = built(tmp_path / "out", {"type": "table", "url": str(tmp_path / "raw" / "lists.parquet")}, max_failed=0.6)
+    assert {k: m["txt"] for k, m in result.items()} == {"000000000000": b"a", "000000000001": b"c"}
     lines = [{"url": "0.jpg", "caption": ["x", "y"]}, {"url": "1.jpg", "caption": '["no", "list"]'}]
     (tmp_path / "raw" / "t.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    found = built(tmp_path / "lines", {"type": "table", "url": str(tmp_path / "raw" / "t.jsonl")})
-    assert {k: m["txt"] for k, m in found.items()} == {"000000000000": b"x", "000000000001": b'["no", "list"]'}
+    result = built(tmp_path / "lines", {"type": "table", "url": str(tmp_path / "raw" / "t.jsonl")})
+    assert {k: m["txt"] for k, m in result.items()} == {"000000000000": b"x", "000000000001": b'["no", "list"]'}
     columns = pa.table({"url": urls, "alt": ["p"] * 4, "title": ["q", None, "r", ""]})
     pa.parquet.write_table(columns, tmp_path / "raw" / "columns.parquet")
     source = {"type": "table", "url": str(tmp_path / "raw" / "columns.parquet"), "caption_column": ["title", "alt"]}
-    found = dict(sorted(built(tmp_path / "two", source).items()))
-    assert [m["txt"] for m in found.values()] == [b"q", b"p", b"r", b"p"]
+    result = dict(sorted(built(tmp_path / "two", source).items()))
+    assert [m["txt"] for m in result.values()] == [b"q", b"p", b"r", b"p"]

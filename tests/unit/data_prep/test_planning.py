@@ -89,9 +89,9 @@ def test_values_come_back_whichever_inputs_have_them(memory_bytes: int) -> None:
     with SegmentPlan(0, 4, size_bytes=1 << 30, memory_bytes=memory_bytes) as plan:
         for item in batches:
             plan.add(item)
-        found = pa.concat_tables([part.inputs for part in plan.partitions()])
-    assert found.schema == SCHEMA
-    assert found.sort_by("position") == pa.Table.from_batches(batches)
+        result = pa.concat_tables([part.inputs for part in plan.partitions()])
+    assert result.schema == SCHEMA
+    assert result.sort_by("position") == pa.Table.from_batches(batches)
 
 
 def test_a_disk_without_room_for_the_plan_is_told() -> None:
@@ -116,12 +116,12 @@ def test_spilled_inputs_are_removed_in_the_end(tmp_path, monkeypatch) -> None:
 def test_splits_have_their_shares_and_equal_values_share_one() -> None:
     shares = {"train": 0.8, "validation": 0.15, "heldout": 0.05}
     values = [b"%d" % i for i in range(20_000)]
-    found = assign(values, shares, 0).to_pylist()
-    counts = Counter(found)
+    result = assign(values, shares, 0).to_pylist()
+    counts = Counter(result)
     for name, share in shares.items():
         assert counts[name.encode()] / len(values) == pytest.approx(share, rel=0.1)
-    assert assign(list(reversed(values)), shares, 0).to_pylist() == found[::-1]
-    assert assign(values, shares, 1).to_pylist() != found
+    assert assign(list(reversed(values)), shares, 0).to_pylist() == result[::-1]
+    assert assign(values, shares, 1).to_pylist() != result
 
 
 def test_the_fingerprint_knows_values_not_batches() -> None:

@@ -44,9 +44,9 @@ def test_boxes_and_masks_follow_scaling() -> None:
 
 def test_cutting_clips_objects_and_drops_those_outside() -> None:
     inside, across, outside = rectangle(30, 10, 10, 10), rectangle(10, 0, 20, 40), rectangle(0, 0, 15, 15)
-    found = follow_image([inside, across, outside], geometry(resize="center_crop", size=40))
-    assert [item["bbox"] for item in found] == [[10, 10, 10, 10], [0, 0, 10, 40]]
-    assert [int(drawn(item).sum()) for item in found] == [100, 400] == [item["area"] for item in found]
+    moved = follow_image([inside, across, outside], geometry(resize="center_crop", size=40))
+    assert [item["bbox"] for item in moved] == [[10, 10, 10, 10], [0, 0, 10, 40]]
+    assert [int(drawn(item).sum()) for item in moved] == [100, 400] == [item["area"] for item in moved]
 
 
 @pytest.mark.parametrize("form", ["polygon", "uncompressed"])

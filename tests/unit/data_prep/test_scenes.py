@@ -96,12 +96,12 @@ def test_a_caption_names_the_shape_and_the_texture_of_the_label(written: Path) -
 def test_annotations_outline_every_object_the_labelled_one_first(written: Path) -> None:
     numbers = Counter()
     for row in rows(written):
-        found = json.loads(str(row["annotations"]))
-        numbers[len(found)] += 1
-        assert found[0]["category_id"] == row["label"]
-        assert found[0]["area"] == max(item["area"] for item in found)
+        annotations = json.loads(str(row["annotations"]))
+        numbers[len(annotations)] += 1
+        assert annotations[0]["category_id"] == row["label"]
+        assert annotations[0]["area"] == max(item["area"] for item in annotations)
         drawn = np.zeros((row["height"], row["width"]), int)  # type: ignore[call-overload]
-        for item in found:
+        for item in annotations:
             mask = coco_mask.decode(item["segmentation"])
             assert mask.shape == drawn.shape
             assert mask.sum() == item["area"] > 0
@@ -229,15 +229,15 @@ def test_other_settings_replace_what_lies_in_the_folder(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("document", "told"),
+    ("document", "message"),
     [
         ({"min_side": 100, "max_side": 90}, "min_side is larger than max_side"),
         ({"num_train": 0, "num_validation": 0, "num_heldout": 0}, "all 0"),
         ({"num_trian": 10}, "did you mean 'num_train'"),
     ],
 )
-def test_impossible_settings_are_refused(document: dict[str, int], told: str) -> None:
-    with pytest.raises(ConfigError, match=told):
+def test_impossible_settings_are_refused(document: dict[str, int], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
         validate(ScenesConfig, document, where="scenes.yaml")
 
 

@@ -133,7 +133,7 @@ def test_inputs_appended_after_a_retry_come_last(tmp_path: Path) -> None:
 
 def test_nothing_that_served_the_build_alone_stays(tmp_path: Path) -> None:
     build(settings(grow(tmp_path / "raw", 20), tmp_path / "out"))
-    kept = sorted(path.relative_to(tmp_path / "out" / "_prep").parts[0] for path in tmp_path.rglob("_prep/*"))
-    assert kept == ["attempts", "build.json", "partitions", "segments", "staged"]
+    folders = sorted(path.relative_to(tmp_path / "out" / "_prep").parts[0] for path in tmp_path.rglob("_prep/*"))
+    assert folders == ["attempts", "build.json", "partitions", "segments", "staged"]
     assert not list((tmp_path / "out" / "_prep" / "staged").iterdir())
     assert json.loads((tmp_path / "out" / "prep.json").read_text())["segments"] == 1

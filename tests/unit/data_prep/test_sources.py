@@ -42,10 +42,10 @@ def write_as(folder: Path, ending: str) -> Path:
 def test_every_format_gives_the_same_inputs(tmp_path: Path, ending: str) -> None:
     source = TableSource(TableOptions(url=str(write_as(tmp_path, ending))))
     source.check()
-    found = rows(source)
-    assert [row["position"] for row in found] == [0, 1, 2, 3, 4]
-    assert [row["url"] for row in found] == [url.encode() for url in URLS]
-    assert [row["caption"] for row in found] == [caption.encode() for caption in CAPTIONS]
+    inputs = rows(source)
+    assert [row["position"] for row in inputs] == [0, 1, 2, 3, 4]
+    assert [row["url"] for row in inputs] == [url.encode() for url in URLS]
+    assert [row["caption"] for row in inputs] == [caption.encode() for caption in CAPTIONS]
 
 
 def test_a_byte_order_mark_is_no_part_of_the_first_column(tmp_path: Path) -> None:
@@ -59,8 +59,8 @@ def test_a_byte_order_mark_is_no_part_of_the_first_column(tmp_path: Path) -> Non
 def test_a_folder_of_tables_is_read_in_the_order_of_names(tmp_path: Path) -> None:
     for name, first in (("b", 2), ("a", 0)):
         write_table(tmp_path / f"{name}.parquet", url=[f"{first}.jpg", f"{first + 1}.jpg"], caption=["x", "y"])
-    found = rows(TableSource(TableOptions(url=str(tmp_path))))
-    assert [(row["position"], row["url"]) for row in found] == [(i, b"%d.jpg" % i) for i in range(4)]
+    inputs = rows(TableSource(TableOptions(url=str(tmp_path))))
+    assert [(row["position"], row["url"]) for row in inputs] == [(i, b"%d.jpg" % i) for i in range(4)]
 
 
 def test_a_table_is_streamed_in_batches(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import pytest
 from data_prep.account import Refused
 from data_prep.build import build
 from data_prep.config import FetchConfig, WebConfig
-from data_prep.fetch.inputs import Fetched, Wanted, fetch_all
+from data_prep.fetch.inputs import Fetched, FetchRequest, fetch_all
 from data_prep.fetch.web import Boundary, opts_out, retry_after_s
 from data_prep.sources.base import AllowedPlaces
 from tests.support.prep_cases import encoded, reasons, samples, settings, sidecar, write_table
@@ -33,10 +33,10 @@ def run_server() -> Iterator[MisbehavingServer]:
 def got(urls: list[str], *, retries: int = 2, max_bytes: int = 1000, **web: Any) -> list[bytes | str]:
     """Each URL's body, or the reason there is none."""
     options = FetchConfig(retries=retries, max_bytes=max_bytes, web=WebConfig(**LOOPBACK | web))
-    found: list[bytes | str] = [""] * len(urls)
-    for number, result in fetch_all([Wanted(url.encode()) for url in urls], NOWHERE, options):
-        found[number] = result.data if isinstance(result, Fetched) else result.reason
-    return found
+    answers: list[bytes | str] = [""] * len(urls)
+    for number, result in fetch_all([FetchRequest(url.encode()) for url in urls], NOWHERE, options):
+        answers[number] = result.data if isinstance(result, Fetched) else result.reason
+    return answers
 
 
 def test_bodies_arrive_and_what_goes_wrong_has_its_reason(server: MisbehavingServer) -> None:
@@ -58,8 +58,8 @@ def test_bodies_arrive_and_what_goes_wrong_has_its_reason(server: MisbehavingSer
         "/robots/otherbot: noai": b"image",
         "/much-later": "server_busy",
     }
-    found = got([server.url + path for path in expected], max_bytes=1500)
-    assert dict(zip(expected, found, strict=True)) == expected
+    answers = got([server.url + path for path in expected], max_bytes=1500)
+    assert dict(zip(expected, answers, strict=True)) == expected
     assert "vitrail" in next(iter(server.agents))
 
 
@@ -76,9 +76,9 @@ def test_a_body_that_never_ends_costs_no_more_than_the_deadline(server: Misbehav
     """And holds up nobody: eight of them beside images that arrive."""
     urls = [server.url + path for path in ["/endless", "/silent"] * 4] + [f"{server.url}/{i}.jpg" for i in range(40)]
     started = time.monotonic()
-    found = got(urls, timeout_s=1.0, per_host=16, max_bytes=10_000_000)
-    assert found[:8] == ["timeout"] * 8
-    assert found[8:] == [encoded(i) for i in range(40)]
+    answers = got(urls, timeout_s=1.0, per_host=16, max_bytes=10_000_000)
+    assert answers[:8] == ["timeout"] * 8
+    assert answers[8:] == [encoded(i) for i in range(40)]
     assert time.monotonic() - started < 15  # one deadline after the other would be 8 s; the machine may be slow
 
 
