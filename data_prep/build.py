@@ -7,8 +7,8 @@
 4. *Write*: tasks make one shard each (`samples.packing`) and commit it (`shards.commit`), on Ray (`partitions`).
 5. *Publish*: shards get their final names, then come `sizes.json`, the manifests, and the account (`shards.finish`).
 
-The same command continues an interrupted build: committed partitions are kept if settings and inputs are the same, and
-others are an error. Attempts are numbered, and only the newest one's tasks may commit.
+The same command resumes an interrupted build: it keeps the committed partitions, and refuses other settings or inputs.
+Attempts are numbered, and only the newest one's tasks may commit.
 """
 
 from __future__ import annotations

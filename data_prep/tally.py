@@ -74,5 +74,5 @@ class Tally:
             raise DataError(
                 f"{sum(counts.values())} of {num_inputs} inputs failed: {describe(counts, self._examples)}",
                 where=self._config.source.url,
-                fix="mend the inputs, or raise max_failed, and run the same command: finished work is kept",
+                fix="correct the inputs, or raise max_failed, and run the same command: finished work is kept",
             )

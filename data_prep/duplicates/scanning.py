@@ -172,8 +172,10 @@ def _scan_chunk(job: SegmentJob, chunk: Chunk) -> bytes:
 
 
 def _check(job: SegmentJob, row: dict[str, Any], result: Fetched) -> dict[str, int]:
-    """Apply every rule that needs no model, since only a usable image may stand for its duplicates; the image's hash,
-    where it is needed.
+    """Apply every rule that needs no model, since only a usable image may represent its duplicates.
+
+    Returns:
+        The image's perceptual hash, where it is needed.
 
     Raises:
         Refused: the image can't be used.

@@ -141,9 +141,9 @@ def index_tars(
         say(f"{name} was indexed and no longer exists")
     for record in _read(options, {name: listed.tars[name] for name in todo}, records, say, stop):
         known[record.name] = record
-    walked = [known[name] for name in listed.tars]
-    records.finish(walked)
-    manifest = _manifest(options, walked)
+    tar_records = [known[name] for name in listed.tars]
+    records.finish(tar_records)
+    manifest = _manifest(options, tar_records)
     already = not todo and not gone and before is not None and manifest_bytes(before) == manifest_bytes(manifest)
     if not already:
         storage.write(storage.join(options.folder, MANIFEST_NAME), manifest_bytes(manifest))

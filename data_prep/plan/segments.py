@@ -68,7 +68,7 @@ def read_segments(url: str) -> list[Segment]:
             segments.append(Segment(**document | {"reasons": tuple(document["reasons"])}))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise DataError(
-                f"no segment of a build ({error})", where=entry.url, fix="restore it, or build anew elsewhere"
+                f"not a segment of a build ({error})", where=entry.url, fix="restore it, or build again elsewhere"
             ) from error
     return segments
 

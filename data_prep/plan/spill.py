@@ -106,7 +106,7 @@ class Spill:
             self._append(held, bounds)
         except OSError as error:
             raise StorageError(
-                f"the plan can't be kept on disk ({' '.join(str(error).split())})",
+                f"the plan can't be written to disk ({' '.join(str(error).split())})",
                 where=tempfile.gettempdir(),
                 fix="set TMPDIR to a folder with room for half the size of the source's listing",
             ) from error

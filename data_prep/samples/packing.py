@@ -128,7 +128,7 @@ def try_inputs(job: SegmentJob, inputs: Sequence[Input]) -> list[Refused | None]
 
 
 def parse_label(raw: bytes | None, classes: tuple[str, ...]) -> int:
-    """The class index that a label column's value stands for.
+    """The class index of a label column's value.
 
     Raises:
         Refused: label_invalid.

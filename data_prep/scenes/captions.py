@@ -1,6 +1,6 @@
 """Captions of rendered scenes: one sentence that names the main object's class, its look and surroundings.
 
-The class's name ("ring with rising stripes") stands in it as it is, or split by the color of the stripes.
+It holds the class's name ("ring with rising stripes") as it is, or with the stripes' color in between.
 """
 
 from __future__ import annotations

@@ -38,7 +38,7 @@ class TarsOptions(SourceOptions):
     """Existing WebDataset tars, as img2dataset, DataComp or SA-1B write them; their samples go into new shards.
 
     Members that share a name up to its first dot are a sample. Captions come from `txt`, or from `caption_field` of the
-    `json`; `annotations` of the `json` (SA-1B's masks) are kept, `cls` is the label.
+    `json`; `annotations` of the `json` (SA-1B's masks) are taken where wanted, and `cls` is the label.
     """
 
     type: Literal["tars"]

@@ -98,7 +98,7 @@ def test_a_disk_without_room_for_the_plan_is_told() -> None:
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
     try:
-        with pytest.raises(StorageError, match="can't be kept on disk") as error:
+        with pytest.raises(StorageError, match="can't be written to disk") as error:
             planned([3000, 3000], memory_bytes=10)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
