@@ -116,7 +116,7 @@ def build(weights: Weights, data: DataFacts | None = None) -> tuple[Stage, LoadR
     stage = cls(options, DataFacts(weights.classes) if data is None else data)
     wanted = dict.fromkeys(name for name in stage.state_dict() if name.startswith(weights.parts))
     missing = [name for name in wanted if name not in weights.state]
-    beyond = [name for name in weights.state if name not in wanted]
+    beyond = sorted(name for name in weights.state if name not in wanted)  # files keep tensors in any order
     if missing or beyond:
         lacks = f"lacks {listed(missing)}" if missing else ""
         holds = f"holds {listed(beyond)}, which stage {weights.stage!r} has no place for" if beyond else ""

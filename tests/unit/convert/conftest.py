@@ -9,5 +9,5 @@ import torch
 @pytest.fixture(params=[torch.float32, torch.float64], ids=["fp32", "float64"])
 def dtype(request: pytest.FixtureRequest) -> torch.dtype:
     """Both precisions that peers run in."""
-    found: torch.dtype = request.param
-    return found
+    precision: torch.dtype = request.param
+    return precision

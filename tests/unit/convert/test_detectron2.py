@@ -125,19 +125,19 @@ def test_only_numbers_in_arrays_are_built(harmless_looking: Any) -> None:
 
 
 def test_arrays_of_every_layout_come_back(tmp_path: Path) -> None:
-    given = {
+    stored = {
         "rows": np.arange(6, dtype=">f4").reshape(2, 3),
         "columns": np.asfortranarray(np.arange(6, dtype=np.float16).reshape(2, 3)),
         "empty": np.zeros((0, 4), np.int64),
         "one": np.float32(0.5),
     }
     for protocol in (2, 4, 5):
-        found = as_tensors(load_arrays(pickle.dumps(given, protocol=protocol)))
-        assert found["rows"].tolist() == given["rows"].tolist()
-        assert found["columns"].dtype == torch.float16
-        assert found["columns"].tolist() == given["columns"].tolist()
-        assert found["empty"].shape == (0, 4)
-        assert found["one"] == 0.5
+        arrays_read = as_tensors(load_arrays(pickle.dumps(stored, protocol=protocol)))
+        assert arrays_read["rows"].tolist() == stored["rows"].tolist()
+        assert arrays_read["columns"].dtype == torch.float16
+        assert arrays_read["columns"].tolist() == stored["columns"].tolist()
+        assert arrays_read["empty"].shape == (0, 4)
+        assert arrays_read["one"] == 0.5
 
 
 def test_a_truncated_pickle_is_damaged(tmp_path: Path) -> None:

@@ -38,8 +38,8 @@ class Hostile:
 @pytest.fixture
 def stage() -> MaeStage:
     options = MaeOptions.model_validate({"model": MODEL, "decoder": {"width": 32, "depth": 1, "heads": 2}})
-    found: MaeStage = shaken(MaeStage(options, DataFacts()))
-    return found
+    built: MaeStage = shaken(MaeStage(options, DataFacts()))
+    return built
 
 
 @pytest.mark.parametrize("how", ["torch", "torch before 1.6", "pickle"])
@@ -56,12 +56,12 @@ def test_a_hostile_file_is_refused_and_nothing_in_it_runs(how: str, tmp_path: Pa
 
 
 @pytest.mark.parametrize("ending", ["safetensors", "pth"])
-@pytest.mark.parametrize("kept", [0.0, 0.001, 0.5, 0.99])
-def test_a_truncated_file_is_named(ending: str, kept: float, stage: MaeStage, tmp_path: Path) -> None:
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.5, 0.99])
+def test_a_truncated_file_is_named(ending: str, share: float, stage: MaeStage, tmp_path: Path) -> None:
     path = tmp_path / f"weights.{ending}"
     convert.save(stage, str(path), "mae")
     content = path.read_bytes()
-    path.write_bytes(content[: int(kept * len(content))])
+    path.write_bytes(content[: int(share * len(content))])
     with pytest.raises(CheckpointError, match="truncated") as caught:
         convert.load(str(path), "mae", **KNOWN)
     assert caught.value.where == str(path)

@@ -35,12 +35,12 @@ def block(rng: np.random.Generator, name: str, width: int) -> Arrays:
 def parameters() -> Arrays:
     """Of a tiny FLIP: 4 x 4 patches of 4 pixels, two blocks in each tower, one token more than words."""
     rng = np.random.default_rng(0)
-    found: Arrays = {}
+    named: Arrays = {}
     for tower, width in (("img_encoder", D), ("txt_encoder", W)):
         for i in range(2):
-            found |= block(rng, f"{tower}/Transformer/encoderblock_{i:02d}", width)
+            named |= block(rng, f"{tower}/Transformer/encoderblock_{i:02d}", width)
         for kind in ("scale", "bias"):
-            found[f"{tower}/Transformer/encoder_norm/{kind}"] = rng.normal(0, 1, width).astype(np.float32)
+            named[f"{tower}/Transformer/encoder_norm/{kind}"] = rng.normal(0, 1, width).astype(np.float32)
     table = torch.cat([torch.zeros(1, D), sincos2d((4, 4), D)])[None]
     more: dict[str, tuple[int, ...]] = {
         "img_encoder/cls": (1, 1, D), "img_encoder/embedding/kernel": (4, 4, 3, D), "img_encoder/embedding/bias": (D,),
@@ -48,8 +48,8 @@ def parameters() -> Arrays:
         "txt_encoder/posembed_encoder/pos_embedding": (1, L, W),
         "img_mlp1/kernel": (D, E), "txt_mlp1/kernel": (W, E), "logit_scale": (1,),
     }  # fmt: skip
-    found |= {key: rng.normal(0, 0.3, shape).astype(np.float32) for key, shape in more.items()}
-    return found | {"img_encoder/posembed_encoder/pos_embedding": table.numpy()}
+    named |= {key: rng.normal(0, 0.3, shape).astype(np.float32) for key, shape in more.items()}
+    return named | {"img_encoder/posembed_encoder/pos_embedding": table.numpy()}
 
 
 def norm(x: Any, p: Arrays, name: str) -> Any:
@@ -117,16 +117,16 @@ def known(tmp_path: Path) -> dict[str, Any]:
 @pytest.mark.parametrize("kind", ["t5x", "fused", "archive"])
 def test_features_equal_the_official_forward_pass(tmp_path: Path, known: dict[str, Any], kind: str) -> None:
     p = parameters()
-    kept = dict(p)
+    stored = dict(p)
     if kind == "fused":
         for name in [key for key in p if "/query/" in key]:
-            three = [kept.pop(name.replace("query", part)) for part in ("query", "key", "value")]
-            kept[name.replace("query", "qkv")] = np.concatenate(three, axis=-1)
+            three = [stored.pop(name.replace("query", part)) for part in ("query", "key", "value")]
+            stored[name.replace("query", "qkv")] = np.concatenate(three, axis=-1)
     if kind == "t5x":
-        path = as_t5x(kept, tmp_path / "checkpoint_1")
+        path = as_t5x(stored, tmp_path / "checkpoint_1")
     else:
         path = str(tmp_path / "flip.npz")
-        np.savez(path, **kept)
+        np.savez(path, **stored)
     stage = convert.load(path, "flip_jax", **known)
     images = torch.randint(0, 256, (3, 3, 16, 16), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
     tokens = stage.tokenizer(["a red ring", "blue", "a zebra ring a red a red"])
@@ -134,8 +134,8 @@ def test_features_equal_the_official_forward_pass(tmp_path: Path, known: dict[st
     pixels = (images.permute(0, 2, 3, 1).numpy() / 255 - mean) / deviation
     expected = features({k: v.astype(np.float64) for k, v in p.items()}, pixels, tokens.numpy())
     with torch.no_grad():
-        found = stage.embed_images(images), stage.embed_texts(tokens)
-    for ours, theirs in zip(found, expected, strict=True):
+        embeddings = stage.embed_images(images), stage.embed_texts(tokens)
+    for ours, theirs in zip(embeddings, expected, strict=True):
         assert np.abs(ours.numpy() - theirs).max() <= 1e-5 * np.abs(theirs).max()
     assert stage.options.model.position == "sincos2d"
 

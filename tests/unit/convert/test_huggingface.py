@@ -85,9 +85,9 @@ def test_both_spellings_are_read_and_the_bits_come_back(spelling: str, tmp_path:
         safetensors.torch.save_file(dict(peer.state_dict()), tmp_path / "peer" / "model.safetensors")
     stage = convert.load(str(tmp_path / "peer"), "hf_vit_mae")
     convert.save(stage, str(tmp_path / "again"), "hf_vit_mae")
-    again, told = ViTMAEForPreTraining.from_pretrained(tmp_path / "again", output_loading_info=True)
-    assert not told["missing_keys"]
-    assert not told["unexpected_keys"]
+    again, loading = ViTMAEForPreTraining.from_pretrained(tmp_path / "again", output_loading_info=True)
+    assert not loading["missing_keys"]
+    assert not loading["unexpected_keys"]
     for name, value in peer.state_dict().items():
         assert torch.equal(again.state_dict()[name], value), name
     images, noise = pixels(32, 32), torch.rand(2, 16)

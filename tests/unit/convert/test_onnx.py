@@ -37,8 +37,8 @@ def test_masks_are_resized_as_the_predictor_does(size: tuple[int, int]) -> None:
     stage = tiny_stage()
     low = torch.randn(2, 4, 16, 16)
     wanted = stored_logits(low, fitted(*size, stage.options.model.image_hw))
-    found = onnx_files.OnnxDecoder(stage).stored(low, torch.tensor([float(side) for side in size]))
-    torch.testing.assert_close(found, wanted, rtol=0, atol=2e-5)
+    resized = onnx_files.OnnxDecoder(stage).stored(low, torch.tensor([float(side) for side in size]))
+    torch.testing.assert_close(resized, wanted, rtol=0, atol=2e-5)
 
 
 @pytest.fixture(scope="module")
@@ -64,11 +64,11 @@ def test_graphs_compute_what_the_packages_model_and_its_own_export_do(exported: 
     decoder = onnxruntime.InferenceSession(str(exported / DECODER))
     stage = convert.load(save_official(official, exported), "segment_anything", decoder_heads=HEADS)
     for points, size in ((2, (37, 50)), (5, (100, 64))):
-        given = drawn_prompts(stage, 2, points, size)  # type: ignore[arg-type]
-        found = decoder.run(None, {name: one.numpy() for name, one in zip(DECODER_INPUTS, given, strict=True)})
+        prompts = drawn_prompts(stage, 2, points, size)  # type: ignore[arg-type]
+        outputs = decoder.run(None, {name: value.numpy() for name, value in zip(DECODER_INPUTS, prompts, strict=True)})
         for row in range(2):
-            one = (given[0], *(part[row : row + 1] for part in given[1:5]), given[5])
-            for ours, wanted in zip(found, theirs(*one), strict=True):
+            prompt = (prompts[0], *(part[row : row + 1] for part in prompts[1:5]), prompts[5])
+            for ours, wanted in zip(outputs, theirs(*prompt), strict=True):
                 np.testing.assert_allclose(ours[row : row + 1], wanted.numpy(), rtol=0, atol=1e-5)
     about = json.loads((exported / "sam.json").read_text())
     assert about["image_size"] == SIDE

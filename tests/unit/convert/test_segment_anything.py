@@ -16,8 +16,8 @@ from tests.support.sam_batches import MODEL, tiny_stage
 from tests.support.sam_models import HEADS, hugging_face_config, official_sam, save_official
 
 
-def same(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> bool:
-    return found.keys() == wanted.keys() and all(torch.equal(found[name], wanted[name]) for name in wanted)
+def same(tensors: dict[str, Tensor], wanted: dict[str, Tensor]) -> bool:
+    return tensors.keys() == wanted.keys() and all(torch.equal(tensors[name], wanted[name]) for name in wanted)
 
 
 @pytest.fixture

@@ -82,8 +82,8 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
 def test_open_clips_models_give_the_same_features_and_come_back_bit_for_bit(tmp_path: Path, case: str) -> None:
     vision, text, more = CASES[case]
     peer = open_clip_model(vision, text, **more)
-    told = {"custom_text" if name == "custom" else name: value for name, value in more.items()}
-    folder = saved(tmp_path / "theirs", peer, config_of(vision, text, **told))
+    config = {"custom_text" if name == "custom" else name: value for name, value in more.items()}
+    folder = saved(tmp_path / "theirs", peer, config_of(vision, text, **config))
     stage = convert.load(folder, "open_clip")
     same_features(stage, peer, clip_pixels)
     assert stage.options.loss == ("siglip" if case == "custom text" else "clip")
@@ -147,9 +147,9 @@ def test_hugging_faces_clip_gives_the_same_features_and_comes_back_bit_for_bit(t
     text = stage.tokenizer(CAPTIONS)
     with torch.no_grad():
         for model in (peer, again):
-            found = model(pixel_values=clip_pixels(images()), input_ids=text)
-            assert close(stage.embed_images(images()), F.normalize(found.image_embeds, dim=-1))
-            assert close(stage.embed_texts(text), F.normalize(found.text_embeds, dim=-1))
+            features = model(pixel_values=clip_pixels(images()), input_ids=text)
+            assert close(stage.embed_images(images()), F.normalize(features.image_embeds, dim=-1))
+            assert close(stage.embed_texts(text), F.normalize(features.text_embeds, dim=-1))
 
 
 def test_a_siglip_model_of_timms_trunk_is_read(tmp_path: Path) -> None:

@@ -165,8 +165,8 @@ def test_the_command_replies_with_the_table(mae: MaeStage, tmp_path: Path) -> No
     words = "convert mae.safetensors hub/ --from mae --to hf_vit_mae"
     command = [sys.executable, "-m", "launch", *words.split()]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[3])}
-    told = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
-    assert told.returncode == 0, told.stderr
-    heads = [line.split()[0] for line in told.stdout.splitlines()]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    heads = [line.split()[0] for line in done.stdout.splitlines()]
     assert heads == ["mae", "loaded", "resized", "new", "ignored", "62"]
     assert (tmp_path / "hub" / "config.json").is_file()

@@ -80,11 +80,11 @@ def test_neighbours_need_no_head_and_no_labels_of_the_weights(place: Path) -> No
     """Any weights' trunk: here an encoder alone, against the same votes counted over features made here."""
     stage = mae()
     convert.save(stage, str(place / "encoder.pth"), "mae_encoder")
-    given = {"train": str(place / "train"), "source_format": "mae_encoder", "known": ["heads=2"]}
+    flags = {"train": str(place / "train"), "source_format": "mae_encoder", "known": ["heads=2"]}
     with pytest.raises(CheckpointError, match="add --knn"):
-        evaluate(str(place / "encoder.pth"), [str(place / "heldout")], said, **given)
+        evaluate(str(place / "encoder.pth"), [str(place / "heldout")], said, **flags)
     knn = KnnOptions(pooling="cls", k=3)
-    document, _ = evaluate(str(place / "encoder.pth"), [str(place / "heldout")], said, knn=knn, batch=4, **given)
+    document, _ = evaluate(str(place / "encoder.pth"), [str(place / "heldout")], said, knn=knn, batch=4, **flags)
     with torch.no_grad():
         train = stage.encode(torch.stack([pixels(i) for i in range(21)])).prefix[:, 0]
     votes = knn_scores(train[:10], train, torch.arange(21) % 7, 7, k=3)
@@ -203,6 +203,6 @@ def test_mistakes_of_the_command_are_named(place: Path) -> None:
         ("eval w.safetensors heldout --knn --pooling max", "no pooling 'max'"),
     ):
         command = [sys.executable, "-m", "launch", *words.split()]
-        told = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, timeout=120)
-        assert told.returncode == 2
-        assert message in told.stderr.splitlines()[-1]
+        done = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 2
+        assert message in done.stderr.splitlines()[-1]

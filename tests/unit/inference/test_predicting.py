@@ -67,11 +67,11 @@ def images(tmp_path: Path) -> Path:
     return folder
 
 
-def predicted(stage: Stage, given: list[str], folder: Path, **asked: Any) -> tuple[list[dict[str, Any]], bool]:
+def predicted(stage: Stage, places: list[str], folder: Path, **asked: Any) -> tuple[list[dict[str, Any]], bool]:
     """The document's images, and whether all could be read."""
     weights = str(folder / "weights.safetensors")
     convert.save(stage, weights, "vitrail")
-    _, _, good = predict(weights, given, str(folder / "out"), lambda _: None, **asked)
+    _, _, good = predict(weights, places, str(folder / "out"), lambda _: None, **asked)
     document = json.loads((folder / "out" / "predictions.json").read_text())
     assert (document["format"], document["format_version"]) == ("vitrail.predictions", 1)
     return document["images"], good
@@ -81,14 +81,14 @@ def predicted(stage: Stage, given: list[str], folder: Path, **asked: Any) -> tup
 def test_pretrained_stages_show_what_they_make_of_each_image(
     name: str, fact: str, images: Path, tmp_path: Path
 ) -> None:
-    told, good = predicted(build(name), [str(images)], tmp_path)
+    entries, good = predicted(build(name), [str(images)], tmp_path)
     assert good
-    assert [one["image"] for one in told] == [str(images / n) for n in ("a.png", "b.png", "more/a.png")]
-    assert [one["pictures"] for one in told] == [["a.png"], ["b.png"], ["a-2.png"]]
-    for one in told:
-        assert (one["height"], one["width"]) == (40, 56)
-        assert 0 <= one[fact] < 10
-        with Image.open(tmp_path / "out" / one["pictures"][0]) as sheet:
+    assert [entry["image"] for entry in entries] == [str(images / n) for n in ("a.png", "b.png", "more/a.png")]
+    assert [entry["pictures"] for entry in entries] == [["a.png"], ["b.png"], ["a-2.png"]]
+    for entry in entries:
+        assert (entry["height"], entry["width"]) == (40, 56)
+        assert 0 <= entry[fact] < 10
+        with Image.open(tmp_path / "out" / entry["pictures"][0]) as sheet:
             assert sheet.size == (3 * (224 + 8) + 8, 224 + 28 + 16)
 
 
@@ -105,25 +105,25 @@ def test_an_images_mask_is_its_own_whatever_else_is_asked_about(images: Path, tm
 def test_classifiers_tell_probabilities(name: str, images: Path, tmp_path: Path) -> None:
     stage: Any = build(name)
     questions = ["head=0"] if name == "probe" else []
-    told, _ = predicted(stage, [str(images / "a.png")], tmp_path, questions=questions)
+    entries, _ = predicted(stage, [str(images / "a.png")], tmp_path, questions=questions)
     pixels = EvalImage(size=(32, 32))((images / "a.png").read_bytes(), 0).unsqueeze(0)
     with torch.no_grad():
         scores = stage.scores(pixels) if name == "classify" else stage.scores(pixels, torch.ones(1))[:, 0]
     shares = dict(zip(CLASSES, scores[0].softmax(0).tolist(), strict=True))
-    found = told[0]["classes"]
-    assert {one["class"]: one["probability"] for one in found} == pytest.approx(shares, rel=1e-4)
-    assert [one["probability"] for one in found] == pytest.approx(sorted(shares.values(), reverse=True), rel=1e-4)
+    likeliest = entries[0]["classes"]
+    assert {item["class"]: item["probability"] for item in likeliest} == pytest.approx(shares, rel=1e-4)
+    assert [item["probability"] for item in likeliest] == pytest.approx(sorted(shares.values(), reverse=True), rel=1e-4)
 
 
 def test_flip_compares_images_with_the_texts_asked_for(images: Path, tmp_path: Path) -> None:
     stage: Any = build("flip")
     with pytest.raises(ConfigError, match=r"--ask: .*texts=\[a cat, a dog\]"):
         predicted(stage, [str(images)], tmp_path)
-    told, _ = predicted(stage, [str(images)], tmp_path, questions=["texts=[a cat, a dog]", "embedding=true"])
-    for one in told:
-        assert {t["text"] for t in one["texts"]} == {"a cat", "a dog"}
-        assert sum(t["probability"] for t in one["texts"]) == pytest.approx(1)
-        assert np.linalg.norm(one["embedding"]) == pytest.approx(1, rel=1e-5)
+    entries, _ = predicted(stage, [str(images)], tmp_path, questions=["texts=[a cat, a dog]", "embedding=true"])
+    for entry in entries:
+        assert {t["text"] for t in entry["texts"]} == {"a cat", "a dog"}
+        assert sum(t["probability"] for t in entry["texts"]) == pytest.approx(1)
+        assert np.linalg.norm(entry["embedding"]) == pytest.approx(1, rel=1e-5)
 
 
 def test_options_can_be_changed_and_positions_stay_those_that_were_trained(tmp_path: Path) -> None:
@@ -153,11 +153,11 @@ def test_weights_of_a_run_and_of_other_projects_are_taken(images: Path, tmp_path
 
 def test_an_encoder_alone_shows_its_attention_and_predicts_nothing(images: Path, tmp_path: Path) -> None:
     convert.save(build("mae"), str(tmp_path / "encoder.pth"), "mae_encoder")
-    given = (str(tmp_path / "encoder.pth"), [str(images / "a.png")], str(tmp_path / "out"))
+    arguments = (str(tmp_path / "encoder.pth"), [str(images / "a.png")], str(tmp_path / "out"))
     facts = {"source_format": "mae_encoder", "known": ["heads=2"]}
     with pytest.raises(CheckpointError, match="add --attention"):
-        predict(*given, print, **facts)
-    document, _, _ = predict(*given, print, attention=True, **facts)
+        predict(*arguments, print, **facts)
+    document, _, _ = predict(*arguments, print, attention=True, **facts)
     assert set(document["images"][0]) == {"image", "height", "width", "pictures"}
     with Image.open(tmp_path / "out" / "a.png") as sheet:  # original, mean, rollout and two heads
         assert sheet.width == 5 * (224 + 8) + 8
@@ -183,9 +183,9 @@ def test_mistakes_are_named(asked: dict[str, Any], words: str, images: Path, tmp
 def test_images_that_cannot_be_read_are_named_and_the_others_done(images: Path, tmp_path: Path) -> None:
     (images / "b.png").write_bytes((images / "b.png").read_bytes()[:400])
     (images / "empty.jpg").write_bytes(b"")
-    told, good = predicted(build("mae"), [str(images), str(images / "notes.txt")], tmp_path)
+    entries, good = predicted(build("mae"), [str(images), str(images / "notes.txt")], tmp_path)
     assert not good
-    errors = {Path(one["image"]).name: one.get("error") for one in told}
+    errors = {Path(entry["image"]).name: entry.get("error") for entry in entries}
     assert errors["a.png"] is None
     assert "damaged png" in errors["b.png"]
     assert errors["empty.jpg"] == "an empty file"
@@ -207,8 +207,8 @@ def web(images: Path) -> Iterator[str]:
 
 
 def test_images_are_files_folders_globs_and_urls(images: Path, web: str) -> None:
-    def names(*given: str) -> list[str]:
-        return [place.removeprefix(str(images)) for place in find_images(given)]
+    def names(*places: str) -> list[str]:
+        return [place.removeprefix(str(images)) for place in find_images(places)]
 
     assert names(str(images)) == ["/a.png", "/b.png", "/more/a.png"]
     assert names(str(images / "b.png"), str(images / "*.png")) == ["/b.png", "/a.png"]
@@ -221,9 +221,9 @@ def test_images_are_files_folders_globs_and_urls(images: Path, web: str) -> None
 
 
 def test_a_url_that_fails_is_told(web: str, images: Path, tmp_path: Path) -> None:
-    told, good = predicted(build("mae"), [f"{web}/absent.png"], tmp_path)
+    entries, good = predicted(build("mae"), [f"{web}/absent.png"], tmp_path)
     assert not good
-    assert told[0]["error"] == "the server says 404 File not found"
+    assert entries[0]["error"] == "the server says 404 File not found"
     with pytest.raises(StorageError, match="check the URL"):
         read_image("http://127.0.0.1:9/a.png")
 
@@ -244,12 +244,12 @@ def test_the_command_writes_replies_and_exits_as_it_should(images: Path, tmp_pat
     words = "predict w.safetensors images --out seen --attention --block 0 --json"
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[3])}
     command = [sys.executable, "-m", "launch", *words.split()]
-    told = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
-    assert told.returncode == 2
-    reply = json.loads(io.StringIO(told.stdout).readlines()[-1])
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    reply = json.loads(io.StringIO(done.stdout).readlines()[-1])
     assert reply["exit_code"] == 2
-    assert "images/bad.png: bytes that are no image" in told.stderr
-    assert "Traceback" not in told.stderr
+    assert "images/bad.png: bytes that are no image" in done.stderr
+    assert "Traceback" not in done.stderr
     assert {p.name for p in (tmp_path / "seen").iterdir()} == {
         "a.png", "a.1.png", "b.png", "b.1.png", "a-2.png", "a-2.1.png", "predictions.json"
     }  # fmt: skip
@@ -259,18 +259,18 @@ def test_sam_segments_what_points_and_boxes_ask_for_in_pixels_of_each_image(imag
     from tests.support.sam_batches import tiny_stage
 
     stage = tiny_stage().eval()
-    told, good = predicted(stage, [str(images)], tmp_path, questions=["points=[[50, 30], [3, 4, 0]]"])
+    entries, good = predicted(stage, [str(images)], tmp_path, questions=["points=[[50, 30], [3, 4, 0]]"])
     assert good
-    for one in told:
-        (found,) = one["objects"]
-        (mask,) = found["masks"]
+    for entry in entries:
+        (answered,) = entry["objects"]
+        (mask,) = answered["masks"]
         assert mask["segmentation"]["size"] == [40, 56]
         assert isinstance(mask["segmentation"]["counts"], str)
-        with Image.open(tmp_path / "out" / one["pictures"][0]) as drawn:
+        with Image.open(tmp_path / "out" / entry["pictures"][0]) as drawn:
             assert drawn.width > 2 * 56
-    told, _ = predicted(stage, [str(images)], tmp_path, questions=["boxes=[[1, 2, 20, 30], [4, 4, 50, 39]]"])
-    assert [len(found["masks"]) for found in told[0]["objects"]] == [3, 3]
-    assert len(told[0]["pictures"]) == 2
+    entries, _ = predicted(stage, [str(images)], tmp_path, questions=["boxes=[[1, 2, 20, 30], [4, 4, 50, 39]]"])
+    assert [len(answered["masks"]) for answered in entries[0]["objects"]] == [3, 3]
+    assert len(entries[0]["pictures"]) == 2
     with pytest.raises(ConfigError, match="outside of an image of 56x40"):
         predicted(stage, [str(images)], tmp_path, questions=["points=[[60, 30]]"])
     with pytest.raises(ConfigError, match="can't be cropped"):
@@ -287,18 +287,18 @@ def test_a_detector_tells_cocos_results_in_pixels_of_the_image(tmp_path: Path) -
         str(tmp_path / "det.safetensors"), [str(folder)], str(tmp_path / "out"), print, questions=("above=0.0",)
     )
     results = json.loads((tmp_path / "out" / "coco_results.json").read_text())
-    told = [one for image in document["images"] for one in image["detections"]]
-    assert len(results) == len(told) > 0
-    assert {one["image_id"] for one in results} == {7, 42}
-    assert {one["class"] for one in told} <= set(CLASSES)
+    detections = [result for image in document["images"] for result in image["detections"]]
+    assert len(results) == len(detections) > 0
+    assert {result["image_id"] for result in results} == {7, 42}
+    assert {result["class"] for result in detections} <= set(CLASSES)
     from pycocotools import mask as coco_mask
 
-    for one in results:
-        x, y, w, h = one["bbox"]
+    for result in results:
+        x, y, w, h = result["bbox"]
         assert -1e-3 <= x <= x + w <= 56 + 1e-3
         assert -1e-3 <= y <= y + h <= 40 + 1e-3
-        assert one["segmentation"]["size"] == [40, 56]
-        left, top, width, height = coco_mask.toBbox(one["segmentation"])
+        assert result["segmentation"]["size"] == [40, 56]
+        left, top, width, height = coco_mask.toBbox(result["segmentation"])
         assert width == 0 or (left >= x - 1 and top >= y - 1 and left + width <= x + w + 1)
         assert height == 0 or top + height <= y + h + 1
     assert (tmp_path / "out" / "000000000042.png").exists()
@@ -309,10 +309,10 @@ def test_sam_segments_everything_where_nothing_is_pointed_at(images: Path, tmp_p
     from tests.support.sam_batches import tiny_stage
 
     loose = "automatic={points_per_side: 3, min_iou: 0.0, min_stability: 0.0}"
-    told, _ = predicted(tiny_stage().eval(), [str(images)], tmp_path, questions=[loose])
-    assert any(one["annotations"] for one in told)
-    for one in told:
-        ious = [mask["predicted_iou"] for mask in one["annotations"]]
+    entries, _ = predicted(tiny_stage().eval(), [str(images)], tmp_path, questions=[loose])
+    assert any(entry["annotations"] for entry in entries)
+    for entry in entries:
+        ious = [mask["predicted_iou"] for mask in entry["annotations"]]
         assert ious == sorted(ious, reverse=True)
-        assert all(mask["segmentation"]["size"] == [40, 56] for mask in one["annotations"])
-        assert len(one["pictures"]) == 1
+        assert all(mask["segmentation"]["size"] == [40, 56] for mask in entry["annotations"])
+        assert len(entry["pictures"]) == 1

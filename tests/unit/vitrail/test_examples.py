@@ -71,10 +71,10 @@ def test_images_come_in_any_form(place: Path) -> None:
     assert all(torch.equal(vector, vectors[0]) for vector in vectors)
     with pytest.raises(DataError, match=r"an array \(40, 56, 3\) of float64 is no image"):
         vitrail.embed(model, pixels.astype(np.float64))
-    told = vitrail.predict(model, [str(place / "photo.png"), b"no image"], attention=True)
-    assert told[0].facts["height"] == 40
-    assert len(told[0].pictures) == 2
-    assert told[1].error == "bytes that are no image"
+    predictions = vitrail.predict(model, [str(place / "photo.png"), b"no image"], attention=True)
+    assert predictions[0].facts["height"] == 40
+    assert len(predictions[0].pictures) == 2
+    assert predictions[1].error == "bytes that are no image"
 
 
 def test_neighbours_are_measured_and_mistakes_named(place: Path) -> None:
