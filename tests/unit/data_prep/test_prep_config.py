@@ -48,3 +48,10 @@ def test_only_what_shapes_the_shards_counts_as_content() -> None:
     reference = checked(document).content_settings()
     assert checked({**document, "output": "p", "ray": {"tasks": 3}, "max_failed": 1.0}).content_settings() == reference
     assert checked({**document, "seed": 1}).content_settings() != reference
+
+
+def test_the_former_key_of_rays_tasks_is_read() -> None:
+    document: dict[str, Any] = {"output": "o", "source": {"url": "t.csv"}}
+    assert checked({**document, "ray": {"workers": 0}}).ray.tasks == 0
+    with pytest.raises(ConfigError, match="'workers' is called 'tasks' now"):
+        checked({**document, "ray": {"workers": 0, "tasks": 2}})
