@@ -32,8 +32,8 @@ def run(pairs: int) -> list[Comparison]:
     try:
         with _engine("B", 224) as engine:
             engine.step([_batch(2, 224)], 1e-4)
-            found = [_stall(engine, folder, pairs), *_bandwidth(engine, folder, pairs)]
-        return [*found, _under_faults(folder, min(pairs, 3)), _recovery(folder, min(pairs, 3))]
+            local_results = [_stall(engine, folder, pairs), *_bandwidth(engine, folder, pairs)]
+        return [*local_results, _under_faults(folder, min(pairs, 3)), _recovery(folder, min(pairs, 3))]
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

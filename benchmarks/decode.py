@@ -100,10 +100,10 @@ def same_pixels(ours: Sequence[Pixels], peer: Sequence[Pixels]) -> bool:
     """
     if len(ours) != len(peer):
         raise UnequalWork(f"{len(ours)} photos decoded against {len(peer)}")
-    for number, (one, other) in enumerate(zip(ours, peer, strict=True)):
-        if one.shape != other.shape:
-            raise UnequalWork(f"photo {number}: {one.shape} against {other.shape}")
-        difference = float(np.abs(one.astype(np.int16) - other).mean())
+    for number, (our_photo, other) in enumerate(zip(ours, peer, strict=True)):
+        if our_photo.shape != other.shape:
+            raise UnequalWork(f"photo {number}: {our_photo.shape} against {other.shape}")
+        difference = float(np.abs(our_photo.astype(np.int16) - other).mean())
         if difference > MAX_MEAN_DIFFERENCE:
             raise UnequalWork(f"photo {number} differs by {difference:.1f} grey levels on average")
     return True

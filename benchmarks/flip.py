@@ -36,11 +36,11 @@ def run(pairs: int) -> list[Comparison]:
     captions, source = load_captions()
     long = ["one of the things that are " * 20] * BATCH
     work = Work(BATCH, "pairs")
-    found = []
+    results = []
     for name, texts, goal in (("", captions, Goal(ratio_min=1.5)), ("-long", long, Goal())):
         ours = Ours(0.5, texts)
         peer = Peer(ours)
-        found.append(
+        results.append(
             compare(
                 f"flip-open_clip{name}",
                 f"a step of ViT-B/16 and CLIP's text tower, batch {BATCH}, bf16, half of the patches masked",
@@ -55,20 +55,20 @@ def run(pairs: int) -> list[Comparison]:
         )
     whole = Ours(0.0, captions)
     for ratio, share in ((0.5, 0.50), (0.75, 0.33)):
-        found.append(
+        results.append(
             compare(
                 f"flip-mask-{ratio * 100:.0f}",
                 f"a step of ViT-B/16 and CLIP's text tower, batch {BATCH}, bf16, {ratio:.0%} masked against unmasked",
                 Contender(f"mask {ratio}", Ours(ratio, captions)),
                 Contender("mask 0", whole),
-                check=lambda one, other: one > 0 and other > 0,
+                check=lambda ours, peer: ours > 0 and peer > 0,
                 pairs=pairs,
                 work=work,
                 goal=Goal(),
                 notes={"paper_time_share": share, "captions": source},
             )
         )
-    return found + [loss_over_ranks(world, pairs) for world in WORLDS]
+    return results + [loss_over_ranks(world, pairs) for world in WORLDS]
 
 
 class Ours:
@@ -223,10 +223,10 @@ def _on_ranks(world: int, side: str, pairs: int) -> list[tuple[list[float], int,
     processes = [context.Process(target=_rank, args=(answers, r, world, port, side, pairs)) for r in range(world)]
     for process in processes:
         process.start()
-    found = [answers.get(timeout=240) for _ in processes]
+    collected = [answers.get(timeout=240) for _ in processes]
     for process in processes:
         process.join()
-    return found
+    return collected
 
 
 def _rank(answers: Any, rank: int, world: int, port: int, side: str, pairs: int) -> None:
@@ -245,10 +245,10 @@ def _rank(answers: Any, rank: int, world: int, port: int, side: str, pairs: int)
     for _ in range(pairs + 1):
         torch.distributed.barrier()
         started = time.perf_counter()
-        one = loss(images, texts, scale)
-        torch.autograd.backward(one)
+        mean_loss = loss(images, texts, scale)
+        torch.autograd.backward(mean_loss)
         times.append(time.perf_counter() - started)
-        value = float(one.detach())
+        value = float(mean_loss.detach())
     peak = _memory() - before
     answers.put((times[1:], peak, value))
     torch.distributed.barrier()

@@ -207,10 +207,10 @@ def _images(batch: int, side: int, *, objects: bool) -> Batch:
     images = torch.randint(
         0, 256, (batch, 3, side, side), dtype=torch.uint8, generator=torch.Generator().manual_seed(1)
     )
-    found = Batch(torch.arange(batch), torch.arange(batch), torch.ones(batch), 0, images=images)
+    whole = Batch(torch.arange(batch), torch.arange(batch), torch.ones(batch), 0, images=images)
     if not objects:
-        return found
-    return dataclasses.replace(found, instances=tuple(rectangles(i, side) for i in range(batch)))
+        return whole
+    return dataclasses.replace(whole, instances=tuple(rectangles(i, side) for i in range(batch)))
 
 
 def rectangles(seed: int, side: int, num: int = OBJECTS) -> Instances:

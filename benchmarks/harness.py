@@ -208,16 +208,16 @@ def save(comparison: Comparison, folder: Path = RESULTS) -> Path:
 def table(comparisons: Sequence[Comparison]) -> str:
     """The comparisons as plain text, a line a side."""
     rows: list[tuple[str, ...]] = [("benchmark", "side", "median", "min", "max", "rate", "ratio", "goal")]
-    for one in comparisons:
-        ratio = describe(one.ratios)
-        sides = ((one.ours, one.ours_s), (one.peer, one.peer_s))
+    for comparison in comparisons:
+        ratio = describe(comparison.ratios)
+        sides = ((comparison.ours, comparison.ours_s), (comparison.peer, comparison.peer_s))
         for number, (side, times) in enumerate(sides):
             series = describe(times)
-            rate = f"{one.work.amount / series.median:.4g} {one.work.unit}/s"
-            verdict = (f"{ratio.median:.2f}x ({ratio.min:.2f}-{ratio.max:.2f})", _goal_text(one))
+            rate = f"{comparison.work.amount / series.median:.4g} {comparison.work.unit}/s"
+            verdict = (f"{ratio.median:.2f}x ({ratio.min:.2f}-{ratio.max:.2f})", _goal_text(comparison))
             rows.append(
                 (
-                    "" if number else one.name,
+                    "" if number else comparison.name,
                     side,
                     *(_seconds(value) for value in series[:3]),
                     rate,
@@ -271,13 +271,13 @@ def _children_cpu_s() -> float:
     return usage.ru_utime + usage.ru_stime
 
 
-def _goal_text(one: Comparison) -> str:
+def _goal_text(comparison: Comparison) -> str:
     wanted = []
-    if one.goal.ratio_min is not None:
-        wanted.append(f"≥{one.goal.ratio_min:g}x")
-    if one.goal.ours_max_s is not None:
-        wanted.append(f"≤{_seconds(one.goal.ours_max_s)}")
-    return f"{' and '.join(wanted)}: {'met' if one.goal_met else 'NOT met'}" if wanted else "none"
+    if comparison.goal.ratio_min is not None:
+        wanted.append(f"≥{comparison.goal.ratio_min:g}x")
+    if comparison.goal.ours_max_s is not None:
+        wanted.append(f"≤{_seconds(comparison.goal.ours_max_s)}")
+    return f"{' and '.join(wanted)}: {'met' if comparison.goal_met else 'NOT met'}" if wanted else "none"
 
 
 def _seconds(seconds: float) -> str:

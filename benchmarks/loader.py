@@ -230,8 +230,8 @@ def from_s3(manifest: Manifest, folder: Path, pairs: int, notes: dict[str, Any])
             for file in sorted(Path(manifest.url).iterdir()):
                 storage.write(f"s3://bench-marks/tars/{file.name}", file.read_bytes())
             remote = read_manifest("s3://bench-marks/tars")
-            with ours(remote, None, workers=1) as there, ours(manifest, None, workers=1) as here:
-                sides = [_Watched(loader) for loader in (there, here)]
+            with ours(remote, None, workers=1) as there, ours(manifest, None, workers=1) as on_disk:
+                sides = [_Watched(loader) for loader in (there, on_disk)]
                 outcome = compare(
                     "loader-s3",
                     f"{S3_STEPS} steps of {BATCH} images from S3 on loopback against local disk, one worker",

@@ -36,13 +36,13 @@ def machine() -> dict[str, Any]:
 
 def versions(also: tuple[str, ...] = ()) -> dict[str, str]:
     """Versions of Python and of the packages that matter, those that are installed."""
-    found = {"python": platform.python_version()}
+    known = {"python": platform.python_version()}
     for name in (*PACKAGES, *also):
         try:
-            found[name] = importlib.metadata.version(name)
+            known[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return found
+    return known
 
 
 def revision() -> dict[str, Any] | None:

@@ -66,7 +66,7 @@ def masked_against_unmasked(pairs: int) -> Comparison:
         " on all of them with mask tokens in place of the masked ones",
         Contender("encoder sees 49 patches", masked),
         Contender("encoder sees 196 patches", whole),
-        check=lambda one, other: bool(torch.isfinite(torch.tensor([one, other])).all()),
+        check=lambda ours, peer: bool(torch.isfinite(torch.tensor([ours, peer])).all()),
         pairs=pairs,
         work=Work(BATCH, "images"),
         notes={"paper": "2.8x to 4.1x on accelerators", "activation_bytes": activation_bytes()},
@@ -163,22 +163,22 @@ def loss_of(stage: MaeStage, batch: Batch, *, masked: bool) -> Tensor:
 
 def activation_bytes() -> dict[str, int]:
     """What backward needs kept of one forward, masked and unmasked, views counted once."""
-    found = {}
+    results = {}
     for name, masked in (("masked", True), ("unmasked", False)):
         stage = build().bfloat16()
         weights = {p.untyped_storage().data_ptr() for p in stage.parameters()}
-        kept: dict[int, int] = {}
+        saved: dict[int, int] = {}
 
-        def pack(tensor: Any, kept: dict[int, int] = kept) -> Any:
+        def pack(tensor: Any, saved: dict[int, int] = saved) -> Any:
             storage = tensor.untyped_storage()
-            kept[storage.data_ptr()] = storage.nbytes()
+            saved[storage.data_ptr()] = storage.nbytes()
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             loss = loss_of(stage, batches()(), masked=masked)  # held until all is counted: freed memory is used again
-        found[name] = sum(size for pointer, size in kept.items() if pointer not in weights)
+        results[name] = sum(size for pointer, size in saved.items() if pointer not in weights)
         del loss
-    return found
+    return results
 
 
 def same_loss(ours: float, theirs: float) -> bool:

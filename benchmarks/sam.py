@@ -41,9 +41,9 @@ def run(pairs: int) -> list[Comparison]:
     torch.set_num_threads(1)
     models = both(SIDE)
     image = picture()
-    found = [automatic(models, image, pairs), prompts(models, image, pairs), rounds(pairs)]
+    results = [automatic(models, image, pairs), prompts(models, image, pairs), rounds(pairs)]
     models = both(STEP_SIDE)
-    return found + [training(models, num, pairs) for num in (1, 4, 8)]
+    return results + [training(models, num, pairs) for num in (1, 4, 8)]
 
 
 def both(side: int) -> Models:
@@ -128,10 +128,10 @@ def automatic(models: Models, image: np.ndarray[Any, np.dtype[np.uint8]], pairs:
 
 def same_masks(ours: Any, theirs: Any) -> bool:
     """As many, 99 of 100 with an IoU of .99."""
-    wanted = [one["segmentation"] for one in theirs if one["area"] > 0]
+    wanted = [mask["segmentation"] for mask in theirs if mask["area"] > 0]
     if len(ours) != len(wanted) or not wanted:
         raise UnequalWork(f"{len(ours)} masks and {len(wanted)}")
-    iou = coco_mask.iou([one.segmentation for one in ours], wanted, [0] * len(wanted))
+    iou = coco_mask.iou([mask.segmentation for mask in ours], wanted, [0] * len(wanted))
     return bool((iou.max(1) >= 0.99).mean() >= 0.99 and (iou.max(0) >= 0.99).mean() >= 0.99)
 
 
@@ -188,7 +188,7 @@ def rounds(pairs: int) -> Comparison:
         f"a training step of the stage, ViT-B, one image with {BOXES_PER_IMAGE} objects",
         Contender("11 rounds", many),
         Contender("2 rounds", few),
-        check=lambda one, other: bool(torch.isfinite(torch.stack([one, other])).all()),
+        check=lambda ours, peer: bool(torch.isfinite(torch.stack([ours, peer])).all()),
         pairs=pairs,
         clock="cpu",
         work=Work(1, "images"),
@@ -238,9 +238,9 @@ def stepping(model: torch.nn.Module, masks: Callable[[], Tensor]) -> Callable[[]
 
     def step() -> Tensor:
         model.zero_grad()
-        found = masks()
-        found.square().mean().backward()  # type: ignore[no-untyped-call]
-        return found.detach()
+        output = masks()
+        output.square().mean().backward()  # type: ignore[no-untyped-call]
+        return output.detach()
 
     return step
 
@@ -249,19 +249,19 @@ def our_masks(stage: Any, pixels: Tensor, boxes: Tensor) -> Tensor:
     """All images in one batch."""
     from pipeline.models.sam.prompts import join_prompts, prompts_of
 
-    asked = join_prompts([prompts_of(boxes=own, image=i) for i, own in enumerate(boxes)])
+    asked = join_prompts([prompts_of(boxes=box, image=i) for i, box in enumerate(boxes)])
     logits: Tensor = stage.model.decode(stage.model.embed(pixels), asked).logits
     return logits
 
 
 def their_masks(official: Any, pixels: Tensor, boxes: Tensor) -> Tensor:
     """One batch for the encoder, image by image for the decoder."""
-    found = []
-    for features, own in zip(official.image_encoder(pixels), boxes, strict=True):
-        sparse, dense = official.prompt_encoder(points=None, boxes=own, masks=None)
+    logits = []
+    for features, prompted in zip(official.image_encoder(pixels), boxes, strict=True):
+        sparse, dense = official.prompt_encoder(points=None, boxes=prompted, masks=None)
         positions = official.prompt_encoder.get_dense_pe()
-        found.append(official.mask_decoder.predict_masks(features[None], positions, sparse, dense)[0])
-    return torch.cat(found)
+        logits.append(official.mask_decoder.predict_masks(features[None], positions, sparse, dense)[0])
+    return torch.cat(logits)
 
 
 def close(ours: Tensor, theirs: Tensor) -> bool:

@@ -43,15 +43,15 @@ def run(pairs: int) -> list[Comparison]:
     """`vitdet-<size>-<train or infer>-<peer>` as there is hardware for, `vitdet-detector-*` and `coco-figures`."""
     on_gpu = torch.cuda.is_available()
     side = 1024 if on_gpu else 512
-    found = []
+    results = []
     for size in ("B", "L", "H") if on_gpu else ("B",):
         for way in ("train", "infer"):
-            found.append(against("none", size, side, way, pairs, Goal(ratio_min=SLOWEST[size])))
-            found.append(against("materialised", size, side, way, pairs, Goal()))
+            results.append(against("none", size, side, way, pairs, Goal(ratio_min=SLOWEST[size])))
+            results.append(against("materialised", size, side, way, pairs, Goal()))
             if on_gpu or way == "infer":
-                found.append(against("flex", size, side, way, pairs, Goal()))
-    found += [detector(side, way, pairs) for way in ("train", "infer")]
-    return [*found, coco(pairs)]
+                results.append(against("flex", size, side, way, pairs, Goal()))
+    results += [detector(side, way, pairs) for way in ("train", "infer")]
+    return [*results, coco(pairs)]
 
 
 def against(peer: str, size: str, side: int, way: Way, pairs: int, goal: Goal) -> Comparison:
@@ -159,8 +159,8 @@ def pass_through(model: ViT, images: Tensor, way: Way, scores: Callable[..., Ten
             model.zero_grad(set_to_none=True)
     if images.is_cuda:
         torch.cuda.synchronize()
-    found: Tensor = features.detach().float()
-    return found
+    output: Tensor = features.detach().float()
+    return output
 
 
 def peak_bytes(name: str, size: str, side: int, way: Way) -> int:
@@ -196,7 +196,7 @@ def replaced(scores: Callable[..., Tensor] | None) -> Iterator[None]:
     if scores is None:
         yield
         return
-    kept = windows.SpatialAttention.forward
+    original = windows.SpatialAttention.forward
 
     def forward(self: windows.SpatialAttention, x: Tensor, bias: Tensor | None = None) -> Tensor:
         b, rows, columns, d = x.shape
@@ -209,7 +209,7 @@ def replaced(scores: Callable[..., Tensor] | None) -> Iterator[None]:
     try:
         yield
     finally:
-        windows.SpatialAttention.forward = kept  # type: ignore[method-assign]
+        windows.SpatialAttention.forward = original  # type: ignore[method-assign]
 
 
 def relative_parts(attention: windows.SpatialAttention, q: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
@@ -254,18 +254,18 @@ def coco(pairs: int) -> Comparison:
     """`coco-figures`: the twelve box figures on synthetic images."""
     from pipeline.evaluate.coco import FIGURES, RECALLS, Truth, coco_figures
 
-    truth, found = synthetic()
+    truth, scored = synthetic()
     shown = {number: Truth((480, 640), objects) for number, objects in truth.items()}
 
     def ours() -> list[float]:
-        figures, _ = coco_figures(shown, found, COCO_CLASSES, "bbox")
+        figures, _ = coco_figures(shown, scored, COCO_CLASSES, "bbox")
         return [figures[name] for name in (*FIGURES, *RECALLS)]
 
     return compare(
         "coco-figures",
-        f"COCO's box figures of {len(found)} detections in {COCO_IMAGES} images",
+        f"COCO's box figures of {len(scored)} detections in {COCO_IMAGES} images",
         Contender("pipeline.evaluate.coco", ours),
-        Contender("pycocotools", functools.partial(with_pycocotools, truth, found)),
+        Contender("pycocotools", functools.partial(with_pycocotools, truth, scored)),
         check=lambda mine, other: bool(np.abs(np.subtract(mine, other)).max() <= 1e-6),
         pairs=min(pairs, 2),
         warmup=0,
@@ -279,41 +279,41 @@ def synthetic() -> tuple[dict[int, list[dict[str, Any]]], list[dict[str, Any]]]:
     """Objects and detections about as many as COCO's validation set has, crowds and equal scores among them."""
     draw = np.random.default_rng(0)
     truth: dict[int, list[dict[str, Any]]] = {}
-    found: list[dict[str, Any]] = []
+    scored: list[dict[str, Any]] = []
     for number in range(COCO_IMAGES):
         objects = []
         for _ in range(int(draw.integers(0, 15))):
             w, h = draw.uniform(5, 250, 2)
             box = [float(v) for v in (draw.uniform(0, 640 - w), draw.uniform(0, 480 - h), w, h)]
             label, crowd = int(draw.integers(COCO_CLASSES)), int(draw.random() < 0.02)
-            one = {"image_id": number, "category_id": label, "bbox": box, "area": 0.7 * w * h, "iscrowd": crowd}
-            objects.append(one)
+            annotation = {"image_id": number, "category_id": label, "bbox": box, "area": 0.7 * w * h, "iscrowd": crowd}
+            objects.append(annotation)
             for _ in range(int(draw.integers(0, 4))):
                 moved = [max(1.0, float(v)) for v in np.add(box, draw.normal(0, 8, 4))]
                 score = round(float(draw.random()), 2)
-                found.append({"image_id": number, "category_id": label, "bbox": moved, "score": score})
+                scored.append({"image_id": number, "category_id": label, "bbox": moved, "score": score})
         for _ in range(20):
             box = [float(v) for v in (*draw.uniform(0, 300, 2), *draw.uniform(5, 180, 2))]
             label, score = int(draw.integers(COCO_CLASSES)), round(float(draw.random() * 0.5), 2)
-            found.append({"image_id": number, "category_id": label, "bbox": box, "score": score})
+            scored.append({"image_id": number, "category_id": label, "bbox": box, "score": score})
         truth[number] = objects
-    return truth, found
+    return truth, scored
 
 
-def with_pycocotools(truth: dict[int, list[dict[str, Any]]], found: list[dict[str, Any]]) -> list[float]:
+def with_pycocotools(truth: dict[int, list[dict[str, Any]]], detections: list[dict[str, Any]]) -> list[float]:
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
 
-    objects = [one for there in truth.values() for one in there]
+    objects = [annotation for there in truth.values() for annotation in there]
     coco = COCO()
     coco.dataset = {
         "images": [{"id": number, "height": 480, "width": 640} for number in truth],
-        "annotations": [{**one, "id": i} for i, one in enumerate(objects, start=1)],
+        "annotations": [{**annotation, "id": i} for i, annotation in enumerate(objects, start=1)],
         "categories": [{"id": number} for number in range(COCO_CLASSES)],
     }
     with contextlib.redirect_stdout(io.StringIO()):
         coco.createIndex()
-        evaluation = COCOeval(coco, coco.loadRes(copy.deepcopy(found)), "bbox")
+        evaluation = COCOeval(coco, coco.loadRes(copy.deepcopy(detections)), "bbox")
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()

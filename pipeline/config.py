@@ -319,8 +319,8 @@ def _config_error(
     cls: type[Config], error: pydantic.ValidationError, document: Mapping[str, Any], where: str, prefix: str
 ) -> ConfigError:
     # A misspelt key that is required shows up twice: as unknown, which names the right one, and as missing.
-    found = error.errors()
-    first = next((item for item in found if item["type"] == "extra_forbidden"), found[0])
+    problems = error.errors()
+    first = next((item for item in problems if item["type"] == "extra_forbidden"), problems[0])
     path, known = _spelt_out(cls, [str(part) for part in first["loc"]], document)
     key = ".".join(([prefix] if prefix else []) + path)
     if first["type"] == "extra_forbidden":

@@ -51,16 +51,16 @@ def read_instances(
     except (KeyError, TypeError, ValueError) as error:
         reason = f"{error.args[0]!r} is missing" if isinstance(error, KeyError) else str(error)
         raise UnreadableSample(f"damaged annotations ({reason})") from error
-    kept = [item for item in objects if item is not None]
-    if num_classes is not None and any(item.label >= num_classes for item in kept):
-        highest = max(item.label for item in kept)
+    present = [item for item in objects if item is not None]
+    if num_classes is not None and any(item.label >= num_classes for item in present):
+        highest = max(item.label for item in present)
         raise UnreadableSample(f"category_id {highest}, and the data set's {num_classes} classes are numbered from 0")
     return Instances(
-        boxes=torch.tensor([item.box for item in kept], dtype=torch.float32).reshape(-1, 4),
-        labels=torch.tensor([item.label for item in kept], dtype=torch.int64),
-        masks=tuple(item.mask for item in kept if item.mask is not None),
-        crowd=torch.tensor([item.crowd for item in kept], dtype=torch.int64),
-        areas=torch.tensor([item.area for item in kept], dtype=torch.float32),
+        boxes=torch.tensor([item.box for item in present], dtype=torch.float32).reshape(-1, 4),
+        labels=torch.tensor([item.label for item in present], dtype=torch.int64),
+        masks=tuple(item.mask for item in present if item.mask is not None),
+        crowd=torch.tensor([item.crowd for item in present], dtype=torch.int64),
+        areas=torch.tensor([item.area for item in present], dtype=torch.float32),
     )
 
 

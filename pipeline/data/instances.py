@@ -38,16 +38,16 @@ def view_instances(instances: Instances, view: View) -> Instances:
     """
     if not instances.masks:
         return _view_boxes(instances, view)
-    kept, boxes, masks = [], [], []
+    visible, boxes, masks = [], [], []
     rows, columns = _sampled(view)
     for number, mask in enumerate(instances.masks):
         seen = view_mask(mask, view, rows, columns)
         x, y, w, h = coco_mask.toBbox(seen).tolist()
         if w > 0 and h > 0:
-            kept.append(number)
+            visible.append(number)
             boxes.append((x, y, x + w, y + h))
             masks.append(seen)
-    index = torch.tensor(kept, dtype=torch.int64)
+    index = torch.tensor(visible, dtype=torch.int64)
     return Instances(
         boxes=torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4),
         labels=instances.labels[index],
@@ -60,8 +60,8 @@ def view_instances(instances: Instances, view: View) -> Instances:
 def _view_boxes(instances: Instances, view: View) -> Instances:
     """Boxes alone; of no area in view are those left out that detectron2 leaves out (`filter_empty_instances`)."""
     boxes = view.shown(instances.boxes)
-    kept = ((boxes[:, 2:] - boxes[:, :2]) > _EMPTY_BELOW).all(1)
-    return Instances(boxes[kept], instances.labels[kept], (), instances.crowd[kept], view)
+    visible = ((boxes[:, 2:] - boxes[:, :2]) > _EMPTY_BELOW).all(1)
+    return Instances(boxes[visible], instances.labels[visible], (), instances.crowd[visible], view)
 
 
 def view_mask(

@@ -64,11 +64,11 @@ class LocalFiles:
 
     def entries(self, url: str) -> Iterator[Entry]:
         top = _path(url)
-        found: list[str] = []
+        paths: list[str] = []
         with _local_errors(url):
             for folder, _, names in os.walk(top, onerror=_raise_unless_missing):
-                found += [os.path.join(folder, name) for name in names if not name.endswith(PARTIAL_SUFFIX)]
-        for path in sorted(found, key=os.fsencode):
+                paths += [os.path.join(folder, name) for name in names if not name.endswith(PARTIAL_SUFFIX)]
+        for path in sorted(paths, key=os.fsencode):
             try:
                 facts = os.stat(path)
             except FileNotFoundError:

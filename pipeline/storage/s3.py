@@ -192,14 +192,14 @@ class S3Objects:
         prefix = key.rstrip("/") + "/"
         listed = functools.partial(self._fs.call_s3, "list_multipart_uploads", Bucket=bucket, Prefix=prefix)
         try:
-            found = self._call(url, listed).get("Uploads", ())
+            uploads = self._call(url, listed).get("Uploads", ())
         except (StorageError, FileNotFoundError):
             return 0  # not every store lists them
-        for upload in found:
+        for upload in uploads:
             abort = {"Bucket": bucket, "Key": upload["Key"], "UploadId": upload["UploadId"]}
             with contextlib.suppress(FileNotFoundError, StorageError):  # finished or given up meanwhile
                 self._call(url, functools.partial(self._fs.call_s3, "abort_multipart_upload", **abort))
-        return len(found)
+        return len(uploads)
 
     def _put(self, url: str, data: Data, mode: str) -> None:
         bucket, key = _bucket_and_key(url)
@@ -298,13 +298,13 @@ os.register_at_fork(after_in_child=_renew_lock)
 def client() -> S3Objects:
     """The client of this process and of the environment as it is now."""
     key = _client_key()
-    found = _clients.get(key)
-    if found is None:
+    existing = _clients.get(key)
+    if existing is None:
         with _lock:
-            found = _clients.get(key)
-            if found is None:
-                found = _clients[key] = S3Objects()
-    return found
+            existing = _clients.get(key)
+            if existing is None:
+                existing = _clients[key] = S3Objects()
+    return existing
 
 
 def _client_key() -> tuple[object, ...]:

@@ -74,7 +74,7 @@ FENCES: dict[str, tuple[str, ...]] = {
 }
 
 BANNED_NAMES = {"utils", "util", "common", "helpers", "helper", "misc"}
-FILE_LINES_WARN, FILE_LINES_MAX, FUNCTION_LINES_MAX = 600, 700, 80
+FILE_LINES_WARN, FILE_LINES_MAX, FUNCTION_LINES_MAX = 500, 550, 60
 
 
 class Import(NamedTuple):

@@ -130,9 +130,9 @@ def _decode_jpeg(
     height, width = min_size or (0, 0)
     try:
         if part is not None and data[-2:] == _JPEG_END:
-            found = turbojpeg.decode_part(data, _eighths(header, height, width), part, buffer)
-            if found is not None:
-                return found
+            cut_pixels = turbojpeg.decode_part(data, _eighths(header, height, width), part, buffer)
+            if cut_pixels is not None:
+                return cut_pixels
         pixels = simplejpeg.decode_jpeg(data, "RGB", min_height=height, min_width=width, buffer=buffer)
     except (ValueError, MemoryError) as error:
         raise UnreadableSample(f"damaged jpeg ({error})") from error

@@ -125,10 +125,10 @@ class Order:
         window_of = np.empty(len(stream), dtype=np.int64)
         windows: list[Window] = []
         for epoch in np.unique(epochs).tolist():
-            here = np.flatnonzero(epochs == epoch)
-            ids[here], groups = self._located(epoch, stream[here])
+            of_epoch = np.flatnonzero(epochs == epoch)
+            ids[of_epoch], groups = self._located(epoch, stream[of_epoch])
             for window, members in groups:
-                window_of[here[members]] = len(windows)
+                window_of[of_epoch[members]] = len(windows)
                 windows.append(window)
         return Slots(ids, epochs, tuple(windows), window_of)
 
@@ -243,8 +243,8 @@ class _Line:
         totals = np.empty(len(strides), np.int64)
         per_chunk = _CHUNK // _STRIDE
         for first in range(0, len(strides), per_chunk):
-            here = sizes[self._permutation[first * _STRIDE : (first + per_chunk) * _STRIDE]]
-            totals[first : first + per_chunk] = np.add.reduceat(here, np.arange(0, len(here), _STRIDE), dtype=np.int64)
+            span = sizes[self._permutation[first * _STRIDE : (first + per_chunk) * _STRIDE]]
+            totals[first : first + per_chunk] = np.add.reduceat(span, np.arange(0, len(span), _STRIDE), dtype=np.int64)
         self._places = np.cumsum(totals) - totals  # of every _STRIDE-th block
 
     def blocks_from(self, position: int) -> Iterator[tuple[int, int, int]]:
@@ -290,12 +290,12 @@ def _permutation(count: int, seed: int) -> Int64[np.ndarray, " n"]:
 
 def _draws_at(indices: Int64[np.ndarray, " n"], count: int, seed: int) -> np.ndarray:
     """Some of `count` draws."""
-    stream, found = np.random.Philox(key=seed), np.empty(len(indices), np.uint64)
+    stream, drawn = np.random.Philox(key=seed), np.empty(len(indices), np.uint64)
     for first in range(0, count, _CHUNK):
         chunk = np.atleast_1d(stream.random_raw(min(_CHUNK, count - first)))
-        here = (indices >= first) & (indices < first + len(chunk))
-        found[here] = chunk[indices[here] - first]
-    return found
+        in_chunk = (indices >= first) & (indices < first + len(chunk))
+        drawn[in_chunk] = chunk[indices[in_chunk] - first]
+    return drawn
 
 
 def _groups(

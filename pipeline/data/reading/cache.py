@@ -136,17 +136,17 @@ class RangeCache:
 
     def _make_room(self, allowed: int) -> int:
         """Delete the pieces used longest ago until the rest takes at most `allowed` bytes; what it takes."""
-        found, total = [], 0
+        cached, total = [], 0
         for path in Path(self.folder).glob("??/*"):
             with contextlib.suppress(OSError):
                 facts = path.stat()
                 if not path.name.startswith("."):
-                    found.append((facts.st_mtime, facts.st_size, path))
+                    cached.append((facts.st_mtime, facts.st_size, path))
                 elif time.time() - facts.st_mtime > _ABANDONED_S:
                     path.unlink()
                     continue
                 total += facts.st_size
-        for _, size, path in sorted(found, key=lambda item: item[0]):
+        for _, size, path in sorted(cached, key=lambda item: item[0]):
             if total <= max(allowed, 0):
                 break
             path.unlink(missing_ok=True)

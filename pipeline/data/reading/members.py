@@ -32,14 +32,14 @@ def drawn_caption(sample: RawSample, seed: int) -> str:
     if data is None or b'"captions"' not in data:
         return caption(sample)
     try:
-        found = json.loads(data).get("captions")
+        written = json.loads(data).get("captions")
     except (ValueError, AttributeError, RecursionError) as error:
         raise UnreadableSample("damaged json member") from error
-    if found is None:
+    if written is None:
         return caption(sample)
-    if not isinstance(found, list) or not found or not all(isinstance(text, str) for text in found):
+    if not isinstance(written, list) or not written or not all(isinstance(text, str) for text in written):
         raise UnreadableSample("captions of the json member is no list of texts")
-    chosen: str = found[derive_seed("caption", seed) % len(found)]
+    chosen: str = written[derive_seed("caption", seed) % len(written)]
     return chosen
 
 

@@ -60,24 +60,24 @@ def tar_entries(take: Take, size_bytes: int) -> Iterator[TarEntry]:
     long_name = ""
     while at + BLOCK_BYTES <= size_bytes:
         header = bytes(take(at, at + BLOCK_BYTES))
-        here, at = at, at + BLOCK_BYTES
+        header_at, at = at, at + BLOCK_BYTES
         if not header.strip(b"\0"):
-            yield TarEntry("end", "", here, at, at)
+            yield TarEntry("end", "", header_at, at, at)
             first = at
             continue
-        if _octal(header[148:156], "checksum", here) != sum(header) - sum(header[148:156]) + 8 * 0x20:
-            raise DamagedTar("damaged tar header (checksum)", here)
-        size = _octal(header[124:136], "size", here)
+        if _octal(header[148:156], "checksum", header_at) != sum(header) - sum(header[148:156]) + 8 * 0x20:
+            raise DamagedTar("damaged tar header (checksum)", header_at)
+        size = _octal(header[124:136], "size", header_at)
         start, stop = at, at + size
         at = stop + -size % BLOCK_BYTES
         if stop > size_bytes:
-            raise DamagedTar("a tar member goes on beyond the end", here)
+            raise DamagedTar("a tar member goes on beyond the end", header_at)
         kind = header[156:157]
         if kind in (b"L", b"x"):
             if size > _MAX_EXTENDED_HEADER_BYTES:
-                raise DamagedTar("an extended tar header of over a megabyte", here)
+                raise DamagedTar("an extended tar header of over a megabyte", header_at)
             content = bytes(take(start, stop))
-            long_name = _text(content.rstrip(b"\0")) if kind == b"L" else _pax_path(content, here)
+            long_name = _text(content.rstrip(b"\0")) if kind == b"L" else _pax_path(content, header_at)
             continue
         if kind in (b"g", b"K"):  # for all members that follow; a link's target
             continue
