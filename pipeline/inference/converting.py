@@ -16,13 +16,13 @@ from pipeline.inference.loading import NATIVE, check_known, is_run, run_weights
 class Conversion(NamedTuple):
     """What was read, and what was written of it."""
 
-    weights: Weights
+    weights: Weights  # without their tensors
     table: LoadReport  # what became of each name in reading
     saved: Saved
     format: str  # that was written
 
     def document(self) -> dict[str, Any]:
-        """All but the tensors, ready for JSON."""
+        """Ready for JSON."""
         return {
             "source": self.weights.where,
             "stage": self.weights.stage,
@@ -77,7 +77,7 @@ def convert(
         read = formats.read(source, read_as.name, **_taken(known, read_as))
     table = load_table(read)
     saved = formats.save(read, target, write_as.name, **_taken(known, write_as))
-    return Conversion(read._replace(where=source), table, saved, write_as.name)
+    return Conversion(read._replace(where=source, state={}), table, saved, write_as.name)
 
 
 def _taken(known: Mapping[str, Any], form: Format) -> dict[str, Any]:

@@ -51,14 +51,14 @@ class EvaluationSets(NamedTuple):
 class EvaluationResult(NamedTuple):
     """What was measured on which data sets."""
 
-    weights: Weights
+    weights: Weights  # without their tensors
     manifests: Mapping[str, Manifest]  # the data sets by name, a training set as "train"
     knn: KnnOptions | None
     figures: dict[str, float]  # "set/figure" -> value
     details: dict[str, Any]  # what the evaluations tell beside, such as the classes' own figures; JSON-able
 
     def document(self) -> dict[str, Any]:
-        """All but the tensors, ready for JSON; the content of the file that `write` writes."""
+        """Ready for JSON; the content of the file that `write` writes."""
         sets = {name: {"url": m.url, "num_samples": m.num_samples} for name, m in self.manifests.items()}
         return {
             "format": FORMAT,
@@ -127,7 +127,7 @@ def evaluate(
         measured: Measured = evaluation(_without_gradients(measurement.predict), swept, names)
         figures.update(measured)
         details.update(measured.details)
-    return EvaluationResult(weights, manifests, knn, figures, details)
+    return EvaluationResult(weights._replace(state={}), manifests, knn, figures, details)
 
 
 def read_sets(source: str, sets: Mapping[str, str], train: str | None = None) -> EvaluationSets:

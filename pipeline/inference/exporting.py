@@ -11,11 +11,11 @@ from pipeline.convert.weights import Weights, build
 class Export(NamedTuple):
     """Weights, and the graphs that were written of them."""
 
-    weights: Weights
+    weights: Weights  # without their tensors
     graphs: Exported
 
     def document(self) -> dict[str, Any]:
-        """All but the tensors, ready for JSON."""
+        """Ready for JSON."""
         return {
             "source": self.weights.where,
             "stage": self.weights.stage,
@@ -33,4 +33,4 @@ def export(weights: Weights, folder: str) -> Export:
         ConfigError: see `export_sam`.
     """
     stage, _ = build(weights)
-    return Export(weights, export_sam(stage, folder))
+    return Export(weights._replace(state={}), export_sam(stage, folder))

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import cast
 
 import numpy as np
+import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
@@ -23,6 +24,7 @@ from pipeline.errors import DataError, StorageError
 ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 MAX_BYTES = 100 * 2**20
 TIMEOUT_S = 30.0
+_PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")
 _WEB = ("http://", "https://")
 _WILDCARD = re.compile(r"[*?\[]")
 
@@ -83,18 +85,32 @@ def image_bytes(image: ImageInput) -> bytes:
         read_header(image)
         return _upright(image)
     if isinstance(image, Tensor):
-        pixels = image.detach().cpu().permute(1, 2, 0).numpy() if image.ndim == 3 else image.detach().cpu().numpy()
-        image = _of_pixels(pixels, f"a tensor {tuple(image.shape)} of {image.dtype}", "[3,H,W]")
+        image = _of_tensor(image)
     elif isinstance(image, np.ndarray):
-        image = _of_pixels(image, f"an array {image.shape} of {image.dtype}", "[H,W,3]")
+        image = _of_array(image)
+    upright = ImageOps.exif_transpose(image)
     buffer = io.BytesIO()
-    ImageOps.exif_transpose(image).convert("RGB").save(buffer, "PNG", compress_level=1)
+    (upright if upright.mode in _PNG_MODES else upright.convert("RGB")).save(buffer, "PNG", compress_level=1)
     return buffer.getvalue()
 
 
-def _of_pixels(pixels: np.ndarray, what: str, shape: str) -> Image.Image:
+def _of_tensor(pixels: Tensor) -> Image.Image:
+    if pixels.dtype != torch.uint8 or pixels.ndim != 3 or pixels.shape[0] != 3:
+        raise DataError(
+            f"a tensor {tuple(pixels.shape)} of {pixels.dtype} is no image",
+            where="images",
+            fix="give uint8 [3,H,W] of values from 0 to 255",
+        )
+    return _of_array(pixels.detach().cpu().permute(1, 2, 0).numpy())
+
+
+def _of_array(pixels: np.ndarray) -> Image.Image:
     if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
-        raise DataError(f"{what} is no image", where="images", fix=f"give uint8 {shape} of values from 0 to 255")
+        raise DataError(
+            f"an array {pixels.shape} of {pixels.dtype} is no image",
+            where="images",
+            fix="give uint8 [H,W,3] of values from 0 to 255",
+        )
     return Image.fromarray(np.ascontiguousarray(pixels))
 
 

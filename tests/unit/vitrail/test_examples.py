@@ -71,6 +71,12 @@ def test_images_come_in_any_form(place: Path) -> None:
     assert all(torch.equal(vector, vectors[0]) for vector in vectors)
     with pytest.raises(DataError, match=r"an array \(40, 56, 3\) of float64 is no image"):
         vitrail.embed(model, pixels.astype(np.float64))
+    with pytest.raises(DataError, match=r"a tensor \(3, 40, 56\) of torch.bfloat16 is no image"):
+        vitrail.embed(model, forms[4].bfloat16())
+    transparent = Image.fromarray(pixels).convert("RGBA")
+    transparent.putalpha(100)
+    transparent.save(place / "transparent.png")
+    assert torch.equal(*vitrail.embed(model, [transparent, place / "transparent.png"]))
     predictions = vitrail.predict(model, [str(place / "photo.png"), b"no image"], attention=True)
     assert predictions[0].facts["height"] == 40
     assert len(predictions[0].pictures) == 2
