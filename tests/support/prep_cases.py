@@ -64,15 +64,15 @@ def settings(table: Path | str, output: Path | str, **more: Any) -> PrepConfig:
 
 def samples(folder: Path | str) -> dict[str, dict[str, bytes]]:
     """Key -> extension -> bytes of a split, read with the standard library in the manifest's order."""
-    found: dict[str, dict[str, bytes]] = {}
+    samples_by_key: dict[str, dict[str, bytes]] = {}
     for shard in read_manifest(str(folder)).shards:
         with tarfile.open(Path(folder) / shard.name) as tar:
             for member in tar:
                 key, _, extension = member.name.partition(".")
                 file = tar.extractfile(member)
                 assert file is not None
-                found.setdefault(key, {})[extension] = file.read()
-    return found
+                samples_by_key.setdefault(key, {})[extension] = file.read()
+    return samples_by_key
 
 
 def sidecar(folder: Path | str) -> list[dict[str, Any]]:

@@ -67,8 +67,8 @@ def test_a_killed_index_goes_on_and_ends_as_if_nothing_had_been(tmp_path: Path, 
     assert not (parts / "manifest.json").exists()
     done = sum(len(json.loads(chunk.read_text())["tars"]) for chunk in journal.glob("*.json"))
     assert 0 < done < NUM_TARS
-    found = index_tars(IndexOptions(str(source), str(parts)))
-    assert found.num_read == NUM_TARS - done
+    result = index_tars(IndexOptions(str(source), str(parts)))
+    assert result.num_read == NUM_TARS - done
     found_files = files_of(parts)  # with what was half-written at the kill, which no listing shows
     left = [found_files.pop(name) for name in list(found_files) if name.endswith(".partial")]
     assert found_files == files_of(whole)
@@ -89,9 +89,9 @@ def test_tars_on_s3_are_indexed_where_they_are(tmp_path: Path, monkeypatch: pyte
         for tar in sorted((tmp_path / "local").rglob("*.tar")):
             storage.write(f"s3://raw/sa/{tar.relative_to(tmp_path / 'local')}", tar.read_bytes())
         process = start("s3://raw/sa", "--to", "s3://mine/sa")
-        told, said = process.communicate()
+        output, said = process.communicate()
         assert process.returncode == 0, said
-        assert json.loads(told.splitlines()[-1])["num_read"] == 2
+        assert json.loads(output.splitlines()[-1])["num_read"] == 2
         again = index_tars(IndexOptions("s3://raw/sa", "s3://mine/sa"))
         assert (again.already, again.num_read) == (True, 0)
         manifest = read_manifest("s3://mine/sa")
@@ -104,7 +104,7 @@ def test_tars_on_s3_are_indexed_where_they_are(tmp_path: Path, monkeypatch: pyte
         assert ours(manifest) == theirs(tmp_path / "local")
         assert verify("s3://mine/sa").problems == ()
         transform = InstanceExample(Fitted((32, 32)))
-        batches = [next(swept(one, transform, rank=0, world_size=1, batch=9)) for one in (manifest, local)]
+        batches = [next(swept(each, transform, rank=0, world_size=1, batch=9)) for each in (manifest, local)]
         assert [batch.weight.sum() for batch in batches] == [9, 9]
         assert torch.equal(batches[0].images, batches[1].images)
         data = bytearray(storage.read("s3://raw/sa/sa_0.tar"))
@@ -134,16 +134,16 @@ def test_what_the_real_img2dataset_writes_is_indexed(tmp_path: Path) -> None:
         environment = {**os.environ, "NO_ALBUMENTATIONS_UPDATE": "1", "OMP_NUM_THREADS": "1"}
         subprocess.run(command, check=True, env=environment, cwd=tmp_path, capture_output=True)
     process = start(str(tmp_path / "out"))
-    told, said = process.communicate()
+    output, said = process.communicate()
     assert process.returncode == 0, said
-    answer = json.loads(told.splitlines()[-1])
+    answer = json.loads(output.splitlines()[-1])
     assert (answer["num_samples"], answer["num_shards"]) == (40, 3)
     assert answer["members"] == {"jpg": 40, "json": 40, "txt": 40}
     assert (answer["unread"], answer["without_image"]) == ({}, 0)
     manifest = read_manifest(str(tmp_path / "out"))
-    found = ours(manifest)
-    assert found == theirs(tmp_path / "out")
-    for _, members in found:
+    result = ours(manifest)
+    assert result == theirs(tmp_path / "out")
+    for _, members in result:
         number = int(members["txt"].decode().removeprefix("photo "))
         assert members["jpg"] == pages[f"/{number}.jpg"]
     assert verify(str(tmp_path / "out")).problems == ()

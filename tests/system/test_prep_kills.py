@@ -61,12 +61,12 @@ class Watcher(threading.Thread):
 
 def victims(driver: int) -> list[psutil.Process]:
     """The worker processes that are in a task."""
-    found = []
+    processes = []
     for process in psutil.Process(driver).children(recursive=True):
         with contextlib.suppress(psutil.Error):
             if "_guarded" in " ".join(process.cmdline()):
-                found.append(process)
-    return found
+                processes.append(process)
+    return processes
 
 
 def end_family(driver: int) -> None:
@@ -122,9 +122,9 @@ def test_twenty_random_kills_lose_nothing_and_show_nothing_unfinished(s3: S3Serv
 
     rows = sidecar(s3.folder / "data-sets" / "kills" / "train")
     assert sorted(row["position"] for row in rows) == list(range(400))
-    found = hashes(s3.folder / "data-sets" / "kills")
-    assert found == expected[1]
-    final = {(name, sha) for name, sha in found.items() if not name.endswith(".json")}
+    stored = hashes(s3.folder / "data-sets" / "kills")
+    assert stored == expected[1]
+    final = {(name, sha) for name, sha in stored.items() if not name.endswith(".json")}
     assert watcher.rounds > 20
     assert watcher.seen <= final, f"seen on the way: {watcher.seen - final}"
     assert verify(output).problems == ()

@@ -40,10 +40,10 @@ def test_plain_webdataset_reads_every_sample(built: Path) -> None:
     import webdataset
 
     shards = [str(path) for path in sorted(built.glob("*.tar"))]
-    found = list(webdataset.WebDataset(shards, shardshuffle=False).decode("rgb8"))
+    rows = list(webdataset.WebDataset(shards, shardshuffle=False).decode("rgb8"))
     expected = samples(built)
-    assert [sample["__key__"] for sample in found] == list(expected)
-    for sample in found:
+    assert [sample["__key__"] for sample in rows] == list(expected)
+    for sample in rows:
         members = expected[sample["__key__"]]
         assert sample["txt"] == members["txt"].decode()
         assert sample["json"] == json.loads(members["json"])
@@ -114,12 +114,12 @@ def test_open_clips_loader_reads_every_sample_with_the_webdataset_it_pins(built:
         stdout=subprocess.PIPE,
         check=True,
     )
-    told = json.loads(done.stdout)
-    assert told["webdataset"] == "0.2.86"
+    report = json.loads(done.stdout)
+    assert report["webdataset"] == "0.2.86"
     expected = [[m["txt"].decode(), pixels_sha256(m)] for m in samples(built).values()]
     for kind, announced in (("train", 24), ("validation", 0)):  # it counts no samples for validation
-        assert told[kind][0] == announced
-        assert sorted(told[kind][1]) == sorted(expected)
+        assert report[kind][0] == announced
+        assert sorted(report[kind][1]) == sorted(expected)
 
 
 def pixels_sha256(members: dict[str, bytes]) -> str:
