@@ -451,6 +451,13 @@ def main() -> NoReturn:
     except Stopped as stopped:
         _say(f"stopped: {stopped}")
         code = stopped.exit_code
+    except ModuleNotFoundError as error:
+        from launch.extras import missing_library
+
+        missing = missing_library(error)
+        if missing is None:
+            raise
+        code = _print_error(missing, as_json)
     sys.stdout.flush()
     sys.exit(code)
 

@@ -25,6 +25,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
 
+from launch.extras import missing_library
 from launch.parent import watch_parent
 from pipeline import config as configs
 from pipeline import storage
@@ -77,6 +78,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code, outcome = _train(config, signals)
     except UserError as error:
         code, outcome = _refused(error)
+    except ModuleNotFoundError as missing:
+        refusal = missing_library(missing)
+        if refusal is None:
+            raise
+        code, outcome = _refused(refusal)
     except Exception as error:
         log.error("rank %d failed\n%s", rank, traceback.format_exc())
         code, outcome = 1, {"message": f"{type(error).__name__}: {error}"}

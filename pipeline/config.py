@@ -256,6 +256,22 @@ def dump(config: Config) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
+def entry_of(table: Mapping[str, ValueT], name: str, *, what: str, where: str) -> ValueT:
+    """What a table of names has under `name`.
+
+    Args:
+        what: the table has, in the singular ("stage"), for the message.
+
+    Raises:
+        ConfigError: it has no such name; says the nearest.
+    """
+    if name in table:
+        return table[name]
+    close = difflib.get_close_matches(name, table, n=1, cutoff=0.5)
+    fix = f"did you mean {close[0]!r}?" if close else f"use one of {', '.join(table)}"
+    raise ConfigError(f"no {what} {name!r}", where=where, fix=fix)
+
+
 def by_dotted_name(name: str, *, where: str) -> Any:
     """The object at "package.module:attribute" or "package.module.attribute"."""
     module_name, _, attribute = name.replace(":", ".").rpartition(".")

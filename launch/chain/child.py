@@ -18,6 +18,7 @@ from collections.abc import Callable
 from typing import IO, Any, NamedTuple
 
 from launch.chain.kinds import step_kind
+from launch.extras import missing_library
 from launch.parent import watch_parent
 from launch.stopping import StopRequest
 from launch.workers.attempts import describe_exit, error_document, rebuild_error
@@ -137,6 +138,12 @@ def main() -> int:
     except UserError as error:
         print(json.dumps({"error": error_document(error)}))
         return error.exit_code
+    except ModuleNotFoundError as missing:
+        refusal = missing_library(missing)
+        if refusal is None:
+            raise
+        print(json.dumps({"error": error_document(refusal)}))
+        return refusal.exit_code
     print(json.dumps(summary, default=str))
     return 0
 

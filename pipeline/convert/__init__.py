@@ -9,10 +9,10 @@ shapes are checked before a stage is built. A format is one class with `read` an
 
 from __future__ import annotations
 
-import difflib
 import logging
 from typing import Any, NamedTuple
 
+from pipeline.config import entry_of
 from pipeline.convert.detectron2 import Detectron2
 from pipeline.convert.files import read_source, write_target
 from pipeline.convert.flip_jax import FlipJax
@@ -24,7 +24,6 @@ from pipeline.convert.open_clip import OpenClip
 from pipeline.convert.segment_anything import HuggingFaceSam, SegmentAnythingFormat
 from pipeline.convert.timm import TimmVit
 from pipeline.convert.weights import Format, Weights, build, known_for, load_table, of_stage
-from pipeline.errors import ConfigError
 from pipeline.stages.base import Stage
 
 log = logging.getLogger(__name__)
@@ -108,8 +107,4 @@ def format_named(name: str) -> Format:
     Raises:
         ConfigError: there is none; names the nearest.
     """
-    if name in FORMATS:
-        return FORMATS[name]
-    close = difflib.get_close_matches(name, FORMATS, n=1, cutoff=0.5)
-    fix = f"did you mean {close[0]!r}?" if close else f"use one of {', '.join(FORMATS)}"
-    raise ConfigError(f"no weight format {name!r}", where="format", fix=fix)
+    return entry_of(FORMATS, name, what="weight format", where="format")

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
-import importlib
 from typing import TYPE_CHECKING, cast
 
-from pipeline.errors import ConfigError
+from pipeline.config import by_dotted_name, entry_of
 
 if TYPE_CHECKING:
     from pipeline.stages.base import Stage
@@ -30,9 +28,4 @@ def stage_class(name: str, *, where: str = "stage") -> type[Stage]:
     Raises:
         ConfigError: there is no such stage; names the nearest.
     """
-    if name not in STAGES:
-        close = difflib.get_close_matches(name, STAGES, n=1, cutoff=0.5)
-        fix = f"did you mean {close[0]!r}?" if close else f"use one of {', '.join(STAGES)}"
-        raise ConfigError(f"no stage {name!r}", where=where, fix=fix)
-    module, _, attribute = STAGES[name].partition(":")
-    return cast("type[Stage]", getattr(importlib.import_module(module), attribute))
+    return cast("type[Stage]", by_dotted_name(entry_of(STAGES, name, what="stage", where=where), where=where))

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import difflib
-import importlib
-
 from launch.chain.kinds.base import StepKind
-from pipeline.errors import ConfigError
+from pipeline.config import by_dotted_name, entry_of
 
 KINDS: dict[str, str] = {
     "scenes": "launch.chain.kinds.scenes:ScenesStep",
@@ -27,10 +24,5 @@ def step_kind(name: str, *, where: str = "kind") -> StepKind:
     Raises:
         ConfigError: there is no such kind; names the nearest.
     """
-    if name not in KINDS:
-        close = difflib.get_close_matches(name, KINDS, n=1, cutoff=0.5)
-        fix = f"did you mean {close[0]!r}?" if close else f"use one of {', '.join(KINDS)}"
-        raise ConfigError(f"no kind of step {name!r}", where=where, fix=fix)
-    module, _, attribute = KINDS[name].partition(":")
-    kind: StepKind = getattr(importlib.import_module(module), attribute)()
+    kind: StepKind = by_dotted_name(entry_of(KINDS, name, what="kind of step", where=where), where=where)()
     return kind
