@@ -9,6 +9,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -94,6 +95,11 @@ def test_a_documented_command_exists_and_the_quick_ones_run(command: Command, gu
             [sys.executable, "-m", module, "--help"], cwd=ROOT, capture_output=True, text=True, check=False
         )
         assert done.returncode == 0, done.stderr
+    elif program == "pip":
+        extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+        named = re.findall(r"vitrail\[(\w+)\]", command.line)
+        assert named
+        assert set(named) <= set(extras)
     else:
         assert program == "vitrail", f"no test for {command.line!r}"
         places = [word for word in arguments[1:] if arguments[0] in ("show", "runs") and not word.startswith("--")]
