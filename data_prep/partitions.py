@@ -6,11 +6,8 @@ The only file of data_prep that imports Ray.
 from __future__ import annotations
 
 import contextlib
-import functools
 import itertools
-import logging
 import math
-import os
 import secrets
 import signal
 import sys
@@ -21,18 +18,16 @@ from typing import Any, TypeVar
 from data_prep.config import PrepConfig, RayConfig
 from data_prep.filters.candidate import Scorers
 from data_prep.filters.options import FilterOptions
+from pipeline import ray_cluster
 from pipeline.config import by_dotted_name
 from pipeline.errors import ResourceError, Stopped, UserError
-from pipeline.machine import available_cores
 
 TaskT = TypeVar("TaskT")
 ResultT = TypeVar("ResultT")
 
 _POLL_S = 0.5
 _QUEUED = 2  # tasks submitted beyond those that run, so that no core waits for the driver
-_OBJECT_STORE_BYTES = 512 * 2**20
 _SCORER_START_S = 900  # weights may have to be downloaded
-_START_FIX = "check ray.address, or leave it out to use this machine alone"
 
 
 def run(
@@ -266,34 +261,16 @@ def session(options: RayConfig) -> Iterator[None]:
     if options.tasks == 0:
         yield
         return
-    if options.address is None and "ray" not in sys.modules:
-        # A token for this Ray alone; Ray reads it when it is imported, and its processes inherit it.
-        os.environ.setdefault("RAY_AUTH_MODE", "token")
-        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-    import ray
-
-    if ray.is_initialized():
+    ray = sys.modules.get("ray")  # imported by `connect`, after what Ray reads then has been set
+    if ray is not None and ray.is_initialized():
         yield
         return
     in_main_thread = threading.current_thread() is threading.main_thread()
     handler = signal.getsignal(signal.SIGTERM) if in_main_thread else None
-    start = functools.partial(ray.init, log_to_driver=False, logging_level=logging.ERROR)
-    try:
-        if options.address is not None:
-            start(address=options.address)
-        else:
-            start(
-                address="local",  # never another user's Ray on this machine
-                num_cpus=options.tasks or available_cores(),
-                include_dashboard=False,
-                object_store_memory=_OBJECT_STORE_BYTES,
-            )
-    except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
-        what = f"can't connect to Ray ({' '.join(str(error).split())[:200]})"
-        raise ResourceError(what, where=f"ray.address {options.address}", fix=_START_FIX) from error
+    ray_cluster.connect(options.address, num_cpus=options.tasks)
     if in_main_thread:
         signal.signal(signal.SIGTERM, handler)  # ray.init installs a handler that exits at once
     try:
         yield
     finally:
-        ray.shutdown()
+        ray_cluster.disconnect()

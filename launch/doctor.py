@@ -109,7 +109,7 @@ def _ray() -> Finding:
     address = os.environ.get("RAY_ADDRESS")
     if not address:
         return Finding("ray", "RAY_ADDRESS isn't set: commands start one of their own")
-    from launch import ray_cluster as cluster
+    from pipeline import ray_cluster as cluster
 
     try:
         joined = cluster.connect(address)

@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from launch import ray_cluster
 from launch.stopping import StopRequest
 from launch.worker import read_document
 from launch.workers.attempts import TrainResult, run_training
 from launch.workers.group import Allocate, LocalWorkerGroup, WorkerGroup, allocator
 from launch.workers.placement import PlacementRequest, RankPlacement, placement_for
 from pipeline import config as configs
+from pipeline import ray_cluster
 from pipeline.errors import ConfigError
+from pipeline.machine import this_machine
 from pipeline.train.config import TrainConfig
 
 
@@ -64,7 +65,7 @@ def _on_this_machine(request: PlacementRequest, global_batch: int) -> Allocate:
         raise ConfigError("an elastic job needs Ray", where="--ranks", fix="leave out --no-ray, or give one number")
     if request.machines != 1:
         raise ConfigError("several machines need Ray", where="--machines", fix="leave out --no-ray, or --machines")
-    placement = placement_for(request, [ray_cluster.this_machine()], global_batch)
+    placement = placement_for(request, [this_machine()], global_batch)
     assert isinstance(placement, RankPlacement)
 
     def allocate(excluded: Sequence[str]) -> WorkerGroup:

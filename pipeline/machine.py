@@ -5,6 +5,20 @@ from __future__ import annotations
 import glob
 import os
 import socket
+from typing import NamedTuple
+
+
+class Machine(NamedTuple):
+    """A machine, of a cluster or this one, and what it offers."""
+
+    id: str
+    resources: dict[str, float]  # by Ray's names: CPU, GPU
+    address: str = ""
+
+
+def this_machine() -> Machine:
+    """What this machine grants the process."""
+    return Machine("", {"CPU": float(available_cores()), "GPU": float(num_gpus())}, "127.0.0.1")
 
 
 def available_cores() -> int:

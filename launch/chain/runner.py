@@ -17,7 +17,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, Literal
 
-from launch import ray_cluster
 from launch.chain.child import ChildRequest, run_child
 from launch.chain.graph import Chain, ChainStep
 from launch.chain.kinds import step_kind
@@ -29,7 +28,7 @@ from launch.workers.attempts import JobFailedError, run_training
 from launch.workers.group import allocator
 from launch.workers.placement import ElasticPlacement, RankPlacement, placement_for
 from pipeline import config as configs
-from pipeline import storage
+from pipeline import ray_cluster, storage
 from pipeline.errors import ConfigError, ResourceError, UserError
 from pipeline.inspection import figures_of
 from pipeline.train.config import TrainConfig

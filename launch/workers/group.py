@@ -8,11 +8,9 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
-from launch import ray_cluster
 from launch.workers.agent import Agent, AgentReport, JobSpec
 from launch.workers.placement import (
     ElasticPlacement,
-    Machine,
     PlacementRequest,
     RankPlacement,
     check_feasible,
@@ -22,8 +20,10 @@ from launch.workers.placement import (
     placement_for,
     without,
 )
+from pipeline import ray_cluster
 from pipeline.config import Document
 from pipeline.errors import ResourceError
+from pipeline.machine import Machine
 
 PLACEMENT_WAIT_S = 60.0
 SETTLE_S = 5.0  # for Ray to give back what an ended job held, before an elastic one takes less than it might

@@ -9,14 +9,7 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from pipeline.errors import ConfigError, ResourceError
-
-
-class Machine(NamedTuple):
-    """A machine of a cluster and what it offers."""
-
-    id: str
-    resources: dict[str, float]  # by Ray's names: CPU, GPU
-    address: str = ""
+from pipeline.machine import Machine
 
 
 class RankPlacement(NamedTuple):

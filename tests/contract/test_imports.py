@@ -20,6 +20,7 @@ PACKAGES = ("pipeline", "data_prep", "launch", "vitrail", "configs", "benchmarks
 DIRECTION: tuple[tuple[str, ...], ...] = (
     ("pipeline.errors",),
     ("pipeline.machine",),
+    ("pipeline.ray_cluster",),
     ("pipeline.config",),
     ("pipeline.storage",),
     ("pipeline.pages",),
@@ -45,6 +46,7 @@ LEVEL = {room: level for level, rooms in enumerate(DIRECTION) for room in rooms}
 DATA_PREP_ROOMS = (
     "pipeline.errors",
     "pipeline.machine",
+    "pipeline.ray_cluster",
     "pipeline.config",
     "pipeline.storage",
     "pipeline.pages",
@@ -57,7 +59,7 @@ DATA_PREP_FREE = ("data_prep.filters.score", "data_prep.annotate")
 # Packages, and modules behind a door of ours, that only the named modules (and what lies under them) may import.
 FENCES: dict[str, tuple[str, ...]] = {
     "deepspeed": ("pipeline.train.engine.deepspeed_setup",),
-    "ray": ("data_prep.partitions", "launch"),
+    "ray": ("pipeline.ray_cluster", "data_prep.partitions", "launch"),
     "tensorboard": ("pipeline.train.track",),
     "torch.utils.tensorboard": ("pipeline.train.track",),
     "wandb": ("pipeline.train.track",),

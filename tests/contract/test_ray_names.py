@@ -1,4 +1,4 @@
-"""The private names of Ray that launch/ray_cluster.py leans on, and that nothing else uses any."""
+"""The private names of Ray that pipeline/ray_cluster.py leans on, and that nothing else uses any."""
 
 from __future__ import annotations
 

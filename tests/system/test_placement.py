@@ -18,7 +18,7 @@ from tests.support.tiny_chain import Command
 
 ALLOCATE = """
 import json, sys
-from launch import ray_cluster
+from pipeline import ray_cluster
 from launch.chain.graph import load_chain
 from launch.workers.group import allocator
 

@@ -57,7 +57,7 @@ def run_prep(
     """
     from data_prep.build import build
     from data_prep.config import PrepConfig
-    from launch import ray_cluster
+    from pipeline import ray_cluster
 
     config = configs.validate(PrepConfig, document, where=where)
     if config.ray.tasks != 0:

@@ -14,7 +14,6 @@ from launch.workers.attempts import JobFailedError, error_document, rebuild_erro
 from launch.workers.group import AgentLostError, LocalWorkerGroup
 from launch.workers.placement import (
     ElasticPlacement,
-    Machine,
     PlacementRequest,
     RankPlacement,
     check_feasible,
@@ -25,6 +24,7 @@ from launch.workers.placement import (
     without,
 )
 from pipeline.errors import ConfigError, DataError, ResourceError, StorageError, UserError
+from pipeline.machine import Machine
 from pipeline.run_dir import RunDir
 
 DONE = {"status": "done", "step": 10, "samples": 80, "weights_sha256": "abc"}

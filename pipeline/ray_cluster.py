@@ -15,9 +15,8 @@ import subprocess
 import sys
 from typing import NamedTuple
 
-from launch.workers.placement import Machine
 from pipeline.errors import ResourceError
-from pipeline.machine import available_cores, num_gpus
+from pipeline.machine import Machine, available_cores
 
 _CONNECT_TIMEOUT_S = 10.0
 _OBJECT_STORE_BYTES = 256 << 20  # agents pass text; preparation passes URLs and counts
@@ -109,11 +108,6 @@ def draining() -> list[str]:
     return list(state.state.get_draining_nodes())
 
 
-def this_machine() -> Machine:
-    """What this machine grants the process, without Ray."""
-    return Machine("", {"CPU": float(available_cores()), "GPU": float(num_gpus())}, "127.0.0.1")
-
-
 def _embed(num_cpus: int) -> None:
     import ray
 
@@ -163,7 +157,7 @@ def _set_defaults(embedded: bool) -> None:
         "RAY_DEDUP_LOGS": "0",
         "RAY_worker_niceness": "0",  # 15 by default, which starves the ranks on a machine that does anything else
     }
-    if embedded:
+    if embedded and "ray" not in sys.modules:  # Ray has read them by then
         defaults["RAY_AUTH_MODE"] = "token"
         defaults["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
         # Makes Ray take 127.0.0.1 for the node's address, on Linux as on the systems it is named after, so that
