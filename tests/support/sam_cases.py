@@ -20,7 +20,7 @@ def figures() -> dict[str, float]:
     places = [(x, y) for x in range(0, 28, 4) for y in range(0, 28, 2)][:MANY]
     whole = batch(objects(*((x, y, x + 4, y + 4) for x, y in places)), objects())
     here = ranks.world()
-    own = whole if here.size == 1 else whole.only(here.rank)
+    own = whole if here.size == 1 else whole.at(slice(here.rank, here.rank + 1))
     (evaluation,) = stage.evaluations().values()
     found = dict(evaluation(engine.predict, lambda name: iter([own]), ("seen",)))
     engine.close()
