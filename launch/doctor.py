@@ -21,7 +21,7 @@ _PACKAGES = ("torch", "torchvision", "deepspeed", "ray", "open_clip_torch", "s3f
 
 
 class Finding(NamedTuple):
-    """One thing looked at."""
+    """The result of one check."""
 
     name: str
     finding: str

@@ -77,7 +77,7 @@ def write(url: str, data: Data) -> None:
 
 
 def create(url: str, data: Data) -> bool:
-    """Put `data` at `url` unless something is there already; whether it is now ours.
+    """Put `data` at `url` unless an object is there already; returns whether this call's data stand there now.
 
     Of several writers one wins, with its whole content visible at once, where the store enforces conditional writes
     (`probe_conditional_writes` tells); elsewhere the check and the write are two requests. A reply that is lost looks
@@ -103,7 +103,7 @@ def entries(url: str) -> Iterator[Entry]:
     """Every object below folder `url`, at any depth, in byte order of the names; none where there is no such folder.
 
     Raises:
-        StorageError: the folder can't be read, or a link in it leads nowhere: what is missing isn't passed over.
+        StorageError: the folder can't be read, or a link in it leads nowhere: nothing is skipped silently.
     """
     return _store(url).entries(url)
 
@@ -124,7 +124,7 @@ def move(source: str, target: str) -> None:
 
 
 def abort_uploads(url: str) -> int:
-    """Give up multipart uploads below folder `url` that were begun and never finished; how many there were.
+    """Abort unfinished multipart uploads below folder `url`; returns how many there were.
 
     A process that is killed leaves its parts behind, which no listing shows and which cost space all the same. Uploads
     under way end with an error, so this is for a place that nobody else writes to. Always 0 on a disk.

@@ -1,4 +1,4 @@
-"""Files, written whole: beside their place first, synced, then moved or linked there."""
+"""Local files, written whole: to a temporary file beside the target, synced, then moved or linked into place."""
 
 from __future__ import annotations
 

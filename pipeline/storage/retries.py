@@ -1,4 +1,4 @@
-"""Calling again what may succeed in a moment."""
+"""Retrying calls after errors that may pass."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Objects of an S3 server: one client for each process and environment, what is tried again, and what errors mean."""
+"""Objects of an S3 server: a client for each process and environment, which errors are retried, and what they mean."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ class S3Objects:
     def _received(self, url: str, start: int, stop: int | None) -> bytes:
         """Bytes [start, stop), to the end without `stop`.
 
-        A body that breaks off is gone on with from where it broke, and only tries without progress count.
+        A body that breaks off is resumed at the byte where it broke; only attempts without progress count.
         """
         bucket, key = _bucket_and_key(url)
         pieces: list[bytes] = []
@@ -133,7 +133,7 @@ class S3Objects:
         return self.size_bytes(url) == len(data) and self.read(url) == data
 
     def create_conditionally(self, url: str, data: Data) -> bool:
-        """Whether the server took the object; False where something stands already."""
+        """Create the object unless one is there; returns whether the server accepted it."""
 
         def put() -> bool:
             try:

@@ -1,4 +1,4 @@
-"""What every kind of storage does; `pipeline.storage` says what each of it means to a caller."""
+"""The operations of every kind of storage; `pipeline.storage` documents what they mean to callers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Data: TypeAlias = bytes | memoryview
 
 
 class StorageUnavailable(StorageError):  # noqa: N818 -- a state of the place, not a mistake
-    """The place didn't answer, or answered that it is busy, for as long as was waited: trying later may help."""
+    """The store didn't answer, or said that it is busy, until the retries ran out: trying later may help."""
 
 
 class Entry(NamedTuple):
@@ -35,7 +35,7 @@ class Store(Protocol):
     def create(self, url: str, data: Data) -> bool: ...
 
     def create_conditionally(self, url: str, data: Data) -> bool:
-        """As `create`, by the store's own means alone: nothing is looked up before."""
+        """Like `create`, but by the store's conditional writes alone, without looking first."""
         ...
 
     def size_bytes(self, url: str) -> int | None:

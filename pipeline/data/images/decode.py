@@ -39,7 +39,7 @@ class UnreadableSample(Exception):  # noqa: N818 -- a state of the data; its slo
 
 
 class ImageHeader(NamedTuple):
-    """What an image's first bytes tell."""
+    """Format and size of an encoded image, from its first bytes."""
 
     format: str  # "jpeg", "png", "webp", ...
     width: int

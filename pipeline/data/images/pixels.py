@@ -96,7 +96,7 @@ def _shown(
     interpolation: Interpolation,
     fill: Colour,
 ) -> UInt8[Tensor, "3 h w"]:
-    """A view of an image of which `pixels` are `part`; `box` is the view's, at the scale decoded. A copy of them."""
+    """A copy of what a view shows of the decoded `part` of an image; `box` is the view's, at the decoded scale."""
     size = view.size
     if view.cut_first:
         top, left, bottom, right = _whole_pixels(box)
@@ -128,7 +128,7 @@ def _resized(
 def _resized_and_cut(
     pixels: UInt8[np.ndarray, "H W 3"], box: Box, size: tuple[int, int], interpolation: Interpolation
 ) -> UInt8[Tensor, "3 h w"]:
-    """The box, which may be fractional, as it is in the resized whole: pixels beyond it have their influence."""
+    """The box, which may be fractional, cut from the resized whole, so that pixels outside of it contribute too."""
     if pixels.shape[:2] == size and tuple(box) == (0, 0, size[1], size[0]):
         return torch.from_numpy(pixels.copy()).permute(2, 0, 1)
     box = Box(max(box.left, 0), max(box.top, 0), min(box.right, pixels.shape[1]), min(box.bottom, pixels.shape[0]))

@@ -162,7 +162,7 @@ class _Channel(Generic[ItemT]):
             return None
 
     def close(self) -> None:
-        """Nothing is wanted any more."""
+        """Drop all items, and wake whoever waits on either side."""
         with self._changed:
             self._closed = True
             self._items.clear()

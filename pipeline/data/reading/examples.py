@@ -64,7 +64,7 @@ class Tasks(Protocol):
 
 
 class Listed:
-    """Tasks that are always at hand."""
+    """Tasks from an iterator, available at once."""
 
     def __init__(self, tasks: Iterator[Task]) -> None:
         self._tasks = tasks
@@ -79,7 +79,7 @@ def produce(tasks: Tasks, setup: WorkerSetup, stop: threading.Event) -> Iterator
     Args:
         tasks: what to make.
         setup: how.
-        stop: ends the waiting for a store that doesn't answer.
+        stop: ends the retries against a store that doesn't answer.
 
     Raises:
         DataError, StorageError: the data set can't be read.

@@ -88,7 +88,7 @@ class ShardReader:
     """Reads runs of samples; may be used by several threads.
 
     Args:
-        stop: ends the waiting for a store that doesn't answer.
+        stop: ends the retries against a store that doesn't answer.
         cache: keeps what is read of remote shards; None: nothing is kept.
     """
 

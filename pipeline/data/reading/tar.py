@@ -21,7 +21,7 @@ Take = Callable[[int, int], bytes | memoryview]
 
 
 class DamagedTar(UnreadableSample):
-    """A header that is none, or an end too early; `at` is the byte where that shows."""
+    """An invalid header, or an archive that ends too early; `at` is the byte where that was noticed."""
 
     def __init__(self, reason: str, at: int) -> None:
         super().__init__(reason)
@@ -29,7 +29,7 @@ class DamagedTar(UnreadableSample):
 
 
 class TarEntry(NamedTuple):
-    """What a walk comes by."""
+    """One entry met while walking a tar."""
 
     kind: Literal["file", "folder", "other", "end"]  # other: links and devices; end: a block of zeros
     name: str

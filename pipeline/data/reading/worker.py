@@ -74,9 +74,9 @@ class WorkerProcess:
         return self._process.pid
 
     def send(self, task: Task | None) -> None:
-        """Hand over a task, or the word that there are no more. The first call waits for the process to be up.
+        """Send a task, or None when there are no more. The first call waits for the process to be up.
 
-        One that has ended takes nothing any more; `receive` tells why, which it left behind in the pipe.
+        Sending to a process that has ended does nothing; `receive` raises why it ended, which it left in the pipe.
         """
         with contextlib.suppress(OSError):
             if self._setup is not None:
@@ -145,7 +145,7 @@ class _Inbox:
             while True:
                 self._tasks.put(pickle.loads(self._connection.recv_bytes()))
         except (EOFError, OSError):
-            os._exit(0)  # nobody listens any more; reads under way would be waited for
+            os._exit(0)  # the training process is gone; a normal exit would wait for reads under way
 
 
 def main() -> None:
